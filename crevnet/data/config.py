@@ -1,0 +1,107 @@
+"""Configuration of the data, which builds the three sets."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from crevnet.data.digit_images import DigitImages
+from crevnet.data.digits import load_digits
+from crevnet.data.moving_mnist import MovingMNIST
+from crevnet.data.splitting import hold_out
+
+VALIDATION_FRACTION = 0.1
+"""Part of every label of the training digits that is kept for validation."""
+
+FIXED_SEED = 2015
+"""Seed of the validation and test sequences: runs with different seeds are measured on the same ones."""
+
+TRAIN_SIZE = 2**40
+"""Training sequences: in effect without end, since they are made on the fly."""
+
+_TRAIN_STREAM, _VALIDATION_STREAM, _TEST_STREAM = range(3)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which digits move, and how; builds the training, validation and test sets.
+
+    The three sets are made of different digits: the test set of the test split, the validation set of the
+    last 10% of every label of the training split, the training set of the rest.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    root: Path | None = None
+    """Folder with the MNIST files; None for the small digits embedded in scikit-learn."""
+    download: bool = False
+    """Fetch missing MNIST files into `root`."""
+    num_digits: int = 2
+    """Digits per sequence."""
+    image_size: int = 64
+    """Height and width of a frame, pixels."""
+    digit_size: int = 28
+    """Height and width of a digit, pixels; other sizes are resized to it."""
+    frames: int = 20
+    """Frames per sequence, those given and those to predict together."""
+    test_sequences: int = 5000
+    """Sequences in the fixed test set."""
+    seed: int = 0
+    """Seed of the training sequences; validation and test sequences do not depend on it."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_digits", "image_size", "digit_size", "frames", "test_sequences"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.digit_size > self.image_size:
+            raise ValueError(
+                f"digit_size {self.digit_size} exceeds image_size {self.image_size}; "
+                "lower digit_size or raise image_size"
+            )
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must be 0 to 2**64 - 1, got {self.seed}")
+        if self.download and self.root is None:
+            raise ValueError("download=True needs root, the folder to download MNIST into")
+
+    def build_train(self) -> MovingMNIST:
+        """Build the training set, in effect without end.
+
+        Raises:
+            DataError: see `load_mnist`.
+        """
+        digits, _ = self._training_digits()
+        return self._build(digits, TRAIN_SIZE, self.seed, _TRAIN_STREAM)
+
+    def build_validation(self, size: int) -> MovingMNIST:
+        """Build the fixed set of `size` sequences to validate on during training, which shows no test digit.
+
+        Raises:
+            DataError: see `load_mnist`.
+            ValueError: `size` is below 1.
+        """
+        _, digits = self._training_digits()
+        return self._build(digits, size, FIXED_SEED, _VALIDATION_STREAM)
+
+    def build_test(self) -> MovingMNIST:
+        """Build the fixed set of `test_sequences` sequences of test digits.
+
+        Raises:
+            DataError: see `load_mnist`.
+        """
+        digits = load_digits(self.root, "test", self.download)
+        return self._build(digits, self.test_sequences, FIXED_SEED, _TEST_STREAM)
+
+    def _training_digits(self) -> tuple[DigitImages, DigitImages]:
+        digits = load_digits(self.root, "train", self.download)
+        return hold_out(digits, VALIDATION_FRACTION, (digits.name, f"{digits.name}, held out"))
+
+    def _build(self, digits: DigitImages, size: int, seed: int, stream: int) -> MovingMNIST:
+        return MovingMNIST(
+            digits,
+            num_digits=self.num_digits,
+            image_size=self.image_size,
+            digit_size=self.digit_size,
+            frames=self.frames,
+            seed=seed,
+            stream=stream,
+            size=size,
+        )

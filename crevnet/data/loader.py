@@ -1,0 +1,117 @@
+"""Training batches by global step: the same ones for any number of processes, workers or restarts."""
+
+import itertools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from crevnet.data.moving_mnist import MovingMNIST
+
+
+class StepSampler(Sampler[list[int]]):
+    """The indices of one process's part of every global batch.
+
+    Step s of W processes with global batch size B takes indices [s*B, (s+1)*B), and rank r the r-th of W
+    equal parts of them, so W processes together see exactly the batches that one process would.
+
+    Args:
+        batch_size: sequences per step, all processes together.
+        start_step: first step to yield, to resume a run.
+        steps: step to stop before, counted from 0 whatever `start_step` is; None for no end.
+        rank: this process, 0 to world_size - 1.
+        world_size: number of processes; must divide `batch_size`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        *,
+        start_step: int = 0,
+        steps: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        for name, value in (("batch_size", batch_size), ("world_size", world_size)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if batch_size % world_size:
+            raise ValueError(
+                f"batch_size {batch_size} cannot be divided among {world_size} processes; "
+                f"make it a multiple of world_size, such as {-(-batch_size // world_size) * world_size}"
+            )
+        if not 0 <= rank < world_size:
+            raise ValueError(f"rank must be 0 to {world_size - 1} (world_size - 1), got {rank}")
+        if start_step < 0:
+            raise ValueError(f"start_step must be at least 0, got {start_step}")
+        if steps is not None and steps < start_step:
+            raise ValueError(f"steps {steps} lies before start_step {start_step}; steps counts from step 0")
+        self.batch_size = batch_size
+        self.start_step = start_step
+        self.steps = steps
+        self.rank = rank
+        self.world_size = world_size
+
+    def __iter__(self) -> Iterator[list[int]]:
+        share = self.batch_size // self.world_size
+        for step in itertools.count(self.start_step):
+            if step == self.steps:
+                return
+            first = step * self.batch_size + self.rank * share
+            yield list(range(first, first + share))
+
+
+def train_batches(
+    dataset: MovingMNIST,
+    batch_size: int,
+    *,
+    start_step: int = 0,
+    steps: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[Tensor]:
+    """Iterate over one process's training batches; the other arguments are those of `StepSampler`.
+
+    The batches do not depend on `workers`, and drawing them leaves torch's global generator alone.
+
+    Args:
+        dataset: the sequences.
+        batch_size: sequences per step, all processes together.
+        start_step: first step.
+        steps: step to stop before, or None.
+        rank: this process.
+        world_size: number of processes.
+        workers: worker processes that generate ahead; 0 generates in this process.
+
+    Returns:
+        An iterator over float32 [batch_size / world_size, T, 1, H, W] in [0, 1].
+
+    Raises:
+        ValueError: an argument is out of range, or `steps` takes more sequences than `dataset` has.
+        IndexError: (while iterating) the sequences have run out.
+    """
+    if workers < 0:
+        raise ValueError(f"workers must be at least 0, got {workers}")
+    if steps is not None and steps * batch_size > len(dataset):
+        raise ValueError(
+            f"{steps} steps of {batch_size} take {steps * batch_size} sequences, the dataset has {len(dataset)}; "
+            "lower steps or batch_size, or raise the size of the dataset"
+        )
+    sampler = StepSampler(batch_size, start_step=start_step, steps=steps, rank=rank, world_size=world_size)
+    if workers == 0:
+        return map(dataset.batch, sampler)
+    loader = DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        collate_fn=torch.stack,
+        # Without one of its own the loader draws its workers' seed from the global generator, and dropout
+        # would then depend on whether there are workers.
+        generator=torch.Generator(),
+    )
+    return iter(loader)

@@ -1,0 +1,254 @@
+"""Frame metrics of video predictions, and their exact accumulation over batches and processes.
+
+Shape legend: B sequences, T frames, C channels, H rows, W columns of pixels.
+
+Every metric treats frames as images in [0, 1]. A prediction is clamped to [0, 1] before it is measured, as it
+would be to be shown; a target is not, and one outside that range is refused, because it was scaled wrongly.
+
+Arithmetic is in float64 whatever the inputs are: SSIM subtracts nearly equal moments, and a float32
+convolution may run as TF32 or, under autocast, as bfloat16. No gradient flows through these functions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+MAX_PSNR_DB = 100.0
+"""PSNR of a perfect frame, and the cap of every other (decibels): an infinity would drown an average."""
+
+SSIM_WINDOW = 11
+"""Side of the Gaussian SSIM window (pixels), with a standard deviation of 1.5 pixels."""
+
+_METRICS = ("mse", "ssim", "psnr")
+_FRAMES_PER_CHUNK = 64  # bounds the five float64 copies of every frame that SSIM makes
+_RANGE_SLACK = 1e-4  # what resizing may overshoot
+
+
+def mse_per_frame(prediction: Tensor, target: Tensor) -> Tensor:
+    """Squared error summed over the channels and pixels of each frame, as the CrevNet paper reports "MSE".
+
+    It is a sum, not a mean: it grows with the frame size, and has the unit intensity² × pixels.
+
+    Args:
+        prediction: frames [B, T, C, H, W], clamped to [0, 1] here.
+        target: frames [B, T, C, H, W] in [0, 1].
+
+    Returns:
+        float64 [B, T].
+
+    Raises:
+        ValueError: for shapes that differ or are not 5-D, for empty, integer, NaN or infinite inputs, and for
+            a target outside [0, 1].
+    """
+    return _squared_error(*_checked(prediction, target))
+
+
+def psnr_per_frame(prediction: Tensor, target: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of each frame in decibels, for a peak of 1.0.
+
+    It is -10 log10 of the squared error averaged over the frame's channels and pixels, capped at
+    `MAX_PSNR_DB`.
+
+    Args:
+        prediction: frames [B, T, C, H, W], clamped to [0, 1] here.
+        target: frames [B, T, C, H, W] in [0, 1].
+
+    Returns:
+        float64 [B, T].
+
+    Raises:
+        ValueError: as `mse_per_frame`.
+    """
+    prediction, target = _checked(prediction, target)
+    return _psnr(_squared_error(prediction, target), pixels=target[0, 0].numel())
+
+
+def ssim_per_frame(prediction: Tensor, target: Tensor) -> Tensor:
+    """Structural similarity of each frame, at most 1, for a data range of 1.0.
+
+    The window is a Gaussian of 11 × 11 pixels and σ = 1.5, the frame is mirrored at its border, and the
+    similarity is averaged over all pixels and channels. Other programs differ in all three, so compare like
+    with like.
+
+    Args:
+        prediction: frames [B, T, C, H, W], clamped to [0, 1] here.
+        target: frames [B, T, C, H, W] in [0, 1].
+
+    Returns:
+        float64 [B, T].
+
+    Raises:
+        ValueError: as `mse_per_frame`, and for frames smaller than the window.
+    """
+    return _ssim(*_checked(prediction, target))
+
+
+def copy_last_frame(observed: Tensor, steps: int) -> Tensor:
+    """Predict that nothing moves: the baseline that any model has to beat.
+
+    Args:
+        observed: frames [B, T, C, H, W].
+        steps: how many frames to predict.
+
+    Returns:
+        The last observed frame repeated, [B, steps, C, H, W], in memory of its own.
+
+    Raises:
+        ValueError: if `observed` is not 5-D or has no frame, or `steps` is not positive.
+    """
+    if observed.ndim != 5 or observed.shape[1] == 0:
+        raise ValueError(f"observed must be [B, T, C, H, W] with T >= 1, not {tuple(observed.shape)}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    return observed[:, -1:].repeat(1, steps, 1, 1, 1)
+
+
+class VideoMetrics:
+    """Means of MSE, SSIM and PSNR over all sequences, for each predicted frame and over all of them.
+
+    Only sums and a count are held, in float64, so that the result depends neither on how the sequences were
+    cut into batches nor on how they were spread over processes.
+
+    Args:
+        device: where the sums live; in distributed runs a device that the process group can reduce.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+        self._sums: Tensor | None = None  # [3, T], rows in the order of _METRICS
+        self._sequences = 0
+        self._reduced = False
+
+    def update(self, prediction: Tensor, target: Tensor) -> None:
+        """Add a batch of predicted frames and what they should have been, both [B, T, C, H, W].
+
+        Raises:
+            ValueError: as `ssim_per_frame`, and if T differs from that of earlier batches.
+            RuntimeError: after `reduce`.
+        """
+        self._refuse_if_reduced()
+        prediction, target = _checked(prediction, target)
+        mse = _squared_error(prediction, target)
+        psnr = _psnr(mse, pixels=target[0, 0].numel())
+        sums = torch.stack([mse, _ssim(prediction, target), psnr]).sum(dim=1).to(self._device)
+        if self._sums is not None and self._sums.shape != sums.shape:
+            raise ValueError(
+                f"this batch has {sums.shape[1]} frames to a sequence, earlier ones had {self._sums.shape[1]}"
+            )
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._sequences += target.shape[0]
+
+    def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
+        """Add up what all processes have accumulated. Every process must call it, once, with or without data.
+
+        Args:
+            all_reduce: takes a float64 tensor on `device` and returns its sum over all processes.
+
+        Raises:
+            ValueError: on every process alike, if they hold sequences of different numbers of frames.
+            RuntimeError: if called twice, which would count every sequence again.
+        """
+        self._refuse_if_reduced()
+        frames = self._agree_on_frames(all_reduce)
+        self._reduced = True
+        if frames == 0:
+            return
+        sums = torch.zeros(len(_METRICS), frames) if self._sums is None else self._sums
+        flat = torch.cat([sums.to(self._device, torch.float64).flatten(), self._tensor([self._sequences])])
+        total = all_reduce(flat)
+        self._sums = total[:-1].reshape(len(_METRICS), frames)
+        self._sequences = round(total[-1].item())
+
+    def compute(self) -> dict[str, Any]:
+        """Return the means of everything added so far.
+
+        Returns:
+            ``{"mse", "ssim", "psnr"}``: floats, means over sequences and frames; ``"per_frame"``: the same
+            three names, each with a list of T floats, means over sequences; ``"sequences"``: their number.
+            The PSNR is a mean of the frames' PSNR, not the PSNR of the mean error.
+
+        Raises:
+            RuntimeError: if nothing was added.
+        """
+        if self._sums is None:
+            raise RuntimeError("no sequence was added, so there is no mean: call update first")
+        per_frame = dict(zip(_METRICS, (self._sums / self._sequences).tolist(), strict=True))
+        means = {name: sum(values) / len(values) for name, values in per_frame.items()}
+        return {**means, "per_frame": per_frame, "sequences": self._sequences}
+
+    def _agree_on_frames(self, all_reduce: Callable[[Tensor], Tensor]) -> int:
+        """Return the number of frames all processes use, 0 if none has data.
+
+        A process that got no batch does not know T and could not take part in the sum of the sums. From the
+        sums of 1, T and T² over those that have data, each finds T: by Cauchy and Schwarz, n ΣT² = (ΣT)² only
+        if all T agree.
+        """
+        frames = 0 if self._sums is None else self._sums.shape[1]
+        count, linear, square = all_reduce(self._tensor([int(frames > 0), frames, frames**2])).tolist()
+        if count * square != linear**2:
+            raise ValueError("the processes hold sequences of different numbers of frames")
+        return round(linear / count) if count else 0
+
+    def _refuse_if_reduced(self) -> None:
+        if self._reduced:
+            raise RuntimeError("these metrics were already reduced over all processes: start new ones")
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=self._device)
+
+
+def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """Refuse what cannot be measured; return both in float64, detached, the prediction clamped to [0, 1]."""
+    shapes = f"prediction {tuple(prediction.shape)}, target {tuple(target.shape)}"
+    if prediction.shape != target.shape:
+        raise ValueError(f"shapes differ: {shapes}")
+    if prediction.ndim != 5 or prediction.numel() == 0:
+        raise ValueError(f"frames must be [B, T, C, H, W] and not empty: {shapes}")
+    for name, frames in (("prediction", prediction), ("target", target)):
+        if not frames.is_floating_point():
+            raise ValueError(f"{name} is {frames.dtype}, frames must be floating point in [0, 1]")
+        if not frames.isfinite().all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+    low, high = (bound.item() for bound in target.aminmax())
+    if low < -_RANGE_SLACK or high > 1 + _RANGE_SLACK:
+        raise ValueError(f"target spans [{low:g}, {high:g}], frames must be in [0, 1]")
+    return prediction.detach().double().clamp(0, 1), target.detach().double()
+
+
+def _squared_error(prediction: Tensor, target: Tensor) -> Tensor:
+    return (prediction - target).square().sum(dim=(2, 3, 4))
+
+
+def _psnr(squared_error: Tensor, pixels: int) -> Tensor:
+    floor = 10 ** (-MAX_PSNR_DB / 10)
+    return -10 * (squared_error / pixels).clamp(min=floor).log10()
+
+
+def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
+    batch, frames, _, height, width = target.shape
+    if min(height, width) < SSIM_WINDOW:
+        window = f"{SSIM_WINDOW} x {SSIM_WINDOW}"
+        raise ValueError(f"frames of {height} x {width} pixels are smaller than the {window} SSIM window")
+    predicted, wanted = prediction.flatten(0, 1), target.flatten(0, 1)
+    starts = range(0, len(wanted), _FRAMES_PER_CHUNK)
+    chunks = [slice(start, start + _FRAMES_PER_CHUNK) for start in starts]
+    return torch.cat([_ssim_of_images(predicted[chunk], wanted[chunk]) for chunk in chunks]).reshape(
+        batch, frames
+    )
+
+
+def _ssim_of_images(prediction: Tensor, target: Tensor) -> Tensor:
+    similarity = structural_similarity_index_measure(
+        prediction,
+        target,
+        gaussian_kernel=True,
+        sigma=1.5,
+        kernel_size=SSIM_WINDOW,
+        reduction="none",
+        data_range=1.0,
+    )
+    assert isinstance(similarity, Tensor)
+    return similarity.reshape(-1)

@@ -1,0 +1,34 @@
+"""Reversible layers for PyTorch: activations are recomputed from outputs, gradients are exact, memory does not grow with depth."""
+
+from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
+from revgrad.chain import ChainState
+from revgrad.coupling import AdditiveCoupling, AffineCoupling, Coupling, GatedCoupling
+from revgrad.errors import ReversibilityError, StreamError
+from revgrad.layer import Inverse, ReversibleLayer, Step
+from revgrad.residue import Residue, snap
+from revgrad.sequential import ReversibleSequential
+from revgrad.unroll import unroll
+
+__all__ = [
+    "AdditiveCoupling",
+    "AffineCoupling",
+    "Bijection",
+    "ChainState",
+    "Concatenate",
+    "Coupling",
+    "GatedCoupling",
+    "Inverse",
+    "Permute",
+    "PixelShuffle",
+    "PixelUnshuffle",
+    "Residue",
+    "ReversibilityError",
+    "ReversibleLayer",
+    "ReversibleSequential",
+    "Split",
+    "Step",
+    "StreamError",
+    "Swap",
+    "snap",
+    "unroll",
+]

@@ -1,0 +1,193 @@
+"""Running, undoing and rewinding a list of layers: the inner loops of every mode."""
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from revgrad.errors import StreamError
+from revgrad.layer import Grads, ReversibleLayer, State, Step, Streams
+from revgrad.residue import Residue
+
+
+class Link(NamedTuple):
+    """A layer's place in a chain."""
+
+    name: str
+    layer: ReversibleLayer
+
+
+class ChainState(NamedTuple):
+    """The conditioning states of a chain at one time step."""
+
+    layers: tuple[State, ...]
+    """One tuple of tensors per layer; `()` for a stateless one."""
+    carry: State = ()
+    """The tensors that go from one stateful layer to the next, and from the last one to the first of the next time step."""
+
+    def tensors(self) -> list[Tensor]:
+        """All tensors in order."""
+        return [x for state in self.layers for x in state] + list(self.carry)
+
+    def replace(self, tensors: Iterable[Tensor]) -> "ChainState":
+        """The same structure with other tensors."""
+        it = iter(tensors)
+        return ChainState(tuple(tuple(next(it) for _ in s) for s in self.layers), tuple(next(it) for _ in self.carry))
+
+
+Around = Callable[[int], AbstractContextManager[object]]
+
+
+def no_context(application: int) -> AbstractContextManager[object]:
+    """An `Around` that does nothing."""
+    return nullcontext()
+
+
+def stateless(links: Iterable[Link]) -> ChainState:
+    """The state of a chain that has none."""
+    return ChainState(tuple(() for _ in links))
+
+
+def run_chain(
+    links: tuple[Link, ...],
+    streams: Streams,
+    state: ChainState,
+    residue: Residue | None,
+    around: Around = no_context,
+    keep: Callable[[State], None] | None = None,
+) -> tuple[Streams, ChainState]:
+    """Apply all layers in order.
+
+    Args:
+        links: The layers.
+        streams: Their input.
+        state: Conditioning states.
+        residue: None in float arithmetic.
+        around: Context manager around each layer, given its position.
+        keep: Called with the whole state that each layer reads (its own and the carry).
+    """
+    new_states: list[State] = []
+    carry = state.carry
+    for i, (name, layer) in enumerate(links):
+        step = Step(name=name, residue=residue)
+        if layer.stateful:
+            step.state = _joined(name, layer, state.layers[i], carry)
+        if keep is not None:
+            keep(step.state)
+        with around(i):
+            streams = layer.run(streams, step)
+        own, carry = _parted(layer, step.new_state, carry)
+        new_states.append(own)
+    return streams, ChainState(tuple(new_states), carry)
+
+
+def undo_chain(
+    links: tuple[Link, ...], streams: Streams, states: list[State], residue: Residue | None, around: Around = no_context
+) -> Streams:
+    """Undo all layers, last first, given the whole state that each has read."""
+    for i in reversed(range(len(links))):
+        with around(i):
+            streams = links[i].layer.undo(streams, Step(name=links[i].name, state=states[i], residue=residue))
+    return streams
+
+
+class ChainGradients:
+    """Gradients that a rewind through several chains accumulates: parameters in total, states from one time step to the one before."""
+
+    def __init__(self, parameters: list[Tensor], layers: int, carry: int) -> None:
+        self.parameters = parameters
+        self.total: list[Tensor | None] = [None] * len(parameters)
+        self._owned = [False] * len(parameters)
+        self.states: list[Grads] = [()] * layers
+        self.carry: Grads = (None,) * carry
+
+    def add(self, indices: list[int], grads: Grads) -> None:
+        """Add parameter gradients, in the order in which stored autograd would: last application first."""
+        for i, grad in zip(indices, grads, strict=True):
+            total = self.total[i]
+            if grad is None:
+                continue
+            if total is None:
+                self.total[i] = grad
+            elif self._owned[i]:
+                total.add_(grad)
+            else:
+                self.total[i], self._owned[i] = total + grad, True
+
+
+def rewind_chain(
+    links: tuple[Link, ...],
+    streams: Streams,
+    grads: Grads,
+    states: list[State],
+    residue: Residue | None,
+    replaying: Around,
+    indices_of: Callable[[ReversibleLayer], list[int]],
+    into: ChainGradients,
+) -> tuple[Streams, Grads]:
+    """Recover the chain's input and the gradients with respect to it, one layer's graph alive at a time.
+
+    Args:
+        links: The layers.
+        streams: Outputs of the chain.
+        grads: Gradients with respect to them.
+        states: The whole state that each layer has read.
+        residue: None in float arithmetic.
+        replaying: Context manager for the second evaluation of each layer, given its position.
+        indices_of: Which of `into.parameters` a layer has.
+        into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
+    """
+    for i in reversed(range(len(links))):
+        name, layer = links[i]
+        step = Step(name=name, state=states[i], residue=residue, replay=lambda i=i: replaying(i))  # type: ignore[misc]
+        state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
+        indices = indices_of(layer)
+        back = layer.rewind(streams, grads, step, state_grads, [into.parameters[j] for j in indices])
+        streams, grads = back.streams, back.grads
+        into.add(indices, back.parameter_grads)
+        if layer.stateful:
+            cut = len(back.state_grads) - layer.carries
+            into.states[i], into.carry = back.state_grads[:cut], back.state_grads[cut:]
+    return streams, grads
+
+
+def _joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
+    if layer.carries not in (0, len(carry)):
+        raise StreamError(f"{name}: takes a carry of {layer.carries} tensor(s), but the chain's state carries {len(carry)}")
+    return (*own, *carry) if layer.carries else own
+
+
+def _parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
+    if not layer.stateful:
+        return (), carry
+    cut = len(state) - layer.carries
+    return state[:cut], state[cut:] if layer.carries else carry
+
+
+def fingerprint(streams: Streams) -> Tensor:
+    """Two numbers per stream that tell streams apart: a weighted sum, and the sum of squares.
+
+    Computed in float64 on pieces of fixed size, so that checking a large stream takes no memory. Equal streams give equal
+    fingerprints, bit for bit.
+    """
+    parts = []
+    for x in streams:
+        weighted, squares = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+        for piece in x.detach().flatten().split(_PIECE):
+            values = piece.double()
+            weighted += torch.dot(values, _weights(x.device)[: len(values)])
+            squares += torch.dot(values, values)
+        parts += [weighted, squares]
+    return torch.stack(parts)
+
+
+_PIECE = 16384
+
+
+@cache
+def _weights(device: torch.device) -> Tensor:
+    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel.
+    return (torch.arange(_PIECE, device=device) * 40503 % 65536).double().mul_(2.0**-15).sub_(1)

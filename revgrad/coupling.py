@@ -1,0 +1,306 @@
+"""Couplings: one stream is read, another is updated by an operation that can be undone once the message is known.
+
+    message, state' = transform(source, state)       expensive, arbitrary, never inverted
+    target'         = merge(target, message)         cheap, pointwise, invertible in target
+    target          = unmerge(target', message)
+
+The transform reads only the source stream, which the coupling leaves as it is. Undoing or rewinding a coupling therefore
+evaluates the transform exactly once, on the very input that the forward pass gave it.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from revgrad_kernels import weighted_sum, weighted_sum_backward, weighted_sum_inverse
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from revgrad.errors import StreamError
+from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams, gradients, leaf
+from revgrad.residue import Residue, grid_of, quantise_gate
+
+Message = Tensor | tuple[Tensor, ...]
+
+
+class Coupling(ReversibleLayer):
+    """A coupling of two streams. Subclasses define `merge` and `unmerge`, and may define their exact forms.
+
+    Args:
+        transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source, state)` with a
+            tuple of tensors, returns `(message, new_state)`.
+        source: Index of the stream that is read.
+        target: Index of the stream that is updated.
+        stateful: Whether the transform takes and returns a conditioning state.
+        carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag memory)
+            instead of the same layer at the next time step.
+
+    Raises:
+        StreamError: Source and target are the same stream.
+    """
+
+    tensors_in_message = 1
+
+    def __init__(
+        self, transform: nn.Module, source: int = 0, target: int = 1, *, stateful: bool = False, carries: int = 0
+    ) -> None:
+        super().__init__()
+        if source == target:
+            raise StreamError(f"{type(self).__name__}: source and target are both stream {source}; a coupling needs two")
+        self.transform = transform
+        self.source = source
+        self.target = target
+        self.stateful = stateful
+        self.carries = carries
+
+    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
+        """Float arithmetic: the updated target. Differentiable."""
+        raise TypeError(f"{type(self).__name__} does not define merge(target, *message)")
+
+    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
+        """Float arithmetic: the target before `merge`. Differentiable."""
+        raise TypeError(f"{type(self).__name__} does not define unmerge(merged, *message)")
+
+    def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
+        """Grid values to grid values, one to one together with the residue."""
+        raise self._no_exact_form()
+
+    def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
+        """The inverse of `merge_exact`."""
+        raise self._no_exact_form()
+
+    def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
+        """Gradients with respect to `(target, *message)`; in exact arithmetic they pass straight through the rounding."""
+        return _vjp(self.merge, grad, target, *message)
+
+    def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
+        """As `merge_vjp`, for `unmerge`."""
+        return _vjp(self.unmerge, grad, merged, *message)
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Update the target."""
+        return self._update(streams, step, undo=False)
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """Restore the target."""
+        return self._update(streams, step, undo=True)
+
+    def rewind(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        """Restore the target and pull the gradients back, with one evaluation of the transform."""
+        return self._rewind(streams, grads, step, state_grads, wrt, undo=False)
+
+    def rewind_undo(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        """As `rewind`, for an application of `undo`."""
+        return self._rewind(streams, grads, step, state_grads, wrt, undo=True)
+
+    def _update(self, streams: Streams, step: Step, *, undo: bool) -> Streams:
+        self._check_streams(streams, step)
+        source, target = streams[self.source], streams[self.target]
+        message, step.new_state = self._message(source, target, step.state, step.name)
+        updated = self._apply(target, message, step.residue, undo=undo)
+        if step.residue is not None:
+            step.residue.watch(step.name, updated)
+        return _replace(streams, self.target, updated)
+
+    def _rewind(
+        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool
+    ) -> Rewound:
+        source, states = leaf(streams[self.source]), tuple(map(leaf, step.state))
+        with torch.enable_grad(), step.replay():
+            message, new_state = self._message(source, streams[self.target], states, step.name)
+        step.new_state = tuple(s.detach() for s in new_state)
+        values = tuple(m.detach() for m in message)
+        with torch.no_grad():
+            before = self._apply(streams[self.target], values, step.residue, undo=not undo)
+        grad = grads[self.target]
+        target_grad: Tensor | None = None
+        message_grads: Grads = (None,) * len(message)
+        if grad is not None:
+            vjp = self.unmerge_vjp if undo else self.merge_vjp
+            with _no_autocast(grad):
+                target_grad, *rest = vjp(grad, step.residue is not None, before, *values)
+            message_grads = tuple(rest)
+        del values, grad
+        found = gradients((*message, *new_state), (*message_grads, *state_grads), (source, *states, *wrt))
+        source_grad = _add(grads[self.source], found[0])
+        n = 1 + len(states)
+        new_grads = _replace(_replace(grads, self.target, target_grad), self.source, source_grad)
+        return Rewound(_replace(streams, self.target, before), new_grads, found[1:n], found[n:])
+
+    def _message(self, source: Tensor, target: Tensor, state: Streams, name: str) -> tuple[Streams, Streams]:
+        """Evaluate the transform and check what it returns."""
+        version = None if source.is_inference() else source._version
+        out = self.transform(source, state) if self.stateful else self.transform(source)
+        if version is not None and source._version != version:
+            raise StreamError(
+                f"{name}: the transform changed its input in place, and with it the stream; "
+                "make its first operation out of place (ReLU(inplace=False))"
+            )
+        new_state: Streams = ()
+        if self.stateful:
+            if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)):
+                raise StreamError(f"{name}: a stateful transform must return (message, new_state) with new_state a tuple of tensors")
+            out, new_state = out
+        message = out if isinstance(out, tuple) else (out,)
+        if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
+            raise StreamError(f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its transform")
+        for m in message:
+            if m.shape != target.shape:
+                raise StreamError(
+                    f"{name}: the transform returned a message of shape {tuple(m.shape)}, "
+                    f"but the target stream {self.target} has shape {tuple(target.shape)}"
+                )
+        return message, new_state
+
+    def _apply(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
+        with _no_autocast(target):
+            if residue is None:
+                message = tuple(m.to(target.dtype) for m in message)
+                return self.unmerge(target, *message) if undo else self.merge(target, *message)
+            return _ExactUpdate.apply(self, undo, residue, target, *message)
+
+    def _check_streams(self, streams: Streams, step: Step) -> None:
+        if len(streams) <= max(self.source, self.target):
+            raise StreamError(
+                f"{step.name}: couples stream {self.source} to stream {self.target}, but there are {len(streams)} streams; put a Split before it"
+            )
+
+    def _no_exact_form(self) -> StreamError:
+        return StreamError(f"{type(self).__name__} has no exact form; choose arithmetic='float'")
+
+    def extra_repr(self) -> str:
+        """Which stream is read and which updated."""
+        return f"source={self.source}, target={self.target}"
+
+
+class AdditiveCoupling(Coupling):
+    """`target' = target + message` (NICE, RevNet, i-RevNet; eq. 2 and 3)."""
+
+    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
+        """Add the message."""
+        return target + message[0]
+
+    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
+        """Subtract the message."""
+        return merged - message[0]
+
+    def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
+        """Add the message rounded to the grid; nothing is forgotten."""
+        return grid_of(target).snap(message[0].to(target.dtype)).add_(target)
+
+    def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
+        """Subtract the message rounded to the grid."""
+        return merged - grid_of(merged).snap(message[0].to(merged.dtype))
+
+    def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
+        """The same gradient for both."""
+        return grad, grad.to(message[0].dtype)
+
+    def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
+        """The opposite gradient for the message."""
+        return grad, -grad.to(message[0].dtype)
+
+
+class AffineCoupling(Coupling):
+    """`target' = target * exp(s) + t` with the message `(s, t)` (Real NVP, Glow). Float arithmetic only."""
+
+    tensors_in_message = 2
+
+    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
+        """Scale and shift."""
+        s, t = message
+        return target * torch.exp(s) + t
+
+    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
+        """Shift and scale back."""
+        s, t = message
+        return (merged - t) * torch.exp(-s)
+
+
+class GatedCoupling(Coupling):
+    """`target' = (1 - g) target + g h` with `g = sigmoid(a)` and the message `(a, h)` (section 2.2, appendix B).
+
+    In float arithmetic the inverse divides by `1 - g` and loses what the gate forgot. In exact arithmetic `1 - g` is rounded to
+    `n / 2^16` with `n >= 1` and the forgotten bits go to the residue.
+    """
+
+    tensors_in_message = 2
+
+    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
+        """Weighted sum."""
+        a, h = message
+        return weighted_sum(a, target, h)
+
+    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
+        """Weighted sum solved for the target."""
+        a, h = message
+        return weighted_sum_inverse(a, merged, h)
+
+    def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
+        """Scale the target exactly, then add `g h` rounded to the grid."""
+        numerator, shift = _gate_and_shift(target, *message)
+        return residue.scale(target, numerator).add_(shift)
+
+    def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
+        """Subtract `g h`, then undo the scaling."""
+        numerator, shift = _gate_and_shift(merged, *message)
+        return residue.unscale(merged - shift, numerator)
+
+    def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
+        """In one pass, with the gate that the forward pass used."""
+        a, h = (m.to(target.dtype) for m in message)
+        s = torch.sigmoid(a)
+        gate = _float_gate(quantise_gate(s), s.dtype) if exact else s
+        grad_a, grad_x, grad_h = weighted_sum_backward(gate, s * (1 - s), target, h, grad)
+        return grad_x, grad_a.to(message[0].dtype), grad_h.to(message[1].dtype)
+
+
+def _gate_and_shift(target: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The quantised `1 - g` as a numerator, and `g h` on the grid."""
+    numerator = quantise_gate(torch.sigmoid(a.to(target.dtype)))
+    return numerator, grid_of(target).snap(_float_gate(numerator, target.dtype).mul_(h))
+
+
+def _float_gate(numerator: Tensor, dtype: torch.dtype) -> Tensor:
+    return 1 - numerator.to(dtype) * 2.0**-16
+
+
+class _ExactUpdate(torch.autograd.Function):
+    """An exact merge (or unmerge) with a straight-through gradient, for stored autograd.
+
+    Saves the target before the update and the message, all of one shape; backward is the coupling's `merge_vjp`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, coupling: Coupling, undo: bool, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
+        ctx.coupling, ctx.undo = coupling, undo
+        ctx.save_for_backward(target, *message)
+        return (coupling.unmerge_exact if undo else coupling.merge_exact)(residue, target, *message)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        vjp = ctx.coupling.unmerge_vjp if ctx.undo else ctx.coupling.merge_vjp
+        return None, None, None, *vjp(grad, True, *ctx.saved_tensors)
+
+
+def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
+    with torch.enable_grad():
+        leaves = tuple(map(leaf, inputs))
+        out = merge(*(x.to(leaves[0].dtype) for x in leaves))
+    return gradients((out,), (grad,), leaves)
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _replace(items: tuple, index: int, value: Any) -> tuple:
+    return (*items[:index], value, *items[index + 1 :])
+
+
+def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b

@@ -1,0 +1,9 @@
+"""Errors that the engine raises instead of returning a wrong gradient."""
+
+
+class ReversibilityError(RuntimeError):
+    """The recomputed activations are not those of the forward pass, so a gradient would be wrong."""
+
+
+class StreamError(ValueError):
+    """A stream, message or state has the wrong number, shape or type."""

@@ -1,0 +1,97 @@
+"""What is run: reversible chains, repeated over time steps, from given inputs or from what the step before produced."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revgrad.chain import Around, ChainState, Link, no_context, run_chain
+from revgrad.layer import ReversibleLayer, State, Streams
+from revgrad.residue import Residue, snap
+
+
+@dataclass(frozen=True)
+class Program:
+    """`T` time steps of `exit(core(entry(x)))`; the core has the states.
+
+    A step that is given an input reads it through the entry; a step that is given none goes on from the core's output of the step before,
+    which is what the entry would return for that step's output, since the exit undoes the entry (figure 1).
+    """
+
+    entry: tuple[Link, ...]
+    core: tuple[Link, ...]
+    exit: tuple[Link, ...]
+    fed: tuple[bool, ...]
+    """Per time step, whether it is given an input."""
+    exact: bool
+    keep_states_every: int = 1
+    """States are kept at every n-th step and recomputed in between."""
+
+    @property
+    def steps(self) -> int:
+        """Number of time steps."""
+        return len(self.fed)
+
+    def layers(self) -> Iterator[ReversibleLayer]:
+        """All layers, each place once."""
+        return (layer for _, layer in (*self.entry, *self.core, *self.exit))
+
+    def application(self, t: int, part: int, position: int) -> int:
+        """A number for every application of a layer. Parts: 0 entry, 1 core, 2 exit."""
+        before = (0, len(self.entry), len(self.entry) + len(self.core))[part]
+        return t * (len(self.entry) + len(self.core) + len(self.exit)) + before + position
+
+    def around(self, t: int, part: int, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
+        """The context of one part of a step, by position."""
+        if context is None:
+            return no_context
+        return lambda position: context(self.application(t, part, position))
+
+    def enter(self, streams: Streams, residue: Residue | None) -> Streams:
+        """Put a given input on the grid, where exact."""
+        if residue is None:
+            return streams
+        streams = tuple(snap(x) for x in streams)
+        for x in streams:
+            residue.watch("the input", x)
+        return streams
+
+    def run_core(
+        self,
+        t: int,
+        given: Streams | None,
+        features: Streams,
+        state: ChainState,
+        residue: Residue | None,
+        context: Callable[[int], AbstractContextManager[object]] | None = None,
+        keep: Callable[[State], None] | None = None,
+    ) -> tuple[Streams, ChainState]:
+        """One time step up to the core's output: features and state."""
+        if given is not None:
+            features, _ = run_chain(self.entry, given, _NO_STATE, residue, self.around(t, 0, context))
+        return run_chain(self.core, features, state, residue, self.around(t, 1, context), keep)
+
+    def run_exit(
+        self,
+        t: int,
+        features: Streams,
+        residue: Residue | None,
+        context: Callable[[int], AbstractContextManager[object]] | None = None,
+    ) -> Streams:
+        """The output of a time step from the core's output."""
+        return run_chain(self.exit, features, _NO_STATE, residue, self.around(t, 2, context))[0]
+
+
+_NO_STATE = ChainState(())
+
+
+def stack(outputs: list[Streams]) -> Streams:
+    """Outputs per time step to one tensor per stream, time first."""
+    return tuple(torch.stack(list(xs)) for xs in zip(*outputs, strict=True))
+
+
+def flat(given: list[Streams | None]) -> list[Tensor]:
+    """All given tensors in order."""
+    return [x for streams in given if streams is not None for x in streams]

@@ -1,0 +1,130 @@
+"""`ReversibleSequential`: like `nn.Sequential`, for reversible layers."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from revgrad.chain import ChainState, undo_chain
+from revgrad.errors import StreamError
+from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.program import Program
+from revgrad.residue import Residue
+from revgrad.unroll import (
+    Arithmetic,
+    Mode,
+    chain_links,
+    check_mode,
+    checked_state,
+    is_exact,
+    run_layers_checkpointed,
+    run_reversible,
+)
+
+Result = Tensor | Streams
+
+
+class ReversibleSequential(ReversibleLayer):
+    """A chain of reversible layers that stores its output and conditioning states, and recomputes the rest in backward.
+
+    Called with the streams as arguments, it returns one tensor or a tuple of streams; with conditioning states, the pair of that
+    and the new states. It is itself a layer: chains nest, and `Inverse` of a chain is its inverse.
+
+    Args:
+        layers: Reversible layers or chains of them.
+        mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same results from the
+            same weights. May be changed at any time.
+        arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated coupling.
+
+    Raises:
+        StreamError: A layer is not reversible, or streams and states do not fit; named by its place in the chain.
+    """
+
+    def __init__(self, *layers: ReversibleLayer, mode: Mode = "reversible", arithmetic: Arithmetic = "auto") -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.mode = mode
+        self.arithmetic = arithmetic
+        self.stateful = any(layer.stateful for _, layer in chain_links(self))
+
+    def __iter__(self) -> Iterator[ReversibleLayer]:
+        return iter(self.layers)  # type: ignore[arg-type]
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, index: int) -> nn.Module:
+        return self.layers[index]
+
+    def forward(
+        self, *streams: Tensor, states: ChainState | None = None, residue: Residue | None = None
+    ) -> Result | tuple[Result, ChainState]:
+        """Run the chain.
+
+        Args:
+            streams: The input streams.
+            states: Conditioning states, one tuple per layer.
+            residue: Collects what exact gated merges forget, for `inverse`; only without gradients, since a backward pass
+                keeps its own.
+
+        Returns:
+            The output streams (a lone one bare), and with `states` the pair of them and the new states.
+        """
+        check_mode(self.mode)
+        program = self._program()
+        state = checked_state(program.core, states)
+        if residue is not None and torch.is_grad_enabled():
+            raise StreamError("residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()")
+        if self.mode == "reversible" and torch.is_grad_enabled():
+            out, new = run_reversible(program, [streams], state, stacked=False)
+        elif self.mode == "checkpoint" and torch.is_grad_enabled():
+            out, new = run_layers_checkpointed(program.core, streams, state, program.exact)
+        else:
+            bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
+            out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
+            if bits is not None:
+                bits.check_range()
+        return _result(out) if states is None else (_result(out), new)
+
+    def inverse(self, *streams: Tensor, states: ChainState | None = None, residue: Residue | None = None) -> Result:
+        """Recover the input streams from the output streams; differentiable in float arithmetic.
+
+        Args:
+            streams: Outputs of the chain.
+            states: The conditioning states that were given to the forward pass.
+            residue: What the forward pass collected; is used up. Needed to undo gated couplings in exact arithmetic.
+
+        Raises:
+            StreamError: Stateful layers that pass a carry among themselves: their states at this step depend on the forward pass.
+            ReversibilityError: The residue is missing or does not fit.
+        """
+        program = self._program()
+        state = checked_state(program.core, states)
+        if state.carry:
+            raise StreamError("inverse: what one layer carries to the next is not determined by the states alone; see undo_chain")
+        bits = (residue if residue is not None else Residue()) if program.exact else None
+        return _result(undo_chain(program.core, streams, list(state.layers), bits))
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """As a layer of another chain: chains are flattened, so this is only reached directly."""
+        for _, layer in chain_links(self):
+            streams = layer.run(streams, step)
+        return streams
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """As a layer of another chain: undo all layers."""
+        for _, layer in reversed(chain_links(self)):
+            streams = layer.undo(streams, step)
+        return streams
+
+    def _program(self) -> Program:
+        links = chain_links(self)
+        return Program(entry=(), core=links, exit=(), fed=(True,), exact=is_exact(self.arithmetic, links))
+
+    def extra_repr(self) -> str:
+        """Mode and arithmetic."""
+        return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}"
+
+
+def _result(streams: Streams) -> Result:
+    return streams[0] if len(streams) == 1 else streams

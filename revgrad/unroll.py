@@ -1,0 +1,221 @@
+"""Running a program in one of three ways: `stored`, `checkpoint` or `reversible`. Same weights, same results, different memory."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from revgrad.chain import ChainState, Link, stateless
+from revgrad.coupling import GatedCoupling
+from revgrad.errors import StreamError
+from revgrad.function import Reversible
+from revgrad.layer import Inverse, ReversibleLayer, Streams
+from revgrad.program import Program, flat, stack
+from revgrad.replay import Snapshot
+from revgrad.residue import Residue
+
+Mode = Literal["stored", "checkpoint", "reversible"]
+Arithmetic = Literal["auto", "exact", "float"]
+Chain = ReversibleLayer | Iterable[ReversibleLayer]
+
+
+def unroll(
+    core: Chain,
+    inputs: Sequence[Tensor | Streams | None],
+    state: ChainState | None = None,
+    *,
+    entry: Chain = (),
+    exit: Chain = (),  # noqa: A002
+    mode: Mode = "reversible",
+    arithmetic: Arithmetic = "auto",
+    keep_states_every: int = 1,
+) -> tuple[Streams, ChainState]:
+    """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
+
+    Args:
+        core: The layers that have states. The state that they leave at one time step they read at the next.
+        inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output of the step before,
+            without exit and entry (section 2.1: the exit undoes the entry).
+        state: The first step's conditioning state; required if a layer is stateful.
+        entry: Layers applied to a given input.
+        exit: Layers applied to the core's output; normally the inverse of the entry.
+        mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible` recomputes
+            from the outputs and keeps only outputs, states and residue.
+        arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float` as they
+            come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
+        keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
+            one more forward pass of entry and core.
+
+    Returns:
+        One tensor per output stream, `[T, ...]` with time first, and the final state.
+
+    Raises:
+        StreamError: No input at the first step, unknown mode, wrong number of streams or states.
+    """
+    links = [chain_links(part) for part in (entry, core, exit)]
+    given = [x if x is None else (x,) if isinstance(x, Tensor) else tuple(x) for x in inputs]
+    if not given or given[0] is None:
+        raise StreamError("unroll: the first time step must be given an input")
+    if keep_states_every < 1:
+        raise StreamError(f"unroll: keep_states_every must be at least 1, got {keep_states_every}")
+    widths = {len(streams) for streams in given if streams is not None}
+    if len(widths) > 1:
+        raise StreamError(f"unroll: the inputs of different time steps have different numbers of streams: {sorted(widths)}")
+    program = Program(
+        entry=links[0],
+        core=links[1],
+        exit=links[2],
+        fed=tuple(x is not None for x in given),
+        exact=is_exact(arithmetic, [link for part in links for link in part]),
+        keep_states_every=keep_states_every,
+    )
+    state = checked_state(program.core, state)
+    if mode == "reversible" and torch.is_grad_enabled():
+        return run_reversible(program, given, state, stacked=True)
+    if mode == "checkpoint" and torch.is_grad_enabled():
+        return _run_checkpointed(program, given, state)
+    check_mode(mode)
+    return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
+
+
+def run_stored(
+    program: Program, given: list[Streams | None], state: ChainState, residue: Residue | None
+) -> tuple[Streams, ChainState]:
+    """All time steps under ordinary autograd; also the way without gradients."""
+    features: Streams = ()
+    outputs: list[Streams] = []
+    for t, streams in enumerate(given):
+        entered = None if streams is None else program.enter(streams, residue)
+        features, state = program.run_core(t, entered, features, state, residue)
+        outputs.append(program.run_exit(t, features, residue))
+    if residue is not None:
+        residue.check_range()
+    return stack(outputs), state
+
+
+def run_reversible(
+    program: Program, given: list[Streams | None], state: ChainState, *, stacked: bool
+) -> tuple[Streams, ChainState]:
+    """All time steps in one autograd Function that recomputes backwards."""
+    snapshot = Snapshot(program.layers())
+    first = next(x for x in given if x is not None)
+    results = Reversible.apply(
+        program, snapshot, len(first), stacked, state, *flat(given), *state.tensors(), *snapshot.parameters
+    )
+    n = len(results) - len(state.tensors())
+    return results[:n], state.replace(results[n:])
+
+
+def _run_checkpointed(program: Program, given: list[Streams | None], state: ChainState) -> tuple[Streams, ChainState]:
+    """Every time step under `torch.utils.checkpoint`, which keeps its input and runs it again."""
+    snapshot = Snapshot(program.layers())
+    residue = Residue(keep=False) if program.exact else None
+    features: Streams = ()
+    outputs: list[Streams] = []
+    for t, streams in enumerate(given):
+        start = residue.clone(words=False) if residue is not None else None
+
+        def run(streams: Streams | None, features: Streams, state: ChainState, t: int = t, start: Any = start) -> Any:
+            local = start.clone(words=False) if start is not None else None
+            entered = None if streams is None else program.enter(streams, local)
+            features, state = program.run_core(t, entered, features, state, local)
+            outputs = program.run_exit(t, features, local)
+            if local is not None:
+                local.check_range()
+            return outputs, features, state, local
+
+        out, features, state, residue = checkpoint(
+            run, streams, features, state, use_reentrant=False, context_fn=snapshot.checkpoint_contexts
+        )
+        outputs.append(out)
+    return stack(outputs), state
+
+
+def run_layers_checkpointed(links: tuple[Link, ...], streams: Streams, state: ChainState, exact: bool) -> tuple[Streams, ChainState]:
+    """A chain under `torch.utils.checkpoint`, layer by layer."""
+    residue = Residue(keep=False) if exact else None
+    own: list[Any] = []
+    carry = state.carry
+    empty = Program((), (), (), (True,), exact)
+    streams = empty.enter(streams, residue)
+    for link, layer_state in zip(links, state.layers, strict=True):
+        program = Program((), (link,), (), (True,), exact)
+        snapshot = Snapshot([link.layer])
+        start = residue.clone(words=False) if residue is not None else None
+
+        def run(streams: Streams, state: ChainState, program: Program = program, start: Any = start) -> Any:
+            local = start.clone(words=False) if start is not None else None
+            streams, state = program.run_core(0, streams, (), state, local)
+            if local is not None:
+                local.check_range()
+            return streams, state, local
+
+        streams, new_state, residue = checkpoint(
+            run, streams, ChainState((layer_state,), carry), use_reentrant=False, context_fn=snapshot.checkpoint_contexts
+        )
+        own.append(new_state.layers[0])
+        carry = new_state.carry
+    return streams, ChainState(tuple(own), carry)
+
+
+def chain_links(chain: Chain, prefix: str = "") -> tuple[Link, ...]:
+    """Flatten layers, sequences of layers and inverses of sequences into links with names for errors."""
+    if isinstance(chain, Inverse) and is_sequence(chain.layer):
+        inner = chain_links(chain.layer, prefix)
+        return tuple(Link(f"inverse of {name}", Inverse(layer)) for name, layer in reversed(inner))
+    if isinstance(chain, ReversibleLayer) and not is_sequence(chain):
+        return (Link(f"layer {prefix or '0'} ({describe(chain)})", chain),)
+    links: list[Link] = []
+    for i, layer in enumerate(chain):  # type: ignore[arg-type]
+        if not isinstance(layer, ReversibleLayer):
+            raise StreamError(
+                f"layer {prefix}{i} is a {type(layer).__name__}, not a reversible layer: put it inside a coupling, "
+                "AdditiveCoupling(module)"
+            )
+        links += chain_links(layer, f"{prefix}.{i}" if prefix else f"{i}")
+    return tuple(links)
+
+
+def is_sequence(layer: Any) -> bool:
+    """Whether a layer is itself a chain of layers."""
+    return isinstance(layer, nn.Module) and hasattr(layer, "__iter__")
+
+
+def describe(layer: ReversibleLayer) -> str:
+    """A layer's class, through inverses."""
+    return f"Inverse({describe(layer.layer)})" if isinstance(layer, Inverse) else type(layer).__name__
+
+
+def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
+    """Resolve `auto`."""
+    if arithmetic not in ("auto", "exact", "float"):
+        raise StreamError(f"arithmetic must be 'auto', 'exact' or 'float', got {arithmetic!r}")
+    if arithmetic != "auto":
+        return arithmetic == "exact"
+    return any(isinstance(m, GatedCoupling) for _, layer in links for m in layer.modules())
+
+
+def check_mode(mode: str) -> None:
+    """Raise for an unknown mode."""
+    if mode not in ("stored", "checkpoint", "reversible"):
+        raise StreamError(f"mode must be 'stored', 'checkpoint' or 'reversible', got {mode!r}")
+
+
+def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainState:
+    """The state, or an empty one for a chain without states.
+
+    Raises:
+        StreamError: A stateful layer has no state, or the number of states is wrong.
+    """
+    if state is None:
+        state = stateless(links)
+    if len(state.layers) != len(links):
+        raise StreamError(f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries (use () for a stateless layer)")
+    for (name, layer), own in zip(links, state.layers, strict=True):
+        if layer.stateful and not own and not state.carry:
+            raise StreamError(f"{name} is stateful, but no state was given for it")
+        if not layer.stateful and own:
+            raise StreamError(f"{name} takes no state, but {len(own)} tensor(s) were given for it")
+    return state

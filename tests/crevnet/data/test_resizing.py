@@ -1,0 +1,57 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from crevnet.data import resize
+
+
+@settings(deadline=None)
+@given(st.integers(0, 255), st.integers(1, 9), st.integers(1, 9), st.integers(1, 20))
+def test_flat_images_stay_flat(level, height, width, size):
+    resized = resize(np.full((2, height, width), level, np.uint8), size)
+    assert resized.dtype == np.uint8
+    assert resized.shape == (2, size, size)
+    assert (resized == level).all()
+
+
+def test_right_size_is_returned_untouched():
+    images = np.zeros((1, 4, 4), np.uint8)
+    assert resize(images, 4) is images
+
+
+def test_each_image_is_resized_alone_across_chunks(monkeypatch):
+    images = np.random.default_rng(0).integers(0, 256, (7, 8, 8), np.uint8)
+    whole = resize(images, 14)
+    monkeypatch.setattr("crevnet.data.resizing._CHUNK", 3)
+    assert (resize(images, 14) == whole).all()
+    assert (np.concatenate([resize(images[i : i + 1], 14) for i in range(7)]) == whole).all()
+
+
+def test_overshoot_is_clipped_not_wrapped():
+    # Bicubic interpolation of a step exceeds both of its levels.
+    step = np.zeros((1, 8, 8), np.uint8)
+    step[:, :, 4:] = 255
+    row = resize(step, 32)[0, 16].astype(int)
+    assert (np.diff(row) >= 0).all()
+    assert (row[0], row[-1]) == (0, 255)
+
+
+def test_shrinking_averages_instead_of_skipping():
+    # A one-pixel checkerboard: taking every second pixel would give black or white.
+    board = (np.indices((16, 16)).sum(0) % 2 * 255).astype(np.uint8)
+    middle = resize(board[None], 4)[0, 1:3, 1:3].astype(int)
+    assert (abs(middle - 127.5) < 30).all()
+
+
+@pytest.mark.parametrize(
+    ("images", "size", "message"),
+    [
+        (np.zeros((1, 4, 4), np.uint8), 0, "size must be at least 1"),
+        (np.zeros((4, 4), np.uint8), 2, "images must be uint8"),
+        (np.zeros((1, 4, 4), np.float32), 2, "images must be uint8"),
+    ],
+)
+def test_wrong_arguments(images, size, message):
+    with pytest.raises(ValueError, match=message):
+        resize(images, size)
