@@ -3,8 +3,10 @@
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState
 from revgrad.coupling import AdditiveCoupling, AffineCoupling, Coupling, GatedCoupling
+from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.layer import Inverse, ReversibleLayer, Step
+from revgrad.memory import LiveMemory
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
@@ -18,6 +20,9 @@ __all__ = [
     "Coupling",
     "GatedCoupling",
     "Inverse",
+    "InvertibilityReport",
+    "LayerReport",
+    "LiveMemory",
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
@@ -29,6 +34,7 @@ __all__ = [
     "Step",
     "StreamError",
     "Swap",
+    "check_invertible",
     "snap",
     "unroll",
 ]

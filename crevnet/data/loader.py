@@ -99,8 +99,8 @@ def train_batches(
         raise ValueError(f"workers must be at least 0, got {workers}")
     if steps is not None and steps * batch_size > len(dataset):
         raise ValueError(
-            f"{steps} steps of {batch_size} take {steps * batch_size} sequences, the dataset has {len(dataset)}; "
-            "lower steps or batch_size, or raise the size of the dataset"
+            f"{steps} steps of {batch_size} take {steps * batch_size} sequences, "
+            f"the dataset has {len(dataset)}; lower steps or batch_size, or raise the size of the dataset"
         )
     sampler = StepSampler(batch_size, start_step=start_step, steps=steps, rank=rank, world_size=world_size)
     if workers == 0:

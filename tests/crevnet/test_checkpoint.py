@@ -577,7 +577,7 @@ CRASHES = """
 
 @pytest.mark.parametrize("step", [3, 2], ids=["new step", "same step"])
 def test_a_process_that_dies_at_any_change_of_the_disk_leaves_the_old_or_the_new(tmp_path, step):
-    """A fresh process forks a child for every change of the folder that a save makes, to die just before it."""
+    """A fresh process forks a child for every change that a save makes, to die just before it."""
     command = [sys.executable, "-c", textwrap.dedent(CRASHES), str(tmp_path), str(step)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

@@ -1,0 +1,138 @@
+"""`check_invertible`: does a chain invert, how exactly, and at what cost in residue."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from revgrad.chain import ChainState
+from revgrad.layer import State, Step, Streams
+from revgrad.replay import Snapshot
+from revgrad.residue import Residue, snap
+from revgrad.sequential import ReversibleSequential
+from revgrad.unroll import Chain, chain_links, checked_state, is_exact
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer of an `InvertibilityReport`."""
+
+    name: str
+    own_error: float
+    """Relative error of the layer's input, recovered from its true output: the layer's own share."""
+    chain_error: float
+    """Relative error of the layer's input, recovered from the chain's output through all layers behind it."""
+    bits: float
+    """Bits of residue per element of the updated stream."""
+
+
+@dataclass(frozen=True)
+class InvertibilityReport:
+    """What `check_invertible` found, per layer in chain order. Errors are largest absolute error over largest magnitude."""
+
+    layers: tuple[LayerReport, ...]
+    exact: bool
+    tolerance: float
+
+    @property
+    def first_degraded(self) -> LayerReport | None:
+        """Where inversion first goes wrong: going backwards from the output, the first layer whose recovered input is off."""
+        return next((r for r in reversed(self.layers) if not r.chain_error <= self.tolerance), None)
+
+    @property
+    def invertible(self) -> bool:
+        """Whether every layer's input is recovered within the tolerance."""
+        return self.first_degraded is None
+
+    @property
+    def bits(self) -> float:
+        """Bits of residue per element, all layers together."""
+        return sum(r.bits for r in self.layers)
+
+    def __str__(self) -> str:
+        width = max([5, *(len(r.name) for r in self.layers)])
+        lines = [f"{'layer':{width}}  own error  chain error  residue bits/element"]
+        lines += [f"{r.name:{width}}  {r.own_error:9.2e}  {r.chain_error:11.2e}  {r.bits:8.3f}" for r in self.layers]
+        bad = self.first_degraded
+        verdict = "inverts bit for bit" if self.exact else f"inverts within {self.tolerance:g}"
+        lines.append(verdict if bad is None else f"does not invert within {self.tolerance:g}: degrades first at {bad.name}")
+        return "\n".join(lines)
+
+
+@torch.no_grad()
+def check_invertible(
+    module: Chain,
+    inputs: Tensor | Sequence[Tensor],
+    states: ChainState | None = None,
+    *,
+    arithmetic: str | None = None,
+    tolerance: float | None = None,
+) -> InvertibilityReport:
+    """Run a chain forward and back, layer by layer, and compare.
+
+    Needs the memory of all activations: it is a diagnosis, not a training step. Random numbers are replayed, running statistics
+    are left alone.
+
+    Args:
+        module: A reversible layer or chain.
+        inputs: Its input stream or streams.
+        states: Conditioning states, if it is stateful.
+        arithmetic: `exact` or `float`; by default the module's own, or `auto`.
+        tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for float32, 1e-9 for
+            float64 and 5e-2 for less.
+    """
+    links = chain_links(module)
+    chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")
+    exact = is_exact(chosen, links)
+    streams: Streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    if exact:
+        streams = tuple(snap(x) for x in streams)
+    if tolerance is None:
+        tolerance = 0.0 if exact else {torch.float32: 1e-3, torch.float64: 1e-9}.get(streams[0].dtype, 5e-2)
+    residue = Residue() if exact else None
+    snapshot = Snapshot(layer for _, layer in links)
+    state = checked_state(links, states)
+    carry = state.carry
+    inputs_of: list[Streams] = []
+    read: list[State] = []
+    bits: list[float] = []
+    residues: list[Residue | None] = []
+    with snapshot.frozen_statistics():
+        for i, (name, layer) in enumerate(links):
+            step = Step(name=name, residue=residue)
+            if layer.stateful:
+                step.state = (*state.layers[i], *carry) if layer.carries else state.layers[i]
+            inputs_of.append(streams)
+            read.append(step.state)
+            before = residue.used_bits if residue is not None else 0.0
+            with snapshot.recording(i, streams[0].device):
+                streams = layer.run(streams, step)
+            residues.append(residue.clone() if residue is not None else None)
+            bits.append((residue.used_bits - before) / max(1, streams[0].numel()) if residue is not None else 0.0)
+            if layer.carries:
+                carry = step.new_state[len(step.new_state) - layer.carries :]
+        reports: list[LayerReport] = []
+        recovered = streams
+        for i in reversed(range(len(links))):
+            name, layer = links[i]
+            outputs = inputs_of[i + 1] if i + 1 < len(links) else streams
+            with snapshot.replaying(i):
+                own = layer.undo(outputs, Step(name=name, state=read[i], residue=residues[i]))
+            with snapshot.replaying(i):
+                recovered = layer.undo(recovered, Step(name=name, state=read[i], residue=residue))
+            reports.append(LayerReport(name, _error(own, inputs_of[i]), _error(recovered, inputs_of[i]), bits[i]))
+    return InvertibilityReport(tuple(reversed(reports)), exact, tolerance)
+
+
+def _error(found: Streams, true: Streams) -> float:
+    """Largest absolute error over largest magnitude, of all streams; infinite where something is not finite."""
+    worst = 0.0
+    for a, b in zip(found, true, strict=True):
+        if a.shape != b.shape:
+            return math.inf
+        if a.numel() and not torch.equal(a, b):
+            error = float((a - b).abs().max()) / max(float(b.abs().max()), 1e-30)
+            worst = max(worst, error if math.isfinite(error) else math.inf)
+    return worst

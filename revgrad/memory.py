@@ -1,0 +1,57 @@
+"""How much tensor memory a piece of code holds: counted from live storages, on any device and under fake tensors alike."""
+
+import weakref
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all tensor storages that are made inside the context and still alive.
+
+    Views share their storage and count once. Storages that existed before are not counted. Scratch memory inside an operator (a
+    convolution's reordered weights) is not seen. Under autograd the backward pass is counted too, if it is called
+    inside the context.
+
+    Attributes:
+        live: Bytes alive now.
+        peak: Largest value of `live` so far; `reset_peak` starts over.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self._count(x.untyped_storage(), before)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        key = id(storage)
+        if key in self._sizes or key in before:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._free, key).atexit = False
+
+    def _free(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+    def reset_peak(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.live
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
