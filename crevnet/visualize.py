@@ -28,6 +28,7 @@ _GAP, _PAIR_GAP, _PHASE_GAP = 2, 12, 14  # pixels: between frames, sequences, an
 _BORDER = 3  # pixels, around the frames of an animation
 _LAST_FRAME_HOLD = 3  # how many times longer the last frame of an animation stays
 _DIMMED = 0.35  # opacity of observed frames in the row of predictions
+_FEW_COLOURS = 2048
 _MARKED_POINTS = 50  # a loss curve with more is a plain line
 _BACKGROUND, _TEXT, _FAINT = (250, 250, 252), (60, 60, 70), (150, 150, 160)
 _OBSERVED, _PREDICTED = (37, 99, 205), (217, 95, 2)  # blue and orange: apart for colour-blind viewers too
@@ -287,8 +288,7 @@ def _write_image(path: Path, image: Image.Image) -> Path:
 
 def _write_gif(path: Path, images: list[Image.Image], durations: list[int]) -> Path:
     buffer = io.BytesIO()
-    # No dithering: its noise would differ from frame to frame, and flicker.
-    paletted = [image.quantize(256, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE) for image in images]
+    paletted = [_paletted(image) for image in images]
     paletted[0].save(
         buffer,
         format="GIF",
@@ -300,6 +300,15 @@ def _write_gif(path: Path, images: list[Image.Image], durations: list[int]) -> P
         optimize=False,
     )
     return _write(path, buffer.getvalue())
+
+
+def _paletted(image: Image.Image) -> Image.Image:
+    """Choose the 256 colours of one moment of an animation."""
+    # Maximum coverage is nearly exact for grey frames, but takes seconds where there are many colours.
+    few = image.getcolors(_FEW_COLOURS) is not None
+    method = Image.Quantize.MAXCOVERAGE if few else Image.Quantize.MEDIANCUT
+    # No dithering: its noise would differ from frame to frame, and flicker.
+    return image.quantize(256, method, dither=Image.Dither.NONE)
 
 
 def _drawable(

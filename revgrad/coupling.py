@@ -121,10 +121,11 @@ class Coupling(ReversibleLayer):
                 target_grad, *rest = vjp(grad, step.residue is not None, before, *values)
             message_grads = tuple(rest)
         del values, grad
-        found = gradients((*message, *new_state), (*message_grads, *state_grads), (source, *states, *wrt))
-        source_grad = _add(grads[self.source], found[0])
+        # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
+        outputs = (*message, *new_state, source)
+        found = gradients(outputs, (*message_grads, *state_grads, grads[self.source]), (source, *states, *wrt))
         n = 1 + len(states)
-        new_grads = _replace(_replace(grads, self.target, target_grad), self.source, source_grad)
+        new_grads = _replace(_replace(grads, self.target, target_grad), self.source, found[0])
         return Rewound(_replace(streams, self.target, before), new_grads, found[1:n], found[n:])
 
     def _message(self, source: Tensor, target: Tensor, state: Streams, name: str) -> tuple[Streams, Streams]:
@@ -299,8 +300,3 @@ def _no_autocast(x: Tensor) -> torch.autocast:
 def _replace(items: tuple, index: int, value: Any) -> tuple:
     return (*items[:index], value, *items[index + 1 :])
 
-
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b

@@ -45,7 +45,8 @@ class _HiddenOutput(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        o, u = (torch.sigmoid(ctx.saved_tensors[0]), torch.tanh(ctx.saved_tensors[1]))
+        output_gate, update = ctx.saved_tensors
+        o, u = torch.sigmoid(output_gate), torch.tanh(update)
         grad_o = (grad * u).mul_(o).mul_(1 - o)
         return grad_o, (grad * o).mul_(1 - u.square())
 
@@ -62,11 +63,12 @@ def cell_update(gates: Tensor, cell: Tensor) -> Tensor:
     """
     if gates.shape[1] != 3 * cell.shape[1] or gates.shape[2:] != cell.shape[2:] or gates.shape[0] != cell.shape[0]:
         raise ValueError(f"cell_update: gates {tuple(gates.shape)} must have three times the channels of cell {tuple(cell.shape)}")
-    return _CellUpdate.apply(gates, cell)
+    return _CellUpdate.apply(gates.to(cell.dtype), cell)
 
 
 def hidden_output(output_gate: Tensor, update: Tensor) -> Tensor:
     """New hidden state `sigmoid(output_gate) * tanh(update)`, both before activation and of one shape."""
     if output_gate.shape != update.shape:
         raise ValueError(f"hidden_output: shapes {tuple(output_gate.shape)} and {tuple(update.shape)} differ")
-    return _HiddenOutput.apply(output_gate, update)
+    dtype = torch.promote_types(output_gate.dtype, update.dtype)
+    return _HiddenOutput.apply(output_gate.to(dtype), update.to(dtype))

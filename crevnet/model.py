@@ -1,0 +1,218 @@
+"""CrevNet: encode with the two-way autoencoder, predict with reversible modules, decode with the inverse of the same autoencoder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from revgrad import ChainState, Inverse, Residue, StreamError, unroll
+from revgrad.chain import undo_chain
+from revgrad.layer import State, Streams
+from revgrad.program import Program
+from revgrad.unroll import chain_links, is_exact
+from torch import Tensor, nn
+
+from crevnet.autoencoder import two_way_autoencoder
+from crevnet.cells import CELLS
+from crevnet.clips import Stacking, frames_to_clips, newest_frames
+from crevnet.convolution import Normalisation
+from crevnet.predictor import reversible_predictor
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """Configuration of a CrevNet. The defaults are the paper's Moving MNIST setting with ST-LSTM (section 3.1)."""
+
+    cell: Literal["convlstm", "stlstm"] = "stlstm"
+    """Recurrent cell of the predictive modules."""
+    channels: int = 1
+    """Channels of a frame."""
+    image_size: int = 64
+    """Height and width of a frame in pixels; a multiple of 2 to the number of stages."""
+    clip: int = 3
+    """Frames per time step."""
+    stacking: Stacking = "depth"
+    """`depth`: clips are three-dimensional, with 3D convolutions; `channels`: the frames of a clip are channels, with 2D convolutions."""
+    blocks: tuple[int, ...] = (4, 5, 3)
+    """Autoencoder blocks (of three convolutions) per stage."""
+    bottleneck: int = 2
+    """By how much the inner convolutions of a block are narrower."""
+    modules: int = 8
+    """Reversible predictive modules."""
+    norm: Normalisation = "group"
+    """Normalisation in the autoencoder's blocks: `group`, `batch` (as in the original code for Moving MNIST) or `none`."""
+    mode: Literal["reversible", "checkpoint", "stored"] = "reversible"
+    """What is kept for the backward pass; the results are the same."""
+    arithmetic: Literal["exact", "float"] = "exact"
+    """`exact`: fixed-point streams whose inverse is exact bit for bit; `float`: as they come, ill-conditioned for closed gates."""
+    keep_states_every: int = 1
+    """Keep the recurrent states of every n-th time step only, recompute the others: less memory, one more forward pass."""
+
+    def __post_init__(self) -> None:
+        fold = 2 ** len(self.blocks)
+        if not self.blocks or min(self.blocks) < 1:
+            raise ValueError(f"model.blocks must name at least one block per stage, got {self.blocks}")
+        if self.image_size % fold:
+            raise ValueError(
+                f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} stages fold it"
+            )
+        if self.cell not in CELLS:
+            raise ValueError(f"model.cell must be one of {sorted(CELLS)}, got {self.cell!r}")
+        for name in ("channels", "clip", "modules", "bottleneck", "keep_states_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
+
+    def build(self) -> "CrevNet":
+        """The model, with random weights."""
+        return CrevNet(self)
+
+
+@dataclass
+class StepState:
+    """What one time step leaves: what the next step needs, and what undoing this step needs."""
+
+    chain: ChainState
+    """The recurrent states after the step."""
+    features: Streams
+    """The predictor's output; a step without input goes on from it."""
+    read: list[State]
+    """The states that each module of the step has read: what its inverse is conditioned on (eq. 5)."""
+    residue: Residue | None
+    """What exact arithmetic has forgotten up to and including this step; None in float arithmetic."""
+
+
+class CrevNet(nn.Module):
+    """The conditionally reversible network: `x'_t = E^-1(P(E(x_(t-1)) | x_(0:t-2)))` (eq. 4).
+
+    Attributes:
+        autoencoder: E, a reversible chain.
+        predictor: P, a reversible chain with recurrent states.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dimensions = 3 if config.stacking == "depth" else 2
+        channels = config.channels if config.stacking == "depth" else config.channels * config.clip
+        stages = len(config.blocks)
+        side = config.image_size // 2**stages
+        self.size = (config.clip, side, side) if config.stacking == "depth" else (side, side)
+        self.width = 2 * channels * 4 ** (stages - 1)
+        self.autoencoder = two_way_autoencoder(
+            channels, dimensions, blocks=config.blocks, bottleneck=config.bottleneck, norm=config.norm
+        )
+        self.predictor = reversible_predictor(config.cell, config.modules, self.width, self.size)
+
+    def forward(self, clips: Tensor, fed: Sequence[bool] | None = None, steps: int | None = None) -> Tensor:
+        """Predict the following clip at every time step.
+
+        Args:
+            clips: `[B, N, C, K, H, W]` (`[B, N, K C, H, W]` for clips stacked in channels), values in 0 .. 1.
+            fed: Per time step, whether the model is given the true clip (teacher forcing) or goes on from its own features
+                (free running); by default the N given clips, then its own.
+            steps: Number of time steps; by default N.
+
+        Returns:
+            Predictions like the clips, `[B, steps, ...]`: prediction t is of clip t + 1.
+
+        Raises:
+            ValueError: Shapes that do not fit the model, more clips wanted than given, nothing fed at the first step.
+        """
+        self._check(clips)
+        given = clips.shape[1]
+        steps = given if steps is None else steps
+        fed = [t < given for t in range(steps)] if fed is None else list(fed)
+        if len(fed) != steps or any(f and t >= given for t, f in enumerate(fed)) or not fed or not fed[0]:
+            raise ValueError(f"fed must say for each of {steps} steps whether one of the {given} clips is given, the first one always")
+        outputs, _ = unroll(
+            self.predictor,
+            [clips[:, t] if f else None for t, f in enumerate(fed)],
+            self.initial_state(clips),
+            entry=self.autoencoder,
+            exit=Inverse(self.autoencoder),
+            mode=self.config.mode,
+            arithmetic=self.config.arithmetic,
+            keep_states_every=self.config.keep_states_every,
+        )
+        return outputs[0].transpose(0, 1)
+
+    @torch.no_grad()
+    def predict(self, frames: Tensor, steps: int) -> Tensor:
+        """Predict the frames that follow, without re-encoding any prediction (figure 1).
+
+        Args:
+            frames: Observed frames `[B, T, C, H, W]`, values in 0 .. 1; at least one clip.
+            steps: Number of frames to predict.
+
+        Returns:
+            `[B, steps, C, H, W]`.
+        """
+        clips = frames_to_clips(frames, self.config.clip, self.config.stacking)
+        observed = clips.shape[1]
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        predicted = self(clips, steps=observed + steps - 1)[:, observed - 1 :]
+        return newest_frames(predicted, self.config.channels, self.config.stacking)
+
+    def initial_state(self, like: Tensor) -> ChainState:
+        """Zero states for a batch of clips (one tensor of zeros, shared)."""
+        zero = like.new_zeros(like.shape[0], self.width, *self.size)
+        cell = CELLS[self.config.cell]
+        return ChainState(((zero,) * cell.states,) * self.config.modules, (zero,) * cell.carries)
+
+    @torch.no_grad()
+    def step(self, clip: Tensor | None, states: StepState | None = None) -> tuple[Tensor, StepState]:
+        """One time step, undoable by `reconstruct`.
+
+        Args:
+            clip: `[B, C, K, H, W]` or, stacked in channels, `[B, K C, H, W]`; None goes on from the features of the step before.
+            states: What the step before has left; None at the first step.
+
+        Returns:
+            The predicted clip, and the states that belong to it.
+        """
+        program = self._program()
+        if clip is not None:
+            self._check(clip[:, None])
+        elif states is None:
+            raise ValueError("step: the first time step needs a clip")
+        residue = None
+        if program.exact:
+            residue = states.residue.clone() if states is not None and states.residue is not None else Residue()
+        chain = states.chain if states is not None else self.initial_state(clip)  # type: ignore[arg-type]
+        read: list[State] = []
+        given = None if clip is None else program.enter((clip,), residue)
+        features, chain = program.run_core(0, given, states.features if states else (), chain, residue, keep=read.append)
+        (prediction,) = program.run_exit(0, features, residue)
+        if residue is not None:
+            residue.check_range()
+        return prediction, StepState(chain, features, read, residue)
+
+    @torch.no_grad()
+    def reconstruct(self, prediction: Tensor, states: StepState) -> Tensor:
+        """The clip that a step was given, from what it predicted (eq. 5).
+
+        Bit for bit in exact arithmetic, where the clip is its fixed-point value (`revgrad.snap`).
+
+        Args:
+            prediction: The predicted clip that `step` returned.
+            states: The states that `step` returned with it.
+        """
+        self._check(prediction[:, None])
+        program = self._program()
+        residue = states.residue.clone() if states.residue is not None else None
+        streams = undo_chain(program.exit, (prediction,), [()] * len(program.exit), residue)
+        streams = undo_chain(program.core, streams, states.read, residue)
+        (clip,) = undo_chain(program.entry, streams, [()] * len(program.entry), residue)
+        return clip
+
+    def _program(self) -> Program:
+        entry, core, leave = map(chain_links, (self.autoencoder, self.predictor, Inverse(self.autoencoder)))
+        return Program(entry, core, leave, (True,), is_exact(self.config.arithmetic, core))
+
+    def _check(self, clips: Tensor) -> None:
+        c = self.config
+        frame = (c.image_size, c.image_size)
+        expected = (c.channels, c.clip, *frame) if c.stacking == "depth" else (c.channels * c.clip, *frame)
+        if clips.shape[2:] != expected:
+            raise StreamError(f"CrevNet: clips of shape {tuple(clips.shape[2:])} given, but the model is built for {expected}")

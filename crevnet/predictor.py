@@ -1,0 +1,54 @@
+"""The reversible predictive module (section 2.2) and the predictor made of them."""
+
+from revgrad import GatedCoupling, ReversibleSequential
+from torch import Tensor, nn
+
+from crevnet.cells import CELLS, State
+from crevnet.convolution import convolution
+
+
+class PredictiveTransform(nn.Module):
+    """What a predictive module computes from the stream it reads: hidden state and attention.
+
+    `h = ConvRNN(x, state)`, `a = W2 * ReLU(W1 * h + b1) + b2`; the coupling then blends the other stream with `h` by `sigmoid(a)`.
+    """
+
+    def __init__(self, cell: str, channels: int, size: tuple[int, ...]) -> None:
+        super().__init__()
+        self.cell = CELLS[cell](channels, size)
+        self.attention = nn.Sequential(
+            convolution(len(size), channels, channels), nn.ReLU(), convolution(len(size), channels, channels)
+        )
+
+    def forward(self, x: Tensor, state: State) -> tuple[tuple[Tensor, Tensor], State]:
+        """The message (attention logits, hidden state) and the new state."""
+        hidden, state = self.cell(x, state)
+        return (self.attention(hidden), hidden), state
+
+
+def reversible_predictor(cell: str, modules: int, channels: int, size: tuple[int, ...]) -> ReversibleSequential:
+    """A chain of reversible predictive modules that alternate between the two streams.
+
+    Args:
+        cell: `convlstm` or `stlstm`.
+        modules: Number of modules.
+        channels: Channels of each stream.
+        size: `(H, W)` or `(T, H, W)` of the streams.
+
+    Raises:
+        ValueError: Unknown cell.
+    """
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {sorted(CELLS)}, got {cell!r}")
+    return ReversibleSequential(
+        *(
+            GatedCoupling(
+                PredictiveTransform(cell, channels, size),
+                source=i % 2,
+                target=1 - i % 2,
+                stateful=True,
+                carries=CELLS[cell].carries,
+            )
+            for i in range(modules)
+        )
+    )
