@@ -53,7 +53,7 @@ def prediction_grid(
         `path`.
 
     Raises:
-        ValueError: for shapes that do not fit together, a number of channels other than 1 and 3, NaN, or no rows.
+        ValueError: for shapes that do not fit together, channels other than 1 or 3, integers, NaN, no rows.
     """
     truth, model, split = _to_pixels(observed, target, prediction, rows, _GRID_FRAME)
     _, frames, height, width, _ = truth.shape

@@ -98,12 +98,19 @@ class Reversible(torch.autograd.Function):
         gradients.states, gradients.carry = list(final_grads.layers), final_grads.carry
         stream_grads = grads[:n] if ctx.stacked else tuple(g if g is None else g[None] for g in grads[:n])
         streams = outputs if ctx.stacked else tuple(y[None] for y in outputs)
-        wanted = any(ctx.needs_input_grad[5 : 5 + ctx.count]) or any(
-            parameters[i].requires_grad for _, layer in program.entry for i in snapshot.indices_of(layer)
+        wanted = ctx.needs_input_grad[5 : 5 + ctx.count]
+        entry = [parameters[i].requires_grad for _, layer in program.entry for i in snapshot.indices_of(layer)]
+        walk = _Backward(
+            program,
+            snapshot,
+            tape,
+            gradients,
+            _group(program, ctx.given_per_step, given),
+            inputs_wanted=any(wanted),
+            entry_wanted=any(wanted) or any(entry),
         )
-        walk = _Backward(program, snapshot, tape, gradients, _group(program, ctx.given_per_step, given), wanted)
         with snapshot.replaying_all(stand_ins):
-            input_grads = walk.run(streams, stream_grads)
+            input_grads = walk.run(streams, stream_grads) or [None] * ctx.count
         state_grads = [g for s in gradients.states for g in s] + list(gradients.carry)
         return (None,) * 5 + (*input_grads, *state_grads, *gradients.total)
 
@@ -158,6 +165,8 @@ class _Backward:
         tape: Tape,
         gradients: ChainGradients,
         given: list[Streams | None],
+        *,
+        inputs_wanted: bool,
         entry_wanted: bool,
     ) -> None:
         self.program = program
@@ -165,10 +174,11 @@ class _Backward:
         self.tape = tape
         self.gradients = gradients
         self.given = given
+        self.inputs_wanted = inputs_wanted
         self.entry_wanted = entry_wanted
 
     def run(self, outputs: Streams, grads: Grads) -> list[Tensor | None]:
-        """Gradients of the given inputs, in their order; all others end up in `self.gradients`."""
+        """Gradients of the given inputs in their order, if wanted; all others end up in `self.gradients`."""
         input_grads: list[Grads] = []
         feedback: Grads = ()
         for segment in reversed(self.tape.segments):
@@ -177,7 +187,8 @@ class _Backward:
                 streams = tuple(y[t] for y in outputs)
                 feedback = self._step(t, streams, tuple(None if g is None else g[t] for g in grads), feedback, residue)
                 if self.program.fed[t]:
-                    input_grads.append(feedback)
+                    if self.inputs_wanted:
+                        input_grads.append(feedback)
                     feedback = ()
             if residue is not None:
                 residue.check_undone_to(segment.residue)
@@ -194,8 +205,6 @@ class _Backward:
         if self.entry_wanted:
             streams, grads = self._rewind(t, 0, streams, grads, None)
             self._compare(streams, self.tape.fingerprints[t])
-        else:
-            grads = (None,) * (len(self.given[t] or grads))
         return grads
 
     def _rewind(
