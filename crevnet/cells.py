@@ -44,10 +44,10 @@ class ConvLSTMCell(nn.Module):
                 f"ConvLSTMCell: input {tuple(x.shape)} does not fit the peephole {tuple(self.peephole.shape)}; "
                 "build the model for this frame size"
             )
-        gates = self.gates(torch.cat([x, hidden], dim=1))
-        n = 3 * cell.shape[1]
-        cell = cell_update(gates[:, :n], cell)
-        hidden = hidden_output(gates[:, n:] + self.peephole * cell, cell)
+        n = cell.shape[1]
+        gates, output = self.gates(torch.cat([x, hidden], dim=1)).split([3 * n, n], dim=1)
+        cell = cell_update(gates, cell)
+        hidden = hidden_output(output + self.peephole * cell, cell)
         return hidden, (hidden, cell)
 
 
@@ -77,12 +77,12 @@ class STLSTMCell(nn.Module):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One time step."""
         hidden, cell, memory = state
-        gates = self.cell_gates(torch.cat([x, hidden], dim=1))
-        n = 3 * cell.shape[1]
-        cell = cell_update(gates[:, :n], cell)
+        n = cell.shape[1]
+        gates, output = self.cell_gates(torch.cat([x, hidden], dim=1)).split([3 * n, n], dim=1)
+        cell = cell_update(gates, cell)
         memory = cell_update(self.memory_gates(torch.cat([x, memory], dim=1)), memory)
         both = torch.cat([cell, memory], dim=1)
-        hidden = hidden_output(gates[:, n:] + self.output_gate(both), self.fuse(both))
+        hidden = hidden_output(output + self.output_gate(both), self.fuse(both))
         return hidden, (hidden, cell, memory)
 
 

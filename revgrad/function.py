@@ -87,11 +87,7 @@ class Reversible(torch.autograd.Function):
                 "choose mode='stored' for gradient penalties and Hessians"
             )
         program, snapshot, n = ctx.program, ctx.snapshot, ctx.streams
-        saved = ctx.saved_tensors
-        outputs, saved = saved[:n], saved[n:]
-        parameters, saved = saved[: len(snapshot.parameters)], saved[len(snapshot.parameters) :]
-        given, saved = saved[: ctx.kept_inputs], saved[ctx.kept_inputs :]
-        tape = _unpack(ctx.tape_layout, saved)
+        outputs, parameters, given, tape = _unsave(ctx)
         stand_ins = [leaf(p) if p.requires_grad else p.detach() for p in parameters]
         gradients = ChainGradients(stand_ins, len(program.core), len(ctx.state.carry))
         final_grads = ctx.state.replace(grads[n:])  # type: ignore[arg-type]
@@ -155,6 +151,15 @@ def _forward(
     return outputs, state, tape
 
 
+def _unsave(ctx: Any) -> tuple[Streams, Streams, Streams, Tape]:
+    """Outputs, parameters, kept inputs and tape. The tape then holds the only reference to the states, and drops each one when used."""
+    sizes = [ctx.streams, len(ctx.snapshot.parameters), ctx.kept_inputs]
+    it = iter(ctx.saved_tensors)
+    ctx.maybe_clear_saved_tensors()  # does nothing under retain_graph=True
+    outputs, parameters, given = (tuple(next(it) for _ in range(n)) for n in sizes)
+    return outputs, parameters, given, _unpack(ctx.tape_layout, tuple(it))
+
+
 class _Backward:
     """One backward pass: time steps last to first."""
 
@@ -181,7 +186,8 @@ class _Backward:
         """Gradients of the given inputs in their order, if wanted; all others end up in `self.gradients`."""
         input_grads: list[Grads] = []
         feedback: Grads = ()
-        for segment in reversed(self.tape.segments):
+        while self.tape.segments:
+            segment = self.tape.segments.pop()  # with it goes the last reference to its states
             residue = self._recompute(segment) if self.program.keep_states_every > 1 else self.tape.residue
             for t in range(segment.last, segment.first - 1, -1):
                 streams = tuple(y[t] for y in outputs)
@@ -274,7 +280,7 @@ class _Slot:
 @dataclass
 class _PackedResidue:
     layout: Any
-    slots: list[Any]
+    slots: list[_Slot]
 
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
@@ -294,28 +300,32 @@ def _pack(tape: Tape) -> tuple[Tape, list[Tensor]]:
     """Take the tensors out of a tape: what is left goes on the context, the tensors into `save_for_backward`."""
     tensors: list[Tensor] = []
 
-    def out(item: Any) -> Any:
-        if isinstance(item, Tensor):
-            tensors.append(item)
-            return _Slot(len(tensors) - 1)
-        if isinstance(item, Residue):
-            return _PackedResidue(item.layout(), [out(x) for x in item.tensors()])
-        return item
+    # Not recursive: a function that refers to itself is a reference cycle, which would hold the tensors until the collector runs.
+    def slot(x: Tensor) -> _Slot:
+        tensors.append(x)
+        return _Slot(len(tensors) - 1)
 
-    return Tape(_map(tape.segments, out), _map(tape.read, out), _map(tape.residue, out), tape.fingerprints), tensors
+    def out(item: Any) -> Any:
+        if isinstance(item, Residue):
+            return _PackedResidue(item.layout(), [slot(x) for x in item.tensors()])
+        return slot(item) if isinstance(item, Tensor) else item
+
+    return _map_tape(tape, out), tensors
 
 
 def _unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
     """Put the tensors back into a new tape; the layout stays as it is, for a second backward pass."""
 
     def back(item: Any) -> Any:
-        if isinstance(item, _Slot):
-            return tensors[item.index]
         if isinstance(item, _PackedResidue):
-            return Residue.unpack(item.layout, [back(x) for x in item.slots])
-        return item
+            return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots])
+        return tensors[item.index] if isinstance(item, _Slot) else item
 
-    return Tape(_map(layout.segments, back), _map(layout.read, back), _map(layout.residue, back), layout.fingerprints)
+    return _map_tape(layout, back)
+
+
+def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
+    return Tape(_map(tape.segments, change), _map(tape.read, change), _map(tape.residue, change), tape.fingerprints)
 
 
 @contextmanager

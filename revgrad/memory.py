@@ -28,7 +28,7 @@ class LiveMemory(TorchDispatchMode):
         self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {id(x.untyped_storage()) for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, torch.Tensor):
@@ -36,7 +36,7 @@ class LiveMemory(TorchDispatchMode):
         return out
 
     def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
-        key = id(storage)
+        key = storage._cdata
         if key in self._sizes or key in before:
             return
         self._sizes[key] = storage.nbytes()
