@@ -14,11 +14,15 @@ def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3
 
 
 def normalisation(dimensions: int, channels: int, kind: Normalisation) -> nn.Module:
-    """A normalisation layer over `[B, channels, (T,) H, W]`; groups hold 16 channels, or all if there are fewer."""
+    """A normalisation layer over `[B, channels, (T,) H, W]`.
+
+    Groups hold 16 channels: more where the channels do not divide into such groups, all of them where there are fewer.
+    """
     if kind == "batch":
         return {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}[dimensions](channels)
     if kind == "group":
-        return nn.GroupNorm(max(1, channels // 16), channels)
+        groups = next(g for g in range(max(1, channels // 16), 0, -1) if channels % g == 0)
+        return nn.GroupNorm(groups, channels)
     if kind == "none":
         return nn.Identity()
     raise ValueError(f"normalisation must be 'batch', 'group' or 'none', got {kind!r}")

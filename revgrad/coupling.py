@@ -97,7 +97,7 @@ class Coupling(ReversibleLayer):
         self._check_streams(streams, step)
         source, target = streams[self.source], streams[self.target]
         message, step.new_state = self._message(source, target, step.state, step.name)
-        updated = self._apply(target, message, step.residue, undo=undo)
+        updated = self._updated(target, message, step.residue, undo=undo)
         if step.residue is not None:
             step.residue.watch(step.name, updated)
         return _replace(streams, self.target, updated)
@@ -111,7 +111,7 @@ class Coupling(ReversibleLayer):
         step.new_state = tuple(s.detach() for s in new_state)
         values = tuple(m.detach() for m in message)
         with torch.no_grad():
-            before = self._apply(streams[self.target], values, step.residue, undo=not undo)
+            before = self._updated(streams[self.target], values, step.residue, undo=not undo)
         grad = grads[self.target]
         target_grad: Tensor | None = None
         message_grads: Grads = (None,) * len(message)
@@ -153,7 +153,7 @@ class Coupling(ReversibleLayer):
                 )
         return message, new_state
 
-    def _apply(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
+    def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with _no_autocast(target):
             if residue is None:
                 message = tuple(m.to(target.dtype) for m in message)

@@ -1,0 +1,139 @@
+"""Configuration of a training run: one dataclass per concern, nested in `TrainConfig`, checked when made."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from crevnet.data import DataConfig
+from crevnet.model import ModelConfig
+
+
+@dataclass(kw_only=True)
+class OptimiserConfig:
+    """Adam and its learning rate. The defaults are the paper's (section 3.1)."""
+
+    learning_rate: float = 5e-4
+    """Learning rate after warm-up."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's first and second moments."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """`cosine` lets the learning rate fall to zero at the last step."""
+    clip_norm: float = 0.0
+    """Largest norm of the whole gradient; 0 does not clip."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ValueError(f"optimiser.learning_rate must be positive, got {self.learning_rate}")
+        if self.warmup_steps < 0 or self.clip_norm < 0:
+            raise ValueError("optimiser.warmup_steps and optimiser.clip_norm must not be negative")
+
+    def rate(self, step: int, steps: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule == "constant":
+            return self.learning_rate
+        done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+@dataclass(kw_only=True)
+class FeedingConfig:
+    """What the model is given after the observed frames while it trains: the truth, or its own features."""
+
+    kind: Literal["teacher", "free", "scheduled"] = "teacher"
+    """`teacher`: the true clip at every time step (as the paper trains); `free`: none after the observed frames; `scheduled`: the true clip
+    with a probability that falls from 1 to 0."""
+    fall_from: int = 0
+    """Step at which the probability starts to fall, `scheduled` only."""
+    fall_to: int = 0
+    """Step at which it has reached 0, `scheduled` only."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "scheduled" and not 0 <= self.fall_from < self.fall_to:
+            raise ValueError(
+                f"feeding: scheduled needs 0 <= fall_from < fall_to, got fall_from={self.fall_from}, fall_to={self.fall_to}"
+            )
+
+    def truth_probability(self, step: int) -> float:
+        """How likely a clip after the observed ones is given."""
+        if self.kind != "scheduled":
+            return 1.0 if self.kind == "teacher" else 0.0
+        return 1.0 - min(1.0, max(0.0, (step - self.fall_from) / (self.fall_to - self.fall_from)))
+
+
+@dataclass(kw_only=True)
+class RunConfig:
+    """Where a run is kept, and how often it looks up."""
+
+    folder: Path | None = None
+    """Folder of the run; a run that was interrupted there goes on. None makes a new one under `runs/`."""
+    checkpoint_every: int = 1000
+    """Steps between checkpoints."""
+    keep: int = 3
+    """Checkpoints to keep, besides the best one."""
+    validate_every: int = 1000
+    """Steps between validations."""
+    validation_sequences: int = 256
+    """Sequences to validate on; made of training digits that are held out."""
+    log_every: int = 10
+    """Steps between entries in the logs."""
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    precision: Literal["32-true", "bf16-mixed"] = "32-true"
+    """`bf16-mixed` runs convolutions in bfloat16; streams stay in float32."""
+    workers: int = 0
+    """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU."""
+    threads: int = 0
+    """CPU threads; 0 leaves PyTorch's choice."""
+
+    def __post_init__(self) -> None:
+        for name in ("checkpoint_every", "keep", "validate_every", "validation_sequences", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
+        if self.workers < 0 or self.threads < 0:
+            raise ValueError("run.workers and run.threads must not be negative")
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """A training run. The defaults are the paper's Moving MNIST setting."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The network."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """The sequences."""
+    optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
+    """Adam and its learning rate."""
+    feeding: FeedingConfig = field(default_factory=FeedingConfig)
+    """Teacher forcing or free running."""
+    run: RunConfig = field(default_factory=RunConfig)
+    """Folder, checkpoints, logs, device."""
+    observed: int = 10
+    """Frames given."""
+    steps: int = 300_000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """Sequences per step, over all processes."""
+    seed: int = 0
+    """Seed of the weights and of scheduled feeding."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 0 or self.batch_size < 1:
+            raise ValueError(f"steps must not be negative and batch_size at least 1, got {self.steps} and {self.batch_size}")
+        if self.data.image_size != self.model.image_size:
+            raise ValueError(
+                f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} differ; set both"
+            )
+        if not self.model.clip <= self.observed < self.data.frames:
+            raise ValueError(
+                f"observed must be at least model.clip ({self.model.clip}) and below data.frames ({self.data.frames}), got {self.observed}"
+            )
+
+    @property
+    def predicted(self) -> int:
+        """Frames to predict."""
+        return self.data.frames - self.observed

@@ -1,0 +1,102 @@
+"""`python -m crevnet.evaluate`: MSE, SSIM and PSNR of a trained model on the test set, per predicted frame and averaged."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+from tqdm import tqdm
+
+from crevnet.data import DataConfig, MovingMNIST
+from crevnet.metrics import VideoMetrics, copy_last_frame
+from crevnet.model import CrevNet
+from crevnet.run import load_run, select_device
+
+
+def evaluate(
+    run: Path,
+    *,
+    checkpoint: str = "best",
+    data: DataConfig | None = None,
+    batch_size: int = 32,
+    device: str = "auto",
+    output: Path | None = None,
+) -> dict[str, Any]:
+    """Evaluate a trained model on the fixed test set and print the metrics as JSON.
+
+    MSE is the squared error summed over the frame, as in the paper; SSIM and PSNR are for values in 0 .. 1 (data range 1).
+
+    Args:
+        run: Folder of a training run.
+        checkpoint: `best` (by validation), `last`, or the number of a step.
+        data: Other data than the run was trained on.
+        batch_size: Sequences at a time.
+        device: `auto`, `cpu` or `cuda`.
+        output: JSON file to write as well.
+    """
+    where = select_device(device)
+    loaded = load_run(run, checkpoint, where)
+    config = loaded.config
+    if data is not None and data.image_size != config.model.image_size:
+        raise ValueError(f"data.image_size {data.image_size} is not the model's, {config.model.image_size}")
+    dataset = (data or config.data).build_test()
+    result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
+    result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
+    text = json.dumps(result, indent=2)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text + "\n")
+    print(text)
+    return result
+
+
+@torch.no_grad()
+def score(
+    model: CrevNet,
+    dataset: MovingMNIST,
+    observed: int,
+    *,
+    batch_size: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    all_reduce: Callable[[Tensor], Tensor] | None = None,
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Metrics of a model on a whole data set, and of the copy-last-frame baseline beside it.
+
+    Args:
+        model: The model; put into eval mode meanwhile.
+        dataset: Sequences; the frames after `observed` are predicted.
+        observed: Frames given.
+        batch_size: Sequences at a time.
+        device: Where to compute.
+        rank: This process; it takes every `world_size`-th batch.
+        world_size: Number of processes.
+        all_reduce: Sums a tensor over the processes.
+        progress: Whether to show a progress bar.
+    """
+    training = model.training
+    model.eval()
+    ours, baseline = VideoMetrics(device), VideoMetrics(device)
+    starts = range(rank * batch_size, len(dataset), batch_size * world_size)
+    for start in tqdm(starts, desc="evaluate", disable=not progress or rank > 0, leave=False, file=sys.stderr):
+        frames = dataset.batch(range(start, min(start + batch_size, len(dataset)))).to(device)
+        given, target = frames[:, :observed], frames[:, observed:]
+        ours.update(model.predict(given, target.shape[1]), target)
+        baseline.update(copy_last_frame(given, target.shape[1]), target)
+    model.train(training)
+    if all_reduce is not None:
+        ours.reduce(all_reduce)
+        baseline.reduce(all_reduce)
+    result = ours.compute()
+    copied = baseline.compute()
+    return result | {"copy_last_frame": {k: copied[k] for k in ("mse", "ssim", "psnr")}}
+
+
+if __name__ == "__main__":
+    auto_cli(evaluate, as_positional=True)

@@ -1,0 +1,349 @@
+"""The trainer: set up, fit, validate, and finish with metrics and pictures of the test set."""
+
+import json
+import math
+import sys
+import time
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.utilities.seed import seed_everything
+from revgrad import LiveMemory, ReversibilityError
+from torch import Tensor
+from torch.nn.functional import mse_loss
+from tqdm import tqdm
+
+from crevnet.checkpoint import CheckpointDirectory
+from crevnet.clips import frames_to_clips
+from crevnet.command import as_plain, load_config, save_config
+from crevnet.config import TrainConfig
+from crevnet.data import train_batches
+from crevnet.evaluate import score
+from crevnet.interrupt import Interrupt
+from crevnet.logs import RunLog
+from crevnet.run import find_checkpoint
+from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
+
+
+class TrainingDiverged(RuntimeError):  # noqa: N818
+    """A loss or gradient is not finite; nothing of that step was kept."""
+
+
+class Trainer:
+    """One training run in one process (of several, under torchrun).
+
+    Args:
+        config: The run.
+        fabric: Launched; device, precision and process group.
+        folder: Folder of the run.
+    """
+
+    def __init__(self, config: TrainConfig, fabric: Fabric, folder: Path) -> None:
+        self.config = config
+        self.fabric = fabric
+        self.folder = folder
+        self.main = fabric.global_rank == 0
+        self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
+        seed_everything(config.seed, verbose=False)
+        self.raw_model = config.model.build()
+        betas = (config.optimiser.betas[0], config.optimiser.betas[1])
+        optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
+        self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
+        self.model.mark_forward_method("predict")
+        self.step = 0
+        self.seconds = 0.0
+        self.best_mse = math.inf
+        self.peak_activation_bytes = 0
+
+    def resume(self) -> bool:
+        """Go on from the newest undamaged checkpoint, if there is one."""
+        found = self.checkpoints.latest()
+        if found is None:
+            return False
+        self.raw_model.load_state_dict(found.weights)
+        self.optimiser.load_state_dict(found.state["optimiser"])
+        self.step = found.state["step"]
+        self.seconds = found.state["seconds"]
+        self.best_mse = found.state["best_mse"]
+        self.peak_activation_bytes = found.state["peak_activation_bytes"]
+        torch.set_rng_state(found.state["rng"])
+        if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
+            torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
+        return True
+
+    def save(self, *, best: bool = False) -> None:
+        """Write a checkpoint; only rank 0 does."""
+        if self.main:
+            cuda = self.fabric.device.type == "cuda"
+            state = {
+                "optimiser": self.optimiser.state_dict(),
+                "step": self.step,
+                "seconds": self.seconds,
+                "best_mse": self.best_mse,
+                "peak_activation_bytes": self.peak_activation_bytes,
+                "rng": torch.get_rng_state(),
+                "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
+            }
+            self.checkpoints.save(self.step, self.raw_model.state_dict(), state, best=best)
+        self.fabric.barrier()
+
+    def fit(self) -> bool:
+        """Train to the last step; False if interrupted before (and saved).
+
+        Raises:
+            TrainingDiverged: Something is not finite; the last checkpoint is untouched.
+        """
+        config, run = self.config, self.config.run
+        log = RunLog(self.folder, self.step) if self.main else None
+        dataset = config.data.build_train()
+        validation = config.data.build_validation(run.validation_sequences)
+        world = self.fabric.world_size
+        batches = train_batches(
+            dataset,
+            config.batch_size,
+            start_step=self.step,
+            rank=self.fabric.global_rank,
+            world_size=world,
+            workers=run.workers,
+        )
+        bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
+        saved_at = self.step
+        with Interrupt() as interrupt, bar:
+            while self.step < config.steps:
+                started = time.perf_counter()
+                loss, norm = self._train_step(next(batches).to(self.fabric.device))
+                elapsed = time.perf_counter() - started
+                self.seconds += elapsed
+                if log is not None:
+                    self._report(log, bar, loss, norm, elapsed)
+                best = False
+                if self.step % run.validate_every == 0 or self.step == config.steps:
+                    best = self._validate(validation, log)
+                stop = self._any(interrupt.requested is not None)
+                if best or stop or self.step % run.checkpoint_every == 0 or self.step == config.steps:
+                    self.save(best=best)
+                    saved_at = self.step
+                if stop:
+                    break
+        if log is not None:
+            log.close()
+        if self.step < config.steps:
+            self.fabric.print(f"Interrupted and saved at step {saved_at} in {self.folder}: the same command goes on from there.")
+        return self.step >= config.steps
+
+    def finish(self) -> dict[str, Any]:
+        """Evaluate the best weights on the test set; write `metrics.json`, pictures and the loss curve."""
+        found = find_checkpoint(self.checkpoints, "best")
+        if found is not None:
+            self.raw_model.load_state_dict(found.weights)
+        config = self.config
+        dataset = config.data.build_test()
+        result = self._score(dataset, progress=True)
+        result |= {
+            "step": found.step if found is not None else self.step,
+            "steps": config.steps,
+            "seconds": self.seconds,
+            "peak_activation_bytes": self.peak_activation_bytes,
+            "parameters": sum(p.numel() for p in self.raw_model.parameters()),
+            "digits": str(config.data.root or "embedded in scikit-learn"),
+            "data_range": 1.0,
+        }
+        if self.main:
+            (self.folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+            self._draw(dataset.batch(range(4)))
+        return result
+
+    def _train_step(self, frames: Tensor) -> tuple[float, float]:
+        """One optimiser step on `[B, T, C, H, W]`; returns the loss and the norm of the gradient."""
+        config = self.config
+        rate = config.optimiser.rate(self.step, config.steps)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        clips = frames_to_clips(frames, config.model.clip, config.model.stacking)
+        fed = feeding_plan(config, clips.shape[1] - 1, self.step)
+        measure = LiveMemory() if self.peak_activation_bytes == 0 and frames.device.type == "cpu" else None
+        try:
+            if measure is not None:
+                # Gradients are made beforehand: what is measured is activations.
+                for p in self.raw_model.parameters():
+                    p.grad = torch.zeros_like(p)
+                with measure:
+                    loss = self._backward(clips, fed)
+                self.peak_activation_bytes = measure.peak
+            else:
+                loss = self._backward(clips, fed)
+        except ReversibilityError as error:
+            raise TrainingDiverged(f"step {self.step + 1}: {error}") from error
+        if not math.isfinite(loss):
+            raise TrainingDiverged(f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower optimiser.learning_rate")
+        norm = self._clip()
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        if self.peak_activation_bytes == 0 and frames.device.type == "cuda":
+            self.peak_activation_bytes = torch.cuda.max_memory_allocated(frames.device)
+        self.step += 1
+        return loss, norm
+
+    def _backward(self, clips: Tensor, fed: list[bool]) -> float:
+        prediction = self.model(clips[:, :-1], fed=fed)
+        # PyTorch's CPU loss keeps storage as large as its input alive behind the scalar; a copy lets it go.
+        loss = mse_loss(prediction, clips[:, 1:]).clone()
+        self.fabric.backward(loss)
+        return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
+
+    def _clip(self) -> float:
+        """The norm of the whole gradient, clipped if configured."""
+        limit = self.config.optimiser.clip_norm or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
+        if not math.isfinite(norm):
+            names = [n for n, p in self.raw_model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            raise TrainingDiverged(
+                f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} ({len(names)} parameters); "
+                "the last checkpoint is untouched. Lower optimiser.learning_rate or set optimiser.clip_norm"
+            )
+        return norm
+
+    def _validate(self, dataset: Any, log: RunLog | None) -> bool:
+        """Validate; whether this is the best so far."""
+        result = self._score(dataset)
+        if log is not None:
+            log.write("validation", self.step, {k: result[k] for k in ("mse", "ssim", "psnr")})
+        best = result["mse"] < self.best_mse
+        self.best_mse = min(self.best_mse, result["mse"])
+        return best
+
+    def _score(self, dataset: Any, *, progress: bool = False) -> dict[str, Any]:
+        several = self.fabric.world_size > 1
+        return score(
+            self.raw_model,
+            dataset,
+            self.config.observed,
+            batch_size=max(1, self.config.batch_size // self.fabric.world_size),
+            device=self.fabric.device,
+            rank=self.fabric.global_rank,
+            world_size=self.fabric.world_size,
+            all_reduce=(lambda x: self.fabric.all_reduce(x, reduce_op="sum")) if several else None,  # type: ignore[arg-type,return-value]
+            progress=progress,
+        )
+
+    def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:
+        rate = self.config.batch_size / elapsed
+        megabytes = self.peak_activation_bytes / 1e6
+        bar.update(1)
+        bar.set_postfix_str(f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False)
+        if self.step % self.config.run.log_every == 0 or self.step == self.config.steps:
+            learning_rate = self.optimiser.param_groups[0]["lr"]
+            log.write(
+                "train",
+                self.step,
+                {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "sequences_per_second": rate},
+            )
+
+    def _draw(self, frames: Tensor) -> None:
+        observed = self.config.observed
+        given, target = frames[:, :observed], frames[:, observed:]
+        prediction = self.raw_model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
+        prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
+        prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
+        log = RunLog(self.folder, self.step + 1)
+        steps, losses = log.read("train", "loss")
+        log.close()
+        if steps:
+            loss_curve(steps, losses, path=self.folder / "loss.png")
+
+    def _any(self, flag: bool) -> bool:
+        """Whether any process says so; all of them then agree."""
+        if self.fabric.world_size == 1:
+            return flag
+        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
+
+
+def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
+    """Per time step, whether the true clip is given: always while observing, afterwards as configured.
+
+    A pure function of configuration and step, the same on every process and after a resumption.
+    """
+    observed = config.observed - config.model.clip + 1
+    probability = config.feeding.truth_probability(step)
+    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+    draws = torch.rand(steps, generator=generator).tolist()
+    return [t < observed or draw < probability for t, draw in enumerate(draws)]
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The configured folder, or a new one named by the time."""
+    return config.run.folder or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raise if the folder holds a run with another configuration; a longer one with the same weights is the same run.
+
+    Raises:
+        ValueError: Names the options that differ.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
+    free = {"steps", "run.folder", "run.workers", "run.threads", "run.device", "run.log_every", "run.keep"}
+    different = [k for k in new if k not in free and old.get(k) != new[k]]
+    if different:
+        listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
+        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
+
+
+def train(config: TrainConfig) -> dict[str, Any] | None:
+    """Run a training to its end, or until interrupted (then None)."""
+    import os
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if config.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {os.environ['WORLD_SIZE']} processes")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    fabric = Fabric(
+        accelerator="cuda" if config.run.device.startswith("cuda") else config.run.device,
+        devices=processes,
+        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
+        strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
+        precision=config.run.precision,
+    )
+    fabric.launch()
+    folder = fabric.broadcast(run_folder(config))
+    check_same_run(config, folder)
+    if fabric.global_rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, folder / "config.yaml")
+    fabric.barrier()
+    trainer = Trainer(config, fabric, folder)
+    if trainer.resume():
+        fabric.print(f"Going on from step {trainer.step} in {folder}")
+    else:
+        fabric.print(f"Run folder: {folder}")
+    if not trainer.fit():
+        return None
+    result = trainer.finish()
+    fabric.print(summary(result, folder))
+    return result
+
+
+def summary(result: dict[str, Any], folder: Path) -> str:
+    """The closing table: ours beside the copy-last-frame baseline."""
+    copied = result["copy_last_frame"]
+    lines = [
+        f"Test digits never seen in training, {result['sequences']} sequences (MSE summed over the frame; SSIM, PSNR for values in 0 .. 1):",
+        f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
+        f"{'CrevNet':18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
+        f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",
+        f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
+    ]
+    return "\n".join(lines)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, branch in tree.items() for k, v in _flat(branch, f"{prefix}{name}.").items()}
