@@ -1,12 +1,15 @@
 """Command lines over typed signatures: what the entry points share."""
 
+import sys
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
-from jsonargparse import ArgumentParser, Namespace, set_parsing_settings
+from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
 
+from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.config import TrainConfig
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -40,6 +43,14 @@ def load_config(path: Path) -> TrainConfig:
     """Read a configuration written by `save_config`."""
     parser = train_parser("config", "")
     return _build(parser, parser.parse_path(path))
+
+
+def run_command(function: Callable[..., Any]) -> None:
+    """Run a function as a command line; what the user can mend ends with a message instead of a traceback."""
+    try:
+        auto_cli(function, as_positional=True)
+    except (ValueError, OSError, DamagedCheckpoint) as error:
+        sys.exit(f"error: {error}")
 
 
 def as_plain(value: Any) -> Any:

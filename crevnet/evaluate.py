@@ -3,15 +3,16 @@
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 from tqdm import tqdm
 
-from crevnet.data import DataConfig, MovingMNIST
+from crevnet.command import run_command
+from crevnet.data import MovingMNIST
 from crevnet.metrics import VideoMetrics, copy_last_frame
 from crevnet.model import CrevNet
 from crevnet.run import load_run, select_device
@@ -21,7 +22,9 @@ def evaluate(
     run: Path,
     *,
     checkpoint: str = "best",
-    data: DataConfig | None = None,
+    root: Path | None = None,
+    num_digits: int | None = None,
+    test_sequences: int | None = None,
     batch_size: int = 32,
     device: str = "auto",
     output: Path | None = None,
@@ -33,7 +36,9 @@ def evaluate(
     Args:
         run: Folder of a training run.
         checkpoint: `best` (by validation), `last`, or the number of a step.
-        data: Other data than the run was trained on.
+        root: Folder of the MNIST files, if other than in training.
+        num_digits: Digits per sequence, if other than in training.
+        test_sequences: Sequences of the fixed test set, if other than in training.
         batch_size: Sequences at a time.
         device: `auto`, `cpu` or `cuda`.
         output: JSON file to write as well.
@@ -41,9 +46,9 @@ def evaluate(
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config
-    if data is not None and data.image_size != config.model.image_size:
-        raise ValueError(f"data.image_size {data.image_size} is not the model's, {config.model.image_size}")
-    dataset = (data or config.data).build_test()
+    changes = {"root": root, "num_digits": num_digits, "test_sequences": test_sequences}
+    data = replace(config.data, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
+    dataset = data.build_test()
     result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
     result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
     text = json.dumps(result, indent=2)
@@ -99,4 +104,4 @@ def score(
 
 
 if __name__ == "__main__":
-    auto_cli(evaluate, as_positional=True)
+    run_command(evaluate)

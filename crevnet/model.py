@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args, get_type_hints
 
 import torch
 from revgrad import ChainState, Inverse, Residue, StreamError, unroll
-from revgrad.chain import undo_chain
+from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
 from revgrad.program import Program
 from revgrad.unroll import chain_links, is_exact
@@ -56,9 +56,11 @@ class ModelConfig:
             raise ValueError(
                 f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} stages fold it"
             )
-        if self.cell not in CELLS:
-            raise ValueError(f"model.cell must be one of {sorted(CELLS)}, got {self.cell!r}")
-        for name in ("channels", "clip", "modules", "bottleneck", "keep_states_every"):
+        hints = get_type_hints(type(self))
+        for name in ("cell", "stacking", "norm", "mode", "arithmetic"):
+            if getattr(self, name) not in (choices := get_args(hints[name])):
+                raise ValueError(f"model.{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
+        for name in ("channels", "image_size", "clip", "modules", "bottleneck", "keep_states_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
 
@@ -181,8 +183,13 @@ class CrevNet(nn.Module):
             residue = states.residue.clone() if states is not None and states.residue is not None else Residue()
         chain = states.chain if states is not None else self.initial_state(clip)  # type: ignore[arg-type]
         read: list[State] = []
+
+        def keep(part: int, what: Read) -> None:
+            if part == 1:
+                read.append(what.state)
+
         given = None if clip is None else program.enter((clip,), residue)
-        features, chain = program.run_core(0, given, states.features if states else (), chain, residue, keep=read.append)
+        features, chain = program.run_core(0, given, states.features if states else (), chain, residue, keep=keep)
         (prediction,) = program.run_exit(0, features, residue)
         if residue is not None:
             residue.check_range()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import cache
 from typing import NamedTuple
 
@@ -18,6 +19,16 @@ class Link(NamedTuple):
 
     name: str
     layer: ReversibleLayer
+
+
+@dataclass
+class Read:
+    """What a layer has read besides the streams."""
+
+    state: State
+    """Its own state and the carry."""
+    strides: tuple[int, ...] | None
+    """See `Step.strides`."""
 
 
 class ChainState(NamedTuple):
@@ -57,7 +68,7 @@ def run_chain(
     state: ChainState,
     residue: Residue | None,
     around: Around = no_context,
-    keep: Callable[[State], None] | None = None,
+    keep: Callable[[Read], None] | None = None,
 ) -> tuple[Streams, ChainState]:
     """Apply all layers in order.
 
@@ -67,7 +78,7 @@ def run_chain(
         state: Conditioning states.
         residue: None in float arithmetic.
         around: Context manager around each layer, given its position.
-        keep: Called with the whole state that each layer reads (its own and the carry).
+        keep: Called with what each layer has read.
     """
     new_states: list[State] = []
     carry = state.carry
@@ -75,10 +86,10 @@ def run_chain(
         step = Step(name=name, residue=residue)
         if layer.stateful:
             step.state = _joined(name, layer, state.layers[i], carry)
-        if keep is not None:
-            keep(step.state)
         with around(i):
             streams = layer.run(streams, step)
+        if keep is not None:
+            keep(Read(step.state, step.strides))
         own, carry = _parted(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
@@ -122,7 +133,7 @@ def rewind_chain(
     links: tuple[Link, ...],
     streams: Streams,
     grads: Grads,
-    states: list[State],
+    reads: list[Read],
     residue: Residue | None,
     replaying: Around,
     indices_of: Callable[[ReversibleLayer], list[int]],
@@ -134,7 +145,7 @@ def rewind_chain(
         links: The layers.
         streams: Outputs of the chain.
         grads: Gradients with respect to them.
-        states: The whole state that each layer has read.
+        reads: What each layer has read.
         residue: None in float arithmetic.
         replaying: Context manager for the second evaluation of each layer, given its position.
         indices_of: Which of `into.parameters` a layer has.
@@ -142,7 +153,13 @@ def rewind_chain(
     """
     for i in reversed(range(len(links))):
         name, layer = links[i]
-        step = Step(name=name, state=states[i], residue=residue, replay=lambda i=i: replaying(i))  # type: ignore[misc]
+        step = Step(
+            name=name,
+            state=reads[i].state,
+            strides=reads[i].strides,
+            residue=residue,
+            replay=lambda i=i: replaying(i),  # type: ignore[misc]
+        )
         state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
         indices = indices_of(layer)
         back = layer.rewind(streams, grads, step, state_grads, [into.parameters[j] for j in indices])
@@ -168,19 +185,20 @@ def _parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, 
 
 
 def fingerprint(streams: Streams) -> Tensor:
-    """Two numbers per stream that tell streams apart: a weighted sum, and the sum of squares.
+    """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the sum of squares.
 
     Computed in float64 on pieces of fixed size, so that checking a large stream takes no memory. Equal streams give equal
     fingerprints, bit for bit.
     """
     parts = []
     for x in streams:
-        weighted, squares = x.new_zeros((), dtype=torch.float64), x.new_zeros((), dtype=torch.float64)
+        weighted, plain, squares = x.new_zeros(3, dtype=torch.float64).unbind()
         for piece in x.detach().flatten().split(_PIECE):
-            values = piece.double()
+            values = piece.to(torch.float64, copy=True)  # a view may be unaligned, and the sum in another order
             weighted += torch.dot(values, _weights(x.device)[: len(values)])
+            plain += values.sum()
             squares += torch.dot(values, values)
-        parts += [weighted, squares]
+        parts += [weighted, plain / max(1, x.numel()) ** 0.5, squares]
     return torch.stack(parts)
 
 

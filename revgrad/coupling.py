@@ -95,7 +95,8 @@ class Coupling(ReversibleLayer):
 
     def _update(self, streams: Streams, step: Step, *, undo: bool) -> Streams:
         self._check_streams(streams, step)
-        source, target = streams[self.source], streams[self.target]
+        source, target = _dense(streams[self.source]), streams[self.target]
+        step.strides = source.stride()
         message, step.new_state = self._message(source, target, step.state, step.name)
         updated = self._updated(target, message, step.residue, undo=undo)
         if step.residue is not None:
@@ -105,7 +106,8 @@ class Coupling(ReversibleLayer):
     def _rewind(
         self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool
     ) -> Rewound:
-        source, states = leaf(streams[self.source]), tuple(map(leaf, step.state))
+        source = leaf(_laid_out(streams[self.source], step.strides))
+        states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
             message, new_state = self._message(source, streams[self.target], states, step.name)
         step.new_state = tuple(s.detach() for s in new_state)
@@ -142,6 +144,10 @@ class Coupling(ReversibleLayer):
             if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)):
                 raise StreamError(f"{name}: a stateful transform must return (message, new_state) with new_state a tuple of tensors")
             out, new_state = out
+            if len(new_state) != len(state) or not all(isinstance(s, Tensor) for s in new_state):
+                raise StreamError(
+                    f"{name}: the transform was given a state of {len(state)} tensor(s) and must return as many, got {len(new_state)}"
+                )
         message = out if isinstance(out, tuple) else (out,)
         if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
             raise StreamError(f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its transform")
@@ -295,6 +301,19 @@ def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
 def _no_autocast(x: Tensor) -> torch.autocast:
     """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
     return torch.autocast(x.device.type, enabled=False)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A copy without gaps of a view with gaps (a chunk of channels): what a layout can be restored from."""
+    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    return x if span == x.numel() else x.contiguous()
+
+
+def _laid_out(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
+    """The same values in another memory layout."""
+    if strides is None or x.stride() == strides:
+        return x
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _replace(items: tuple, index: int, value: Any) -> tuple:

@@ -110,7 +110,8 @@ def check_invertible(
             with snapshot.recording(i, streams[0].device):
                 streams = layer.run(streams, step)
             residues.append(residue.clone() if residue is not None else None)
-            bits.append((residue.used_bits - before) / max(1, streams[0].numel()) if residue is not None else 0.0)
+            updated = sum(y.numel() for x, y in zip(inputs_of[i], streams, strict=False) if x is not y)
+            bits.append((residue.used_bits - before) / max(1, updated) if residue is not None else 0.0)
             if layer.carries:
                 carry = step.new_state[len(step.new_state) - layer.carries :]
         reports: list[LayerReport] = []

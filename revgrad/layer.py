@@ -25,6 +25,9 @@ class Step:
     """Conditioning state that the layer reads; `()` for a stateless one."""
     new_state: State = ()
     """Set by the layer: the state it hands on."""
+    strides: tuple[int, ...] | None = None
+    """Memory layout of the stream that a transform read, set by the layer: a second evaluation reads the same layout, since kernels for other
+    layouts round differently."""
     residue: Residue | None = None
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
@@ -133,7 +136,9 @@ def _rewind(
         inputs = undo(streams, step)
     inputs = tuple(map(leaf, inputs))
     states = tuple(map(leaf, step.state))
-    again = Step(name=step.name, state=states, residue=step.residue)
+    # What the second run forgets again must not end up in the residue that later layers undo.
+    residue = step.residue.clone(words=False) if step.residue is not None else None
+    again = Step(name=step.name, state=states, residue=residue)
     with torch.enable_grad(), step.replay():
         outputs = run(inputs, again)
     found = gradients((*outputs, *again.new_state), (*grads, *state_grads), (*inputs, *states, *wrt))

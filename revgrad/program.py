@@ -7,9 +7,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from revgrad.chain import Around, ChainState, Link, no_context, run_chain
-from revgrad.layer import ReversibleLayer, State, Streams
+from revgrad.chain import Around, ChainState, Link, Read, no_context, run_chain
+from revgrad.layer import ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
+
+
+Keep = Callable[[int, Read], None]
+"""Takes the part (0 entry, 1 core, 2 exit) and what a layer of it has read."""
 
 
 @dataclass(frozen=True)
@@ -66,12 +70,15 @@ class Program:
         state: ChainState,
         residue: Residue | None,
         context: Callable[[int], AbstractContextManager[object]] | None = None,
-        keep: Callable[[State], None] | None = None,
+        keep: Keep | None = None,
+        entered: Callable[[Streams], None] | None = None,
     ) -> tuple[Streams, ChainState]:
-        """One time step up to the core's output: features and state."""
+        """One time step up to the core's output: features and state. `entered` is called with the core's input."""
         if given is not None:
-            features, _ = run_chain(self.entry, given, _NO_STATE, residue, self.around(t, 0, context))
-        return run_chain(self.core, features, state, residue, self.around(t, 1, context), keep)
+            features, _ = run_chain(self.entry, given, _NO_STATE, residue, self.around(t, 0, context), _part(keep, 0))
+        if entered is not None:
+            entered(features)
+        return run_chain(self.core, features, state, residue, self.around(t, 1, context), _part(keep, 1))
 
     def run_exit(
         self,
@@ -79,9 +86,14 @@ class Program:
         features: Streams,
         residue: Residue | None,
         context: Callable[[int], AbstractContextManager[object]] | None = None,
+        keep: Keep | None = None,
     ) -> Streams:
         """The output of a time step from the core's output."""
-        return run_chain(self.exit, features, _NO_STATE, residue, self.around(t, 2, context))[0]
+        return run_chain(self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2))[0]
+
+
+def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
+    return None if keep is None else lambda read: keep(part, read)
 
 
 _NO_STATE = ChainState(())

@@ -16,6 +16,7 @@ from revgrad.unroll import (
     chain_links,
     check_mode,
     checked_state,
+    checked_streams,
     is_exact,
     run_layers_checkpointed,
     run_reversible,
@@ -72,6 +73,7 @@ class ReversibleSequential(ReversibleLayer):
         """
         check_mode(self.mode)
         program = self._program()
+        streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
         if residue is not None and torch.is_grad_enabled():
             raise StreamError("residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()")
@@ -99,6 +101,7 @@ class ReversibleSequential(ReversibleLayer):
             ReversibilityError: The residue is missing or does not fit.
         """
         program = self._program()
+        streams = checked_streams("inverse", streams)
         state = checked_state(program.core, states)
         if state.carry:
             raise StreamError("inverse: what one layer carries to the next is not determined by the states alone; see undo_chain")

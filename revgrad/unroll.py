@@ -55,7 +55,7 @@ def unroll(
         StreamError: No input at the first step, unknown mode, wrong number of streams or states.
     """
     links = [chain_links(part) for part in (entry, core, exit)]
-    given = [x if x is None else (x,) if isinstance(x, Tensor) else tuple(x) for x in inputs]
+    given = [x if x is None else checked_streams("unroll", (x,) if isinstance(x, Tensor) else x) for x in inputs]
     if not given or given[0] is None:
         raise StreamError("unroll: the first time step must be given an input")
     if keep_states_every < 1:
@@ -71,6 +71,7 @@ def unroll(
         exact=is_exact(arithmetic, [link for part in links for link in part]),
         keep_states_every=keep_states_every,
     )
+    _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
     if mode == "reversible" and torch.is_grad_enabled():
         return run_reversible(program, given, state, stacked=True)
@@ -140,6 +141,8 @@ def run_layers_checkpointed(links: tuple[Link, ...], streams: Streams, state: Ch
     carry = state.carry
     empty = Program((), (), (), (True,), exact)
     streams = empty.enter(streams, residue)
+    if residue is not None:
+        residue.check_range()
     for link, layer_state in zip(links, state.layers, strict=True):
         program = Program((), (link,), (), (True,), exact)
         snapshot = Snapshot([link.layer])
@@ -162,6 +165,8 @@ def run_layers_checkpointed(links: tuple[Link, ...], streams: Streams, state: Ch
 
 def chain_links(chain: Chain, prefix: str = "") -> tuple[Link, ...]:
     """Flatten layers, sequences of layers and inverses of sequences into links with names for errors."""
+    if isinstance(chain, Inverse) and isinstance(chain.layer, Inverse):
+        return chain_links(chain.layer.layer, prefix)
     if isinstance(chain, Inverse) and is_sequence(chain.layer):
         inner = chain_links(chain.layer, prefix)
         return tuple(Link(f"inverse of {name}", Inverse(layer)) for name, layer in reversed(inner))
@@ -201,6 +206,29 @@ def check_mode(mode: str) -> None:
     """Raise for an unknown mode."""
     if mode not in ("stored", "checkpoint", "reversible"):
         raise StreamError(f"mode must be 'stored', 'checkpoint' or 'reversible', got {mode!r}")
+
+
+def checked_streams(what: str, streams: Iterable[Any]) -> Streams:
+    """The streams as a tuple.
+
+    Raises:
+        StreamError: There are none, or one is not a tensor.
+    """
+    streams = tuple(streams)
+    wrong = next((x for x in streams if not isinstance(x, Tensor)), None)
+    if not streams or wrong is not None:
+        found = "none" if not streams else f"a {type(wrong).__name__}"
+        raise StreamError(f"{what}: the streams must be tensors, at least one; got {found}")
+    return streams
+
+
+def _check_ends(links: Iterable[Link], exact: bool) -> None:
+    """Entry and exit have neither states nor a residue of their own."""
+    for name, layer in links:
+        if layer.stateful:
+            raise StreamError(f"unroll: {name} of entry or exit is stateful; only the core has states")
+        if exact and any(isinstance(m, GatedCoupling) for m in layer.modules()):
+            raise StreamError(f"unroll: {name} of entry or exit is gated, which exact arithmetic can undo in the core only")
 
 
 def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainState:

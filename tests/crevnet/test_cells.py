@@ -22,7 +22,9 @@ def make(kind, size, kernel_size=3, seed=0):
 
 def tensors(count, size, batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(count)]
+    return [
+        torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(count)
+    ]
 
 
 def state_of(kind, size):
@@ -191,4 +193,4 @@ def test_a_state_of_another_size_is_refused(kind):
 
 
 def test_the_cells_by_name():
-    assert CELLS == {"convlstm": ConvLSTMCell, "stlstm": STLSTMCell}
+    assert {"convlstm": ConvLSTMCell, "stlstm": STLSTMCell} == CELLS

@@ -56,7 +56,10 @@ def test_kinds_of_normalisation(dimensions, kind, expected):
     assert layer(x).shape == x.shape
 
 
-@pytest.mark.parametrize(("channels", "groups"), [(1, 1), (2, 1), (15, 1), (16, 1), (31, 1), (32, 2), (56, 2), (61, 1), (96, 6), (128, 8)])
+@pytest.mark.parametrize(
+    ("channels", "groups"),
+    [(1, 1), (2, 1), (15, 1), (16, 1), (31, 1), (32, 2), (56, 2), (61, 1), (96, 6), (128, 8)],
+)
 def test_groups_hold_sixteen_channels(channels, groups):
     assert normalisation(2, channels, "group").num_groups == groups
 

@@ -1,0 +1,171 @@
+"""Memory of a training step: `pytest benchmarks/test_training_memory.py --benchmark-only`.
+
+What one more sample takes in live tensor bytes, and how that grows with the number of predictive modules and
+with the depth of the autoencoder. These are counts, not times: they are asserted.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from benchmarks import memory
+from benchmarks.pictures import memory_against_depth
+from benchmarks.reporting import Report, Table
+from benchmarks.training import CELLS, Variant
+from crevnet.model import ModelConfig
+
+STEPS = 19
+"""Time steps of 10 -> 10 frames with one clip per frame, as DESIGN.md counts them."""
+DEPTH_STEPS = 5
+"""Fewer for the growth with depth, where it is the slope that counts."""
+
+REVERSIBLE, CHECKPOINT, STORED = (Variant(mode) for mode in ("reversible", "checkpoint", "stored"))
+SPARSE = Variant("reversible", keep_states_every=4)
+VARIANTS = (
+    REVERSIBLE,
+    SPARSE,
+    Variant("reversible", "float"),
+    CHECKPOINT,
+    Variant("checkpoint", "float"),
+    STORED,
+    Variant("stored", "float"),
+)
+BOUNDS = {
+    ("stlstm", REVERSIBLE): 14,
+    ("convlstm", REVERSIBLE): 10,
+    ("stlstm", SPARSE): 8,
+    ("convlstm", SPARSE): 6,
+}
+"""MB per sample."""
+
+MODULES = (4, 8, 16, 32)
+BLOCKS = ((4, 5, 3), (8, 10, 6), (16, 20, 12))
+PAPER = ModelConfig()
+WORKING_SET = 1.0
+"""MB per sample: most that a reversible step may hold beyond states, predictions, their gradients and residue."""
+
+NOTES = (
+    "MB per sample: peak of live tensor bytes from the start of the forward to the end of the backward pass, "
+    "batch 2 minus batch 1; 1 MB is 10^6 bytes. Weights, their gradients and the input frames exist before and "
+    "do not count.",
+    f"Paper's Moving MNIST configuration (float32, 3D clips, {STEPS} time steps), random weights and frames, "
+    "cycle collector off.",
+    "States and predictions (with their gradients) follow from the configuration; residue is counted on the "
+    "forward pass. The rest is what has been measured beyond them: graph and gradients of the one module that is "
+    "being differentiated.",
+    "Table 1 of the paper gives 195 MB with ST-LSTM and 130 MB with ConvLSTM.",
+    f"Growth with depth: ST-LSTM, {DEPTH_STEPS} time steps, exact arithmetic.",
+)
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    rows: dict[str, list[dict[str, Any]]] = {"training_step": [], "modules": [], "blocks": []}
+    yield rows
+    expected = len(CELLS) * len(VARIANTS), 3 * len(MODULES), 3 * len(BLOCKS)
+    complete = tuple(map(len, rows.values())) == expected
+    total = {"mb_per_sample": "MB per sample"}
+    parts = {
+        "states_mb": "states",
+        "predictions_mb": "predictions",
+        "residue_mb": "residue",
+        "rest_mb": "rest",
+    }
+    tables = {
+        "training_step": Table(
+            f"Training step of the paper's configuration, {STEPS} time steps",
+            {"cell": "cell", "variant": "variant"} | total | {"bound_mb": "bound"} | parts,
+            rows["training_step"],
+        ),
+        "modules": Table(
+            "Against the number of predictive modules",
+            {"modules": "modules", "mode": "mode"} | total | parts,
+            rows["modules"],
+        ),
+        "blocks": Table(
+            "Against the number of autoencoder blocks",
+            {"blocks": "blocks", "mode": "mode"} | total | parts,
+            rows["blocks"],
+        ),
+    }
+    configuration = {
+        "model": str(PAPER),
+        "dtype": "float32",
+        "batch": "2 minus 1",
+        "steps": STEPS,
+        "steps_against_depth": DEPTH_STEPS,
+        "cells": CELLS,
+        "modules": MODULES,
+        "blocks": BLOCKS,
+        "cell_against_depth": PAPER.cell,
+    }
+    pictures = {}
+    if complete:
+        pictures["memory_against_depth.png"] = memory_against_depth(rows["modules"], rows["blocks"])
+    publish(Report("training_memory", "Training memory", tables, configuration, NOTES, pictures, complete))
+
+
+def measured(
+    cell: str, variant: Variant, steps: int, modules: int, blocks: tuple[int, ...]
+) -> dict[str, float]:
+    """Memory per sample, and for reversible training what it consists of."""
+    total = memory.marginal_mb(cell, modules, blocks, variant, steps)
+    row: dict[str, float] = {"mb_per_sample": total}
+    if variant.mode == "reversible":
+        config = variant.of(ModelConfig(cell=cell, modules=modules, blocks=blocks))
+        row |= {
+            "states_mb": memory.states_mb(config, steps),
+            "predictions_mb": memory.predictions_mb(config, steps),
+            "residue_mb": memory.residue_mb(config, steps),
+        }
+        row["rest_mb"] = total - sum(row[key] for key in ("states_mb", "predictions_mb", "residue_mb"))
+    return row
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_training_step(benchmark, results, cell, variant):
+    row = once(benchmark, measured, cell, variant, STEPS, PAPER.modules, PAPER.blocks)
+    bound = BOUNDS.get((cell, variant))
+    results["training_step"].append({"cell": cell, "variant": str(variant), "bound_mb": bound, **row})
+    if bound is not None:
+        assert row["mb_per_sample"] <= bound
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_reversible_needs_less_than_checkpoints(benchmark, cell, arithmetic):
+    reversible, checkpoint = once(
+        benchmark,
+        lambda: [
+            memory.marginal_mb(cell, PAPER.modules, PAPER.blocks, variant, STEPS)
+            for variant in (REVERSIBLE, Variant("checkpoint", arithmetic))
+        ],
+    )
+    assert reversible < checkpoint
+
+
+@pytest.mark.parametrize("variant", [STORED, CHECKPOINT, REVERSIBLE], ids=str)
+@pytest.mark.parametrize("modules", MODULES)
+def test_against_modules(benchmark, results, modules, variant):
+    row = once(benchmark, measured, PAPER.cell, variant, DEPTH_STEPS, modules, PAPER.blocks)
+    results["modules"].append({"modules": modules, "mode": variant.mode, **row})
+    if variant is REVERSIBLE:
+        assert row["rest_mb"] < WORKING_SET
+
+
+@pytest.mark.parametrize("variant", [STORED, CHECKPOINT, REVERSIBLE], ids=str)
+@pytest.mark.parametrize("blocks", BLOCKS, ids=str)
+def test_against_blocks(benchmark, results, blocks, variant):
+    row = once(benchmark, measured, PAPER.cell, variant, DEPTH_STEPS, PAPER.modules, blocks)
+    results["blocks"].append({"blocks": sum(blocks), "mode": variant.mode, **row})
+    if variant is REVERSIBLE:
+        assert row["rest_mb"] < WORKING_SET
+
+
+def once(benchmark, function, *arguments):
+    """Run a function that counts rather than times; pytest-benchmark shows how long the counting took."""
+    value = benchmark.pedantic(function, arguments, rounds=1)
+    benchmark.extra_info["result"] = value
+    return value

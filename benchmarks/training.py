@@ -1,0 +1,46 @@
+"""The training step that is measured: the paper's CrevNet on Moving MNIST, in different modes."""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from crevnet.clips import frames_to_clips
+from crevnet.model import CrevNet, ModelConfig
+
+CELLS = ("stlstm", "convlstm")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to train the same weights."""
+
+    mode: Literal["reversible", "checkpoint", "stored"]
+    arithmetic: Literal["exact", "float"] = "exact"
+    keep_states_every: int = 1
+
+    def __str__(self) -> str:
+        every = f", states every {self.keep_states_every} steps" if self.keep_states_every > 1 else ""
+        return f"{self.mode} {self.arithmetic}{every}"
+
+    def of(self, config: ModelConfig) -> ModelConfig:
+        """The configuration with this variant's settings."""
+        return replace(
+            config, mode=self.mode, arithmetic=self.arithmetic, keep_states_every=self.keep_states_every
+        )
+
+
+def random_clips(config: ModelConfig, batch: int, steps: int) -> Tensor:
+    """Clips for so many time steps and their targets, `[batch, steps + 1, C, K, H, W]`."""
+    size = config.image_size
+    frames = torch.rand(batch, steps + config.clip, config.channels, size, size)
+    return frames_to_clips(frames, config.clip, config.stacking)
+
+
+def training_step(model: CrevNet, clips: Tensor) -> None:
+    """Forward pass with teacher forcing, mean squared error, backward pass. No optimiser."""
+    prediction = model(clips[:, :-1])
+    # mse_loss returns a number that keeps a storage of its input's size alive; the copy does not.
+    F.mse_loss(prediction, clips[:, 1:]).clone().backward()

@@ -1,0 +1,73 @@
+"""`python -m crevnet.predict`: a trained model and a sequence of frames in, the frames that follow out."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from crevnet.command import run_command
+from crevnet.files import read_frames, write_arrays
+from crevnet.run import load_run, select_device
+from crevnet.visualize import prediction_gif, prediction_grid
+
+
+def predict(
+    run: Path,
+    output: Path,
+    *,
+    sequence: Path | None = None,
+    index: int = 0,
+    observed: int | None = None,
+    steps: int | None = None,
+    checkpoint: str = "best",
+    device: str = "auto",
+) -> None:
+    """Predict the frames that follow the first ones of a sequence.
+
+    Args:
+        run: Folder of a training run.
+        output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays `observed`, `prediction` and,
+            where the sequence goes on, `target`; values in 0 .. 1).
+        sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`, or a folder of images in the
+            order of their names. By default a sequence of the run's test set.
+        index: Which sequence of the test set.
+        observed: Frames to give to the model; by default as in training, the rest is compared with.
+        steps: Frames to predict; by default as in training.
+        checkpoint: `best` (by validation), `last`, or the number of a step.
+        device: `auto`, `cpu` or `cuda`.
+    """
+    where = select_device(device)
+    loaded = load_run(run, checkpoint, where)
+    config = loaded.config
+    if output.suffix not in (".gif", ".png", ".npz"):
+        raise ValueError(f"{output}: the output must be a .gif, .png or .npz file")
+    if sequence is None:
+        frames = config.data.build_test().batch([index])
+    else:
+        frames = read_frames(sequence, config.model.channels, config.model.image_size)[None]
+    observed = config.observed if observed is None else observed
+    steps = config.predicted if steps is None else steps
+    if not config.model.clip <= observed <= frames.shape[1]:
+        raise ValueError(
+            f"observed must be at least the model's clip ({config.model.clip}) and at most the {frames.shape[1]} frames of the sequence, got {observed}"
+        )
+    given, target = frames[:, :observed], frames[:, observed : observed + steps]
+    prediction = loaded.model.predict(given.to(where), steps).cpu().clamp(0, 1)
+    if output.suffix == ".npz":
+        arrays = {"observed": given[0], "prediction": prediction[0]}
+        write_arrays(output, {k: np.asarray(v) for k, v in (arrays | ({"target": target[0]} if target.shape[1] else {})).items()})
+    else:
+        draw = prediction_gif if output.suffix == ".gif" else prediction_grid
+        draw(given, _padded(target, steps), prediction, path=output)
+    print(f"{steps} frames predicted from {observed}: {output}")
+
+
+def _padded(target: Tensor, steps: int) -> Tensor:
+    """The ground truth, black where the sequence has ended."""
+    missing = steps - target.shape[1]
+    return torch.cat([target, target.new_zeros(1, missing, *target.shape[2:])], dim=1) if missing else target
+
+
+if __name__ == "__main__":
+    run_command(predict)

@@ -1,0 +1,285 @@
+import pytest
+import torch
+from revgrad import (
+    AdditiveCoupling,
+    AffineCoupling,
+    ChainState,
+    Coupling,
+    GatedCoupling,
+    Inverse,
+    Residue,
+    ReversibilityError,
+    ReversibleSequential,
+    Step,
+    StreamError,
+    snap,
+)
+from revgrad.residue import quantise_gate
+from torch import nn
+
+KINDS = ["additive", "affine", "gated"]
+EXACT_KINDS = ["additive", "gated"]
+
+
+class Fixed(nn.Module):
+    """A transform that returns what it was given."""
+
+    def __init__(self, *message, state=None):
+        super().__init__()
+        self.message, self.state = message, state
+
+    def forward(self, x, state=None):
+        message = self.message[0] if len(self.message) == 1 else self.message
+        return message if self.state is None else (message, self.state)
+
+
+class Doubling(Coupling):
+    """A coupling of a user: not one of ours, with the default gradients and no exact form."""
+
+    def merge(self, target, *message):
+        return 2 * target + message[0] ** 3
+
+    def unmerge(self, merged, *message):
+        return (merged - message[0] ** 3) / 2
+
+
+# Formulas
+
+
+def test_float_merges_are_their_formulas():
+    x, a, b = (torch.randn(3, 4, dtype=torch.float64) for _ in range(3))
+    g = torch.sigmoid(a)
+    for coupling, expected in [
+        (AdditiveCoupling(Fixed(a)), x + a),
+        (AffineCoupling(Fixed(a, b)), x * torch.exp(a) + b),
+        (GatedCoupling(Fixed(a, b)), (1 - g) * x + g * b),
+    ]:
+        source = torch.randn(3, 4, dtype=torch.float64)
+        kept, merged = coupling.run((source, x), Step())
+        assert kept is source
+        torch.testing.assert_close(merged, expected, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(coupling.undo((source, merged), Step())[1], x, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 2.0**-16), (torch.float64, 2.0**-32)])
+def test_exact_merges_are_their_formulas_on_the_grid(dtype, step):
+    x, a, h = snap(torch.randn(300, dtype=dtype)), torch.randn(300, dtype=dtype), torch.randn(300, dtype=dtype)
+    source = torch.zeros(300, dtype=dtype)
+    merged = AdditiveCoupling(Fixed(h)).run((source, x), Step(residue=Residue()))[1]
+    assert torch.equal(merged, x + snap(h))
+    merged = GatedCoupling(Fixed(a, h)).run((source, x), Step(residue=Residue()))[1]
+    keep = quantise_gate(torch.sigmoid(a)).double() / 2**16
+    # One step from the scaling, half a one from rounding g h, and the float's own rounding.
+    assert ((merged.double() - keep * x.double() - (1 - keep) * h.double()).abs() < 1.6 * step).all()
+    assert torch.equal(merged / step, torch.round(merged / step))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", EXACT_KINDS)
+@pytest.mark.parametrize("inverse", [False, True])
+def test_exact_run_and_undo_restore_every_bit(make, kind, dtype, inverse):
+    layer = make.coupling(kind, 5).to(dtype)
+    residue = Residue()
+    x = tuple(map(snap, make.streams(41, 5, dtype=dtype, requires_grad=False)))
+    if inverse and kind == "gated":
+        # An inverse undoes what was done: it needs a residue to take from.
+        y = layer.run(x, Step(residue=residue))
+        back = Inverse(layer).run(y, Step(residue=residue))
+        residue.check_undone_to()
+    else:
+        layer = Inverse(layer) if inverse else layer
+        y = layer.run(x, Step(residue=residue))
+        back = layer.undo(y, Step(residue=residue))
+    assert not torch.equal(y[1], x[1])
+    assert all(map(torch.equal, back, x))
+
+
+# Gradients
+
+
+def in_float64(make, kind, inverse):
+    layers = [make.coupling(kind, 3, i) for i in range(3)]
+    layers.append(make.coupling(kind, 3, 1))
+    if inverse:
+        layers = [Inverse(layer) for layer in layers]
+    return ReversibleSequential(*layers, mode="reversible", arithmetic="float").double()
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_streams_and_parameters(make, kind, inverse):
+    chain = in_float64(make, kind, inverse)
+    names, values = zip(*chain.named_parameters(), strict=True)
+    x = make.streams(2, 3, dtype=torch.float64)
+
+    def call(*tensors):
+        return torch.func.functional_call(chain, dict(zip(names, tensors[2:], strict=True)), tensors[:2])
+
+    assert torch.autograd.gradcheck(call, (*x, *(v.detach().clone().requires_grad_() for v in values)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck_of_states(make, kind):
+    chain = make.recurrent(kind, depth=3, width=2, states=2, carries=1, arithmetic="float").double()
+    x = make.streams(2, 2, dtype=torch.float64)
+    state = make.state(chain, 2, 2, torch.float64, requires_grad=True)
+
+    def call(*tensors):
+        outputs, new = chain(*tensors[:2], states=state.replace(tensors[2:]))
+        return (*outputs, *new.tensors())
+
+    assert torch.autograd.gradcheck(call, (*x, *state.tensors()))
+
+
+@pytest.mark.parametrize("wrap", [lambda c: c, Inverse])
+def test_coupling_of_a_user_gets_its_gradients_for_free(make, check, wrap):
+    chain = ReversibleSequential(wrap(Doubling(make.net(3))), wrap(Doubling(make.net(3), 1, 0))).double()
+    x = make.streams(2, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(chain, x)
+    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-12)
+
+
+def test_exact_gradient_passes_straight_through_the_rounding():
+    """It is the gradient of the unrounded formula with the gate that was used."""
+    x, a, h = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    source = torch.zeros(50, dtype=torch.float64)
+    grad = torch.randn(50, dtype=torch.float64)
+    merged = GatedCoupling(Fixed(a, h)).run((source, snap(x)), Step(residue=Residue()))[1]
+    found = torch.autograd.grad(merged, (x, a, h), grad)
+    s = torch.sigmoid(a).detach()
+    gate = 1 - quantise_gate(s).double() / 2**16
+    expected = (grad * (1 - gate), (h - snap(x)) * grad * s * (1 - s), grad * gate)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=1e-15)
+
+
+@pytest.mark.parametrize("kind", EXACT_KINDS)
+def test_message_in_another_dtype_is_merged_in_the_streams(make, kind):
+    class Half(nn.Module):
+        def __init__(self, net):
+            super().__init__()
+            self.net = net
+
+        def forward(self, x):
+            y = self.net(x)
+            return y.bfloat16() if isinstance(y, torch.Tensor) else tuple(m.bfloat16() for m in y)
+
+    cls = {"additive": AdditiveCoupling, "gated": GatedCoupling}[kind]
+    for arithmetic in ("exact", "float"):
+        chain = ReversibleSequential(cls(Half(make.net(4, cls.tensors_in_message))), arithmetic=arithmetic)
+        x = make.streams()
+        outputs = {}
+        for mode in ("stored", "reversible"):
+            chain.mode = mode
+            chain.zero_grad()
+            y = chain(*x)
+            assert y[1].dtype == torch.float32
+            (y[1] * torch.arange(4)).sum().backward()
+            outputs[mode] = [y[1], *(p.grad for p in chain.parameters())]
+        assert all(map(torch.equal, outputs["stored"], outputs["reversible"]))
+
+
+# Errors
+
+
+def test_source_and_target_must_differ(make):
+    with pytest.raises(StreamError, match="AdditiveCoupling: source and target are both stream 1"):
+        AdditiveCoupling(make.net(4), 1, 1)
+
+
+def test_stream_that_is_not_there(make):
+    with pytest.raises(StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* 1 streams; put a Split"):
+        ReversibleSequential(AdditiveCoupling(make.net(4)))(torch.zeros(2, 4))
+
+
+MISFITS = {
+    "shape": (AdditiveCoupling, Fixed(torch.zeros(3, 5)), r"message of shape \(3, 5\), but the target stream 1 has shape \(3, 4\)"),
+    "too many": (AdditiveCoupling, Fixed(*[torch.zeros(3, 4)] * 2), r"needs a message of 1 tensor\(s\)"),
+    "too few": (GatedCoupling, Fixed(torch.zeros(3, 4)), r"needs a message of 2 tensor\(s\)"),
+    "no tensor": (AdditiveCoupling, Fixed(None), r"needs a message of 1 tensor\(s\)"),
+    "a number": (AffineCoupling, Fixed(torch.zeros(3, 4), 1.0), r"needs a message of 2 tensor\(s\)"),
+}
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_message_that_does_not_fit_names_the_layer(make, mode, misfit):
+    cls, transform, message = MISFITS[misfit]
+    chain = ReversibleSequential(AdditiveCoupling(make.net(4), 1, 0), cls(transform), mode=mode, arithmetic="float")
+    with pytest.raises(StreamError, match=rf"layer 1 \({cls.__name__}\): .*{message}"):
+        chain(*make.streams())
+
+
+STATES = {
+    "not a pair": Fixed(torch.zeros(3, 4)),
+    "a list": Fixed(torch.zeros(3, 4), state=[torch.zeros(3, 4)]),
+    "one more": Fixed(torch.zeros(3, 4), state=(torch.zeros(3, 4),) * 2),
+    "one less": Fixed(torch.zeros(3, 4), state=()),
+    "no tensor": Fixed(torch.zeros(3, 4), state=(None,)),
+}
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])
+@pytest.mark.parametrize("misfit", STATES)
+def test_state_that_does_not_fit_names_the_layer(make, mode, misfit):
+    chain = ReversibleSequential(
+        AdditiveCoupling(make.net(4), 1, 0), AdditiveCoupling(STATES[misfit], stateful=True), mode=mode
+    )
+    state = ChainState(((), (torch.zeros(3, 4),)))
+    with pytest.raises(StreamError, match=r"layer 1 \(AdditiveCoupling\): .*(new_state|must return as many)"):
+        chain(*make.streams(), states=state)
+
+
+@pytest.mark.parametrize("mode", ["reversible", "stored"])
+def test_affine_has_no_exact_form(make, mode):
+    chain = make.chain("affine", 2, mode=mode, arithmetic="exact")
+    with pytest.raises(StreamError, match="AffineCoupling has no exact form; choose arithmetic='float'"):
+        chain(*make.streams())
+
+
+def test_inverse_of_a_gated_coupling_alone_cannot_be_exact(make):
+    with pytest.raises(ReversibilityError, match="needs the residue of the forward pass"):
+        ReversibleSequential(Inverse(make.coupling("gated")))(*make.streams())
+
+
+def test_gated_coupling_and_its_inverse_are_the_identity(make):
+    layer = make.coupling("gated")
+    x = make.streams()
+    y = ReversibleSequential(layer, Inverse(layer))(*x)
+    assert all(map(torch.equal, y, map(snap, x)))
+    grads = torch.autograd.grad(y, x, (torch.zeros(3, 4), torch.ones(3, 4)))
+    torch.testing.assert_close(grads[1], torch.ones(3, 4), rtol=1e-3, atol=1e-3)
+
+
+def test_transform_that_changes_its_input(make):
+    class InPlace(nn.Module):
+        def forward(self, x):
+            return x.mul_(2)
+
+    for mode in ("reversible", "stored"):
+        chain = ReversibleSequential(AdditiveCoupling(make.net(4), 1, 0), AdditiveCoupling(InPlace()), mode=mode)
+        with pytest.raises(StreamError, match=r"layer 1 \(AdditiveCoupling\): the transform changed its input in place"):
+            chain(*make.streams())
+
+
+def test_coupling_without_formulas_says_so(make):
+    with pytest.raises(TypeError, match=r"Coupling does not define merge\(target, \*message\)"):
+        Coupling(make.net(4)).run(make.streams(), Step())
+    with pytest.raises(TypeError, match=r"Coupling does not define unmerge\(merged, \*message\)"):
+        Coupling(make.net(4)).undo(make.streams(), Step())
+    with pytest.raises(StreamError, match="Doubling has no exact form"):
+        Doubling(make.net(4)).run(make.streams(), Step(residue=Residue()))
+
+
+# Evaluations
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("wrap", [lambda c: c, Inverse, lambda c: Inverse(Inverse(c))])
+def test_backward_evaluates_every_transform_once(make, kind, wrap):
+    layers = [make.coupling(kind, 4, i) for i in range(4)]
+    chain = ReversibleSequential(*map(wrap, layers), arithmetic="float")
+    y = chain(*make.streams())
+    assert [layer.transform.calls for layer in layers] == [1] * 4
+    (y[0].sum() + y[1].square().sum()).backward()
+    assert [layer.transform.calls for layer in layers] == [2] * 4

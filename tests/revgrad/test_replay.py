@@ -1,0 +1,271 @@
+"""The second evaluation sees what the first one saw: random numbers, autocast, modes, statistics."""
+
+import copy
+
+import pytest
+import torch
+from revgrad import AdditiveCoupling, GatedCoupling, ReversibleLayer, ReversibleSequential, unroll
+from revgrad.replay import Snapshot
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+MODES = ["checkpoint", "reversible"]
+NORMS = {
+    "batch": lambda: nn.BatchNorm1d(8),
+    "cumulative": lambda: nn.BatchNorm1d(8, momentum=None),
+    "no affine": lambda: nn.BatchNorm1d(8, affine=False),
+    "untracked": lambda: nn.BatchNorm1d(8, track_running_stats=False),
+}
+
+
+# Random numbers
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+def test_dropout_is_replayed(make, check, kind, mode):
+    chain, x = make.chain(kind, 5, inner=lambda: nn.Dropout(0.4), arithmetic="exact"), make.streams()
+    expected = check.gradients(chain, x, "stored")
+    check.same(check.gradients(chain, x, mode), expected)
+    # The test has teeth: another seed gives another result.
+    assert not torch.equal(check.gradients(chain, x, mode, seed=4)["output 1"], expected["output 1"])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_generator_is_where_it_was(make, check, mode):
+    chain, x = make.chain("mixed", 4, inner=lambda: nn.Dropout(0.4)), make.streams()
+    after = {}
+    for m in ("stored", mode):
+        chain.mode = m
+        torch.manual_seed(5)
+        y = chain(*x)
+        after[m] = torch.get_rng_state()
+        torch.rand(7)
+        before = torch.get_rng_state()
+        check.loss(y).backward()
+        assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(after["stored"], after[mode])
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_forwards_before_one_backward(make, check, mode):
+    chain, x = make.chain("mixed", 4, inner=lambda: nn.Dropout(0.4)), make.streams()
+    found = {}
+    for m in ("stored", mode):
+        chain.mode = m
+        torch.manual_seed(5)
+        first, second = chain(*x), chain(*x)
+        loss = check.loss(first) + 2 * check.loss(second)
+        found[m] = torch.autograd.grad(loss, (*x, *chain.parameters()))
+        assert not torch.equal(first[1], second[1])
+    assert all(map(torch.equal, found["stored"], found[mode]))
+
+
+def test_dropout_in_a_recomputed_unroll(make, check):
+    core = make.chain("gated", 3, inner=lambda: nn.Dropout(0.3))
+    x = [make.streams(), None, make.streams(), None, None]
+    found = []
+    for options in ({"mode": "stored"}, {}, {"keep_states_every": 2}, {"keep_states_every": 5}):
+        torch.manual_seed(5)
+        y, _ = unroll(core, x, **options)
+        before = torch.get_rng_state()
+        found.append(torch.autograd.grad(check.loss(y), (*x[0], *x[2], *core.parameters())))
+        assert torch.equal(torch.get_rng_state(), before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+def test_random_states_are_kept_only_where_something_was_drawn(make):
+    chain = make.chain("additive", 4)
+    chain[2].transform.inner = nn.Dropout(0.5)
+    snapshot = Snapshot(chain)
+    x = make.streams()
+    for i, layer in enumerate(chain):
+        with snapshot.recording(i, torch.device("cpu")):
+            layer.transform(x[0])
+    assert list(snapshot._random_states) == [2]
+
+
+# Statistics
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+def test_running_statistics_move_once(make, check, kind, norm, mode):
+    chain, x = make.chain(kind, 4, inner=NORMS[norm], arithmetic="exact"), make.streams(6)
+    for _ in range(2):  # so that momentum=None averages over more than one batch
+        expected = check.gradients(chain, x, "stored")
+        check.same(check.gradients(chain, x, mode), expected)
+        chain(*x)
+    if norm != "untracked":
+        assert chain[0].transform.inner.num_batches_tracked == 2
+        assert expected["buffer layers.0.transform.inner.num_batches_tracked"] == 2
+        assert expected["buffer layers.0.transform.inner.running_mean"].any()
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_running_statistics_move_once_in_an_unroll(make, check, every):
+    core = make.chain("gated", 2, inner=NORMS["cumulative"])
+    x = [make.streams(5), None, make.streams(5)]
+    buffers = {}
+    for mode in ("stored", "checkpoint", "reversible"):
+        model = copy.deepcopy(core)
+        y, _ = unroll(model, x, mode=mode, keep_states_every=every)
+        check.loss(y).backward()
+        buffers[mode] = dict(model.named_buffers())
+    check.same(buffers["checkpoint"], buffers["stored"])
+    check.same(buffers["reversible"], buffers["stored"])
+    assert buffers["stored"]["layers.0.transform.inner.num_batches_tracked"] == 3
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_shared_normalisation_moves_once_per_use(make, check, mode):
+    layer = make.coupling("additive", 4, inner=nn.BatchNorm1d(8))
+    chain, x = ReversibleSequential(layer, layer, arithmetic="exact"), make.streams(6)
+    expected = check.gradients(chain, x, "stored")
+    check.same(check.gradients(chain, x, mode), expected)
+    assert expected["buffer layers.0.transform.inner.num_batches_tracked"] == 2
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_in_eval_mode_use_the_statistics(make, check, mode):
+    chain, x = make.chain("additive", 4, inner=NORMS["batch"], arithmetic="exact"), make.streams(6)
+    chain(*make.streams(50))
+    chain.eval()
+    before = {k: b.clone() for k, b in chain.named_buffers()}
+    check.same(check.gradients(chain, x, mode), check.gradients(chain, x, "stored"))
+    check.same(dict(chain.named_buffers()), before)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_switching_between_train_and_eval_before_backward(make, check, first):
+    def inner():
+        return nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3))
+
+    chain, x = make.chain("additive", 4, inner=inner, arithmetic="exact"), make.streams(6)
+    chain(*make.streams(50))
+    found = {}
+    for mode in ("stored", "reversible"):
+        model = copy.deepcopy(chain).train(first)
+        model[1].transform.inner[1].train(not first)  # modes of single modules, too
+        model.mode = mode
+        torch.manual_seed(5)
+        y = model(*x)
+        model.train(not first)
+        loss = check.loss(y)
+        grads = torch.autograd.grad(loss, (*x, *model.parameters()))
+        found[mode] = dict(enumerate([*y, *grads, *model.buffers()]))
+        assert all(m.training is not first for m in model.modules())
+    check.same(found["reversible"], found["stored"])
+
+
+# Autocast
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+def test_autocast_is_replayed(make, check, kind, mode, inside):
+    chain, x = make.chain(kind, 4, arithmetic="exact"), make.streams()
+    plain = check.gradients(chain, x, "stored")["output 1"]
+    found = {}
+    for m in ("stored", mode):
+        chain.mode = m
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = chain(*x)
+            loss = check.loss(y)
+            if inside:
+                grads = torch.autograd.grad(loss, (*x, *chain.parameters()))
+        if not inside:
+            grads = torch.autograd.grad(loss, (*x, *chain.parameters()))
+        assert y[1].dtype == torch.float32
+        assert not torch.equal(y[1], plain)
+        found[m] = [*y, *grads]
+    assert all(map(torch.equal, found[mode], found["stored"]))
+
+
+def test_autocast_around_the_backward_only(make, check):
+    chain, x = make.chain("gated", 4), make.streams()
+    expected = check.gradients(chain, x, "stored")
+    torch.manual_seed(3)
+    loss = check.loss(chain(*x))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        grads = torch.autograd.grad(loss, x)
+    assert torch.equal(grads[0], expected["gradient of input 0"])
+    assert torch.equal(grads[1], expected["gradient of input 1"])
+
+
+def test_autocast_cache_holds_no_weight_without_a_graph(make, check):
+    """The same weights reversible first, then stored, in one region: the stored pass must still reach them."""
+    chain, x = make.chain("additive", 2), make.streams()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        chain(*x)
+        assert torch.is_autocast_cache_enabled()
+        chain.mode = "stored"
+        loss = check.loss(chain(*x))
+    grads = torch.autograd.grad(loss, tuple(chain.parameters()), allow_unused=True)
+    assert all(g is not None for g in grads)
+
+
+# Snapshot
+
+
+def test_parameters_are_replaced_during_backward_and_put_back(make, check):
+    seen = []
+
+    class Spy(nn.Linear):
+        def forward(self, x):
+            seen.append(self.weight)
+            return super().forward(x)
+
+    chain = ReversibleSequential(AdditiveCoupling(Spy(4, 4)))
+    weight = chain[0].transform.weight
+    check.loss(chain(*make.streams())).backward()
+    assert seen[0] is weight
+    assert seen[1] is not weight
+    assert seen[1].data_ptr() == weight.data_ptr()
+    assert chain[0].transform.weight is weight
+    assert isinstance(weight, nn.Parameter)
+
+
+def test_shared_modules_are_counted_once(make):
+    layer = make.coupling("gated")
+    tied = AdditiveCoupling(nn.Linear(4, 8, bias=False))
+    tied.transform.weight = layer.transform.first.weight
+    snapshot = Snapshot([layer, tied, layer])
+    assert len(snapshot.parameters) == 4
+    assert snapshot.indices_of(layer) == [0, 1, 2, 3]
+    assert snapshot.indices_of(tied) == [0]
+    assert len(snapshot.slots) == 5
+    assert len(snapshot.modules) == len(set(map(id, snapshot.modules)))
+
+
+def test_frozen_statistics_come_back_after_an_error():
+    class Layer(ReversibleLayer):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(2)
+
+    layer = Layer()
+    buffers = dict(layer.norm._buffers)
+    with pytest.raises(RuntimeError, match="inside"), Snapshot([layer]).frozen_statistics():
+        layer.norm(torch.randn(3, 2))
+        assert layer.norm.num_batches_tracked == 1
+        raise RuntimeError("inside")
+    assert all(layer.norm._buffers[k] is b for k, b in buffers.items())
+    assert layer.norm.num_batches_tracked == 0
+
+
+def test_buffers_that_are_only_read_are_fine(make, check):
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("shift", torch.ones(4))
+
+        def forward(self, x):
+            return torch.tanh(x) + self.shift, x
+
+    chain, x = ReversibleSequential(GatedCoupling(Shift())), make.streams()
+    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"))

@@ -1,0 +1,377 @@
+import copy
+import itertools
+
+import pytest
+import torch
+from revgrad import (
+    AdditiveCoupling,
+    ChainState,
+    Concatenate,
+    GatedCoupling,
+    Inverse,
+    Permute,
+    PixelUnshuffle,
+    Residue,
+    ReversibilityError,
+    ReversibleSequential,
+    Split,
+    StreamError,
+    Swap,
+    snap,
+)
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+MODES = ["stored", "checkpoint", "reversible"]
+
+
+class Normal(nn.Module):
+    """Messages whose logits are spread like N(0, 1.5): ordinary gates."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x):
+        a, h = self.linear(x).chunk(2, dim=1)
+        return 1.5 * a / a.std(), torch.tanh(h)
+
+
+def gated_chain(depth, width=64, **options):
+    return ReversibleSequential(
+        *(GatedCoupling(Normal(width), i % 2, 1 - i % 2) for i in range(depth)), **options
+    )
+
+
+# Modes
+
+
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.parametrize("kind", ["additive", "gated", "mixed"])
+def test_exact_modes_agree_bit_for_bit(make, check, kind, mode):
+    chain = make.chain(kind, 7, arithmetic="exact")
+    x = make.streams()
+    check.same(check.gradients(chain, x, mode), check.gradients(chain, x, "stored"))
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "gated", "mixed"])
+def test_float_modes_agree_with_a_float64_oracle(make, check, kind):
+    chain = make.chain(kind, 6, arithmetic="float")
+    x = make.streams()
+    oracle = check.gradients(
+        copy.deepcopy(chain).double(), tuple(t.detach().double().requires_grad_() for t in x), "stored"
+    )
+    found = {mode: check.gradients(chain, x, mode) for mode in MODES}
+    for mode in MODES:
+        check.same(found[mode], oracle, rtol=2e-5)
+    check.same(found["checkpoint"], found["stored"])
+    for name in ("output 0", "output 1"):
+        assert torch.equal(found["reversible"][name], found["stored"][name])
+
+
+def test_gradient_in_exact_arithmetic_is_close_to_the_true_one(make, check):
+    chain = make.chain("mixed", 8)
+    x = make.streams()
+    oracle = copy.deepcopy(chain).double()
+    oracle.arithmetic = "float"
+    expected = check.gradients(oracle, tuple(t.detach().double().requires_grad_() for t in x), "stored")
+    check.same(check.gradients(chain, x, "reversible"), expected, rtol=1e-3)
+
+
+def test_mode_can_be_changed_at_any_time(make, check):
+    chain = make.chain("mixed", 4)
+    x = make.streams()
+    for mode, other in itertools.permutations(MODES, 2):
+        chain.mode = mode
+        chain(*x)
+        check.same(check.gradients(chain, x, other), check.gradients(chain, x, mode))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_deepcopy_and_state_dict_across_modes(make, check, mode):
+    chain = make.chain("mixed", 4, mode="reversible")
+    chain(*make.streams())
+    expected = check.gradients(chain, x := make.streams(), "stored")
+    check.same(check.gradients(copy.deepcopy(chain), x, mode), expected)
+    torch.manual_seed(99)
+    other = make.chain("mixed", 4, mode=mode)
+    other.load_state_dict(chain.state_dict())
+    check.same(check.gradients(other, x), expected)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_pixels_to_pixels_through_a_shared_encoder(check, make, mode):
+    """Encoder, gated module, and the inverse of the same encoder with the same weights."""
+
+    def conv(messages=1):
+        class Conv(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.conv = nn.Conv2d(4, 4 * messages, 3, padding=1)
+
+            def forward(self, x):
+                y = torch.tanh(self.conv(x))
+                return y if messages == 1 else y.chunk(messages, dim=1)
+
+        return Conv()
+
+    encoder = ReversibleSequential(
+        PixelUnshuffle(2),
+        Permute(list(range(0, 8, 2)) + list(range(1, 8, 2))),
+        Split(2),
+        AdditiveCoupling(conv()),
+        Swap(),
+        AdditiveCoupling(conv()),
+    )
+    chain = ReversibleSequential(encoder, GatedCoupling(conv(2)), Inverse(encoder))
+    x = (torch.rand(2, 2, 4, 6, requires_grad=True),)
+    check.same(check.gradients(chain, x, mode), check.gradients(chain, x, "stored"))
+    assert chain(*x).shape == x[0].shape
+    assert len(list(chain.parameters())) == 6
+
+
+# Structure
+
+
+def test_feels_like_a_sequential(make):
+    layers = [make.coupling("additive", 4, i) for i in range(3)]
+    chain = ReversibleSequential(*layers)
+    assert len(chain) == 3
+    assert list(chain) == layers
+    assert chain[1] is layers[1]
+    assert [name for name, _ in chain.named_children()] == ["layers"]
+
+
+def test_lone_stream_comes_bare_and_several_as_a_tuple(make):
+    x = torch.randn(2, 8, requires_grad=True)
+    assert isinstance(ReversibleSequential(Swap())(x), torch.Tensor)
+    y = ReversibleSequential(Split(2), make.coupling("additive"))(x)
+    assert isinstance(y, tuple)
+    assert len(y) == 2
+    assert isinstance(ReversibleSequential(Split(2), make.coupling("additive"), Concatenate(2))(x), torch.Tensor)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_empty_chain_is_the_identity(mode):
+    x = torch.randn(2, 8, requires_grad=True)
+    y = ReversibleSequential(mode=mode)(x)
+    assert torch.equal(y, x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_nested_chains_are_the_flat_chain(make, check, arithmetic):
+    a, b, c, d = (make.coupling("additive", 4, i) for i in range(4))
+    flat = ReversibleSequential(a, b, Inverse(d), Inverse(c), a, b, c, arithmetic=arithmetic)
+    nested = ReversibleSequential(
+        ReversibleSequential(a, b),
+        Inverse(ReversibleSequential(c, Inverse(Inverse(ReversibleSequential(d))))),
+        Inverse(Inverse(ReversibleSequential(a, ReversibleSequential(b)))),
+        Inverse(Inverse(c)),
+        arithmetic=arithmetic,
+    )
+    x = make.streams()
+    for mode in ("reversible", "checkpoint"):
+        found, expected = (list(check.gradients(m, x, mode).values()) for m in (nested, flat))
+        # The same parameters by other names, those of c and d in the other order.
+        assert len(found) == len(expected) == 4 + 16
+        assert all(map(torch.equal, found, expected[:12] + expected[16:] + expected[12:16]))
+
+
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+def test_double_inverse_of_a_chain_is_the_chain(make, check, kind):
+    inner = make.chain(kind, 3)
+    chain = ReversibleSequential(Inverse(Inverse(inner)))
+    x = make.streams()
+    found = list(check.gradients(chain, x, "reversible").values())
+    assert all(map(torch.equal, found, check.gradients(inner, x, "reversible").values()))
+    calls = [layer.transform.calls for layer in inner]
+    y = chain(*x)
+    (y[0].sum() + y[1].square().sum()).backward()
+    assert [layer.transform.calls - before for layer, before in zip(inner, calls, strict=True)] == [2, 2, 2]
+
+
+def test_errors_name_the_place_in_nested_chains(make):
+    inner = ReversibleSequential(Swap(), AdditiveCoupling(nn.Linear(4, 5)))
+    with pytest.raises(StreamError, match=r"layer 1\.1 \(AdditiveCoupling\): the transform returned a message"):
+        ReversibleSequential(Swap(), inner)(*make.streams())
+    with pytest.raises(StreamError, match=r"inverse of layer 1\.1 \(AdditiveCoupling\): the transform returned"):
+        ReversibleSequential(Swap(), Inverse(inner))(*make.streams())
+    with pytest.raises(StreamError, match=r"layer 0 \(Inverse\(AdditiveCoupling\)\): the transform returned"):
+        ReversibleSequential(Inverse(inner[1]))(*make.streams())
+
+
+def test_layer_that_is_not_reversible():
+    with pytest.raises(StreamError, match=r"layer 1 is a Linear, not a reversible layer: put it inside a coupling"):
+        ReversibleSequential(Swap(), nn.Linear(2, 2))
+    with pytest.raises(StreamError, match="layer 0 is a Sequential, not a reversible layer"):
+        ReversibleSequential(nn.Sequential(Swap(), nn.ReLU()))
+
+
+# Inverse
+
+
+@pytest.mark.parametrize("kind", ["additive", "affine", "gated"])
+def test_inverse_in_float_is_differentiable(make, kind):
+    chain = make.chain(kind, 3, arithmetic="float").double()
+    y = make.streams(dtype=torch.float64)
+    x = chain.inverse(*y)
+    with torch.no_grad():
+        for back, then in zip(chain(*x), y, strict=True):
+            torch.testing.assert_close(back, then, rtol=1e-10, atol=1e-10)
+    assert torch.autograd.gradcheck(chain.inverse, y)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("depth", [1, 16, 60])
+def test_exact_inverse_restores_every_bit_at_any_depth(depth, dtype):
+    chain = gated_chain(depth).to(dtype)
+    x = tuple(snap(torch.randn(32, 64, dtype=dtype)) for _ in range(2))
+    residue = Residue()
+    with torch.no_grad():
+        y = chain(*x, residue=residue)
+        back = chain.inverse(*y, residue=residue)
+    assert all(map(torch.equal, back, x))
+    residue.check_undone_to()
+
+
+def test_float_inverse_of_ordinary_gates_is_worthless():
+    """Why exact is the default: 16 gated updates with gates sigmoid(N(0, 1.5)), values of order one."""
+    chain = gated_chain(16, arithmetic="float")
+    x = tuple(torch.randn(256, 64) for _ in range(2))
+    with torch.no_grad():
+        back = chain.inverse(*chain(*x))
+    assert max(float((a - b).abs().max()) for a, b in zip(back, x, strict=True)) > 1e3
+
+
+@pytest.mark.parametrize("input_gradient", [True, False])
+def test_float_gradient_of_ordinary_gates_is_refused_not_wrong(input_gradient):
+    chain = gated_chain(16, arithmetic="float")
+    x = tuple(torch.randn(256, 64, requires_grad=input_gradient) for _ in range(2))
+    y = chain(*x)
+    with pytest.raises(ReversibilityError, match="too ill-conditioned for this precision.*arithmetic='exact'"):
+        (y[0].sum() + y[1].square().sum()).backward()
+    assert all(p.grad is None for p in chain.parameters())
+
+
+def test_inverse_with_states(make):
+    chain = make.recurrent("gated", 4)
+    x, state = tuple(map(snap, make.streams())), make.state(chain)
+    residue = Residue()
+    with torch.no_grad():
+        y, _ = chain(*x, states=state, residue=residue)
+        back = chain.inverse(*y, states=state, residue=residue)
+    assert all(map(torch.equal, back, x))
+
+
+def test_inverse_with_wrong_states_is_noticed(make):
+    chain = make.recurrent("gated", 4, width=8)
+    x, state = make.streams(50, 8), make.state(chain, 50, 8)
+    residue = Residue()
+    with torch.no_grad():
+        for _ in range(20):
+            y, _ = chain(*x, states=state, residue=residue)
+        with pytest.raises(ReversibilityError, match="does not fit the gates"):
+            for _ in range(20):
+                chain.inverse(*y, states=make.state(chain, 50, 8), residue=residue)
+
+
+def test_inverse_needs_what_determines_it(make):
+    gated = make.chain("gated", 2)
+    x = make.streams(requires_grad=False)
+    with pytest.raises(ReversibilityError, match="needs the residue of the forward pass"):
+        gated.inverse(*x)
+    zigzag = make.recurrent("gated", 2, carries=1)
+    with pytest.raises(StreamError, match="inverse: what one layer carries to the next"):
+        zigzag.inverse(*x, states=make.state(zigzag))
+
+
+# Calling
+
+
+def test_auto_is_exact_where_there_is_a_gated_coupling(make):
+    x = make.streams()
+    off_grid = x[0] + 2.0**-20
+    for chain, exact in [
+        (make.chain("additive", 2), False),
+        (make.chain("affine", 2), False),
+        (make.chain("gated", 2), True),
+        (ReversibleSequential(Inverse(make.chain("additive", 2)), make.chain("mixed", 4)), True),
+    ]:
+        y = chain(off_grid, x[1])
+        assert all(torch.equal(t, snap(t)) for t in y) == exact
+
+
+def test_residue_is_for_no_grad_only(make):
+    with pytest.raises(StreamError, match=r"residue= is for .* torch\.no_grad"):
+        make.chain("gated", 2)(*make.streams(), residue=Residue())
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_without_gradients_the_input_stays_intact(make, mode, arithmetic):
+    chain = make.chain("mixed", 4, mode=mode, arithmetic=arithmetic)
+    x = make.streams()
+    kept = [t.detach().clone() for t in x]
+    expected = chain(*x)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            y = chain(*x)
+        assert all(map(torch.equal, y, expected))
+        assert not any(t.requires_grad for t in y)
+        assert all(map(torch.equal, x, kept))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_streams(make, mode):
+    chain = make.chain("additive", 2, mode=mode)
+    with pytest.raises(StreamError, match="the streams must be tensors, at least one; got none"):
+        chain()
+    with pytest.raises(StreamError, match="the streams must be tensors, at least one; got a list"):
+        chain(torch.zeros(2, 4), [1.0])
+    with pytest.raises(StreamError, match="inverse: the streams must be tensors, at least one; got a str"):
+        chain.inverse("x")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_wrong_states(make, mode):
+    chain = make.recurrent("gated", 2, mode=mode)
+    x, state = make.streams(), make.state(chain)
+    with pytest.raises(StreamError, match=r"layer 0 \(GatedCoupling\) is stateful, but no state was given"):
+        chain(*x)
+    with pytest.raises(StreamError, match="the chain has 2 layers, but the state has 1 entries"):
+        chain(*x, states=ChainState(state.layers[:1]))
+    plain = make.chain("additive", 2, mode=mode)
+    with pytest.raises(StreamError, match=r"layer 0 \(AdditiveCoupling\) takes no state, but 1 tensor"):
+        plain(*x, states=state)
+    zigzag = make.recurrent("gated", 2, carries=1, mode=mode)
+    good = make.state(zigzag)
+    with pytest.raises(StreamError, match=r"layer 0 \(GatedCoupling\): takes a carry of 1 tensor\(s\), but .* carries 0"):
+        zigzag(*x, states=ChainState(good.layers))
+
+
+def test_wrong_mode_and_arithmetic(make):
+    with pytest.raises(StreamError, match="mode must be 'stored', 'checkpoint' or 'reversible', got 'fast'"):
+        make.chain("additive", 2, mode="fast")(*make.streams())
+    with pytest.raises(StreamError, match="arithmetic must be 'auto', 'exact' or 'float', got 'int'"):
+        make.chain("additive", 2, arithmetic="int")(*make.streams())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_dtype_without_a_grid(make, mode):
+    with pytest.raises(StreamError, match=r"float32 or float64, not torch\.bfloat16"):
+        make.chain("gated", 2, mode=mode).bfloat16()(*make.streams(dtype=torch.bfloat16))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_leaving_the_grid_names_where(make, mode):
+    class Large(nn.Module):
+        def forward(self, x):
+            return x * 0 + 200
+
+    chain = ReversibleSequential(Swap(), AdditiveCoupling(Large()), AdditiveCoupling(Large()), mode=mode, arithmetic="exact")
+    with pytest.raises(ReversibilityError, match=r"layer 2 \(AdditiveCoupling\): the stream reached 1\.[56]"):
+        chain(*make.streams())
+    with pytest.raises(ReversibilityError, match="the input: the stream is not finite"):
+        chain(torch.full((2, 4), torch.nan), torch.zeros(2, 4))

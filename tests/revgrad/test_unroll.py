@@ -1,0 +1,266 @@
+import pytest
+import torch
+from revgrad import AdditiveCoupling, ChainState, Inverse, ReversibleSequential, StreamError, Swap, unroll
+from revgrad.unroll import chain_links, describe, is_exact
+from torch import nn
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+WAYS = {
+    "checkpoint": {"mode": "checkpoint"},
+    "reversible": {"mode": "reversible"},
+    "every second": {"mode": "reversible", "keep_states_every": 2},
+    "every third": {"mode": "reversible", "keep_states_every": 3},
+    "only the first": {"mode": "reversible", "keep_states_every": 99},
+}
+FED = {
+    "teacher forcing": (True, True, True, True),
+    "free running": (True, False, False, False, False),
+    "both": (True, True, False, True, False, False, True),
+    "one step": (True,),
+}
+
+
+class Model:
+    """A recurrent chain between an encoder and its inverse, and everything that `unroll` needs."""
+
+    def __init__(self, make, fed, carries=0, kind="gated", entry_depth=2, requires_grad=True):
+        self.entry = make.chain("additive", entry_depth)
+        self.core = make.recurrent(kind, 3, states=1, carries=carries)
+        self.inputs = [make.streams(requires_grad=requires_grad) if f else None for f in fed]
+        self.state = make.state(self.core, requires_grad=requires_grad)
+
+    def run(self, check, **options):
+        """Outputs and every gradient, by name."""
+        outputs, state = unroll(
+            self.core, self.inputs, self.state, entry=self.entry, exit=Inverse(self.entry), **options
+        )
+        leaves = [x for streams in self.inputs if streams for x in streams]
+        leaves += [*self.state.tensors(), *self.entry.parameters(), *self.core.parameters()]
+        leaves = [x for x in leaves if x.requires_grad]
+        loss = check.loss(outputs) + check.loss(tuple(state.tensors()))
+        grads = torch.autograd.grad(loss, leaves)
+        return dict(enumerate([*outputs, *state.tensors(), *grads]))
+
+    def calls(self):
+        return [[layer.transform.calls for layer in part] for part in (self.entry, self.core)]
+
+
+# Equality
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fed", FED)
+@pytest.mark.parametrize("carries", [0, 1])
+def test_exact_is_stored_bit_for_bit(make, check, fed, way, carries):
+    model = Model(make, FED[fed], carries)
+    check.same(model.run(check, **WAYS[way]), model.run(check, mode="stored"))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("fed", FED)
+def test_float_is_close_to_stored(make, check, fed, way):
+    model = Model(make, FED[fed], kind="additive")
+    expected = model.run(check, mode="stored", arithmetic="float")
+    found = model.run(check, **WAYS[way], arithmetic="float")
+    check.same(found, expected, rtol=1e-5)
+    assert torch.equal(found[0], expected[0])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_stateless_core_and_single_stream(make, check, way):
+    core = ReversibleSequential(*make.chain("mixed", 4))
+    x = make.streams()
+    leaves = (*x, *core.parameters())
+    found = [
+        torch.autograd.grad(check.loss(unroll(core, [x, None, x], **w)[0]), leaves) for w in (WAYS[way], {"mode": "stored"})
+    ]
+    assert all(map(torch.equal, *found))
+
+
+@pytest.mark.parametrize("way", ["checkpoint", "reversible", "every second"])
+def test_gradients_reach_only_what_wants_them(make, check, way):
+    model = Model(make, FED["both"], requires_grad=False)
+    model.entry.requires_grad_(False)
+    model.core[1].requires_grad_(False)
+    check.same(model.run(check, **WAYS[way]), model.run(check, mode="stored"))
+
+
+def test_a_time_step_is_the_chain(make):
+    """Time unrolled by hand, one `ReversibleSequential` call per step, is the same function."""
+    model = Model(make, (True, True, True))
+    outputs, final = unroll(model.core, model.inputs, model.state)
+    state = model.state
+    for t, x in enumerate(model.inputs):
+        y, state = model.core(*x, states=state)
+        assert torch.equal(outputs[0][t], y[0])
+        assert torch.equal(outputs[1][t], y[1])
+    assert all(map(torch.equal, final.tensors(), state.tensors()))
+
+
+def test_step_without_input_reads_the_steps_own_output(make):
+    """Figure 1: to skip the exit and entry is to feed the output back, since the exit undoes the entry."""
+    model = Model(make, (True, False))
+    parts = {"entry": model.entry, "exit": Inverse(model.entry)}
+    with torch.no_grad():
+        (y0, y1), _ = unroll(model.core, model.inputs, model.state, **parts)
+        fed_back, _ = unroll(model.core, [model.inputs[0], (y0[0], y1[0])], model.state, **parts)
+    assert torch.equal(fed_back[0], y0)
+    assert torch.equal(fed_back[1], y1)
+
+
+def test_retain_graph(make, check):
+    for way in ("reversible", "every second"):
+        model = Model(make, FED["both"])
+        outputs, _ = unroll(model.core, model.inputs, model.state, **WAYS[way])
+        leaves = (*model.inputs[0], *model.state.tensors(), *model.core.parameters())
+        first = torch.autograd.grad(check.loss(outputs), leaves, retain_graph=True)
+        second = torch.autograd.grad(check.loss(outputs), leaves)
+        assert all(map(torch.equal, first, second))
+
+
+def test_loss_on_the_last_step_or_the_state_alone(make):
+    model = Model(make, FED["both"], carries=1)
+    leaves = (*model.inputs[0], *model.state.tensors(), *model.core.parameters())
+    for pick in (lambda y, s: y[0][-1].square().sum(), lambda y, s: s.carry[0].sum(), lambda y, s: y[1][2].sum()):
+        found = []
+        for options in ({"mode": "stored"}, {}, {"keep_states_every": 3}):
+            loss = pick(*unroll(model.core, model.inputs, model.state, **options))
+            found.append([torch.zeros(1) if g is None else g for g in torch.autograd.grad(loss, leaves, allow_unused=True)])
+        for other in found[1:]:
+            for a, b in zip(found[0], other, strict=True):
+                assert torch.equal(a, b) or not (a.any() or b.any())
+
+
+@pytest.mark.parametrize("way", ["reversible", "every second"])
+def test_inputs_modified_before_backward(make, check, way):
+    model = Model(make, (True, True, True), requires_grad=False)
+    outputs, _ = unroll(model.core, model.inputs, model.state, **WAYS[way])
+    (model.inputs[0] if way == "every second" else model.state.layers[0])[0].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        check.loss(outputs).backward()
+
+
+@pytest.mark.parametrize("mode", ["stored", "checkpoint", "reversible"])
+def test_without_gradients(make, mode):
+    model = Model(make, FED["both"])
+    expected, _ = unroll(model.core, model.inputs, model.state, mode=mode)
+    with torch.no_grad():
+        found, state = unroll(model.core, model.inputs, model.state, mode=mode)
+    assert all(map(torch.equal, found, expected))
+    assert not any(x.requires_grad for x in (*found, *state.tensors()))
+
+
+# Evaluations
+
+
+@pytest.mark.parametrize("fed", FED)
+@pytest.mark.parametrize("every", [1, 2, 3])
+def test_evaluations_are_counted(make, check, fed, every):
+    fed = FED[fed]
+    model = Model(make, fed)
+    steps, given = len(fed), sum(fed)
+    outputs, _ = unroll(
+        model.core,
+        model.inputs,
+        model.state,
+        entry=model.entry,
+        exit=Inverse(model.entry),
+        keep_states_every=every,
+    )
+    # The encoder once per given input, and once per output, as the decoder.
+    assert model.calls() == [[given + steps] * 2, [steps] * 3]
+    check.loss(outputs).backward()
+    again = every > 1
+    assert model.calls() == [[2 * (given + steps) + again * given] * 2, [(2 + again) * steps] * 3]
+
+
+def test_entry_that_nobody_asks_for_is_not_evaluated(make, check):
+    model = Model(make, (True, True), requires_grad=False)
+    model.entry.requires_grad_(False)
+    outputs, _ = unroll(model.core, model.inputs, model.state, entry=model.entry)
+    check.loss(outputs).backward()
+    assert model.calls() == [[2, 2], [4, 4, 4]]
+
+
+# Errors
+
+
+@pytest.mark.parametrize("mode", ["stored", "checkpoint", "reversible"])
+def test_wrong_calls(make, mode):
+    core, x = make.chain("additive", 2), make.streams()
+    recurrent = make.recurrent()
+    cases = [
+        (lambda: unroll(core, [], mode=mode), "the first time step must be given an input"),
+        (lambda: unroll(core, [None, x], mode=mode), "the first time step must be given an input"),
+        (lambda: unroll(core, [x, x[:1]], mode=mode), r"different numbers of streams: \[1, 2\]"),
+        (lambda: unroll(core, [x, ()], mode=mode), "unroll: the streams must be tensors, at least one; got none"),
+        (lambda: unroll(core, [("a", "b")], mode=mode), "unroll: the streams must be tensors, at least one; got a str"),
+        (lambda: unroll(core, [x], mode=mode, keep_states_every=0), "keep_states_every must be at least 1, got 0"),
+        (lambda: unroll(core, [x], mode=mode, arithmetic="int"), "arithmetic must be"),
+        (lambda: unroll([nn.ReLU()], [x], mode=mode), "layer 0 is a ReLU, not a reversible layer"),
+        (lambda: unroll(recurrent, [x], mode=mode), r"layer 0 \(GatedCoupling\) is stateful, but no state was given"),
+        (lambda: unroll(core, [x], ChainState(()), mode=mode), "the chain has 2 layers, but the state has 0 entries"),
+        (lambda: unroll(core, [x], entry=recurrent, mode=mode), r"layer 0 \(GatedCoupling\) of entry or exit is stateful"),
+        (
+            lambda: unroll(core, [x], entry=make.chain("gated", 1), mode=mode, arithmetic="exact"),
+            r"layer 0 \(GatedCoupling\) of entry or exit is gated, .* in the core only",
+        ),
+        (
+            lambda: unroll(core, [x], exit=Inverse(make.chain("gated", 1)), mode=mode),
+            r"inverse of layer 0 \(GatedCoupling\) of entry or exit is gated",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(StreamError, match=message):
+            call()
+    with pytest.raises(StreamError, match="mode must be 'stored', 'checkpoint' or 'reversible', got 'lazy'"):
+        unroll(core, [x], mode="lazy")
+
+
+def test_gated_entry_in_float(make, check):
+    entry, core, x = make.chain("gated", 2), make.chain("additive", 2), make.streams()
+    leaves = (*x, *entry.parameters(), *core.parameters())
+    found = [
+        torch.autograd.grad(
+            check.loss(unroll(core, [x, None], entry=entry, exit=Inverse(entry), mode=mode, arithmetic="float")[0]), leaves
+        )
+        for mode in ("stored", "reversible")
+    ]
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+# Links
+
+
+def test_links_are_flat_and_named(make):
+    a, b = make.coupling("additive"), make.coupling("gated")
+    inner = ReversibleSequential(a, Swap())
+    chain = ReversibleSequential(inner, Inverse(inner), b, Inverse(b), Inverse(Inverse(inner)))
+    links = chain_links(chain)
+    assert [name for name, _ in links] == [
+        "layer 0.0 (AdditiveCoupling)",
+        "layer 0.1 (Swap)",
+        "inverse of layer 1.1 (Swap)",
+        "inverse of layer 1.0 (AdditiveCoupling)",
+        "layer 2 (GatedCoupling)",
+        "layer 3 (Inverse(GatedCoupling))",
+        "layer 4.0 (AdditiveCoupling)",
+        "layer 4.1 (Swap)",
+    ]
+    assert links[0].layer is links[6].layer is a
+    assert links[3].layer.layer is a
+    assert describe(Inverse(Inverse(a))) == "Inverse(Inverse(AdditiveCoupling))"
+    assert [name for name, _ in chain_links(a)] == ["layer 0 (AdditiveCoupling)"]
+    assert [name for name, _ in chain_links([a, b])] == ["layer 0 (AdditiveCoupling)", "layer 1 (GatedCoupling)"]
+    assert chain_links(()) == ()
+
+
+def test_auto_looks_inside(make):
+    additive, gated = chain_links(make.chain("additive", 2)), chain_links(Inverse(make.chain("gated", 1)))
+    assert not is_exact("auto", additive)
+    assert is_exact("exact", additive)
+    assert is_exact("auto", [*additive, *gated])
+    assert not is_exact("float", gated)
+    assert is_exact("auto", chain_links(AdditiveCoupling(make.chain("gated", 1))))
