@@ -1,4 +1,4 @@
-"""What all benchmarks share: where a number was measured, tables of numbers, and files that are whole or not there."""
+"""What all benchmarks share: where numbers were measured, tables of them, files written wholly or not."""
 
 import json
 import os
@@ -37,9 +37,7 @@ class Table:
         widths = [max(3, *map(len, column)) for column in zip(headings, *cells, strict=True)]
 
         def line(texts: Sequence[str]) -> str:
-            aligned = [
-                x.ljust(w) if left else x.rjust(w) for x, w, left in zip(texts, widths, is_text, strict=True)
-            ]
+            aligned = [x.ljust(w) if left else x.rjust(w) for x, w, left in zip(texts, widths, is_text, strict=True)]
             return f"| {' | '.join(aligned)} |"
 
         rule = ["-" * w if left else "-" * (w - 1) + ":" for w, left in zip(widths, is_text, strict=True)]
@@ -108,9 +106,8 @@ def environment(command: str) -> dict[str, Any]:
 
 def commit(folder: Path) -> dict[str, Any]:
     """The commit that a folder is at, and whether anything but results differs from it; None outside a git checkout."""
-    changed = _git(
-        folder, "status", "--porcelain", "--", ":/", f":(exclude,top){RESULTS.parent.name}/{RESULTS.name}"
-    )
+    results = f":(exclude,top){RESULTS.parent.name}/{RESULTS.name}"
+    changed = _git(folder, "status", "--porcelain", "--", ":/", results)
     return {
         "commit": _git(folder, "rev-parse", "HEAD"),
         "uncommitted_changes": None if changed is None else bool(changed),
@@ -161,11 +158,10 @@ def _shown(value: Any, decimals: int) -> str:
 
 
 def _measured(environment: Row) -> str:
-    at = (environment["commit"] or "unknown")[:12] + (
-        " with uncommitted changes" if environment["uncommitted_changes"] else ""
-    )
+    commit = (environment["commit"] or "unknown")[:12]
+    changes = " with uncommitted changes" if environment["uncommitted_changes"] else ""
     return (
-        f"Measured {environment['date']} by `{environment['command']}` at commit {at}, on {environment['device']} "
-        f"({environment['threads']} of {environment['cores']} cores), PyTorch {environment['torch']}, "
-        f"Python {environment['python']}."
+        f"Measured {environment['date']} by `{environment['command']}` at commit {commit}{changes}, "
+        f"on {environment['device']} ({environment['threads']} of {environment['cores']} cores), "
+        f"PyTorch {environment['torch']}, Python {environment['python']}."
     )

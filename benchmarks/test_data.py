@@ -49,9 +49,7 @@ def test_generate_training_batches(benchmark, results, one_thread, num_digits):
     milliseconds = spread([1e3 * seconds for seconds in benchmark.stats.stats.data])
     per_second = 1e3 * BATCH / milliseconds["median"]
     results.append({"num_digits": num_digits, "sequences_per_second": per_second, **milliseconds})
-    benchmark.extra_info.update(
-        batch_size=BATCH, config=str(config(num_digits)), sequences_per_second=per_second
-    )
+    benchmark.extra_info.update(batch_size=BATCH, config=str(config(num_digits)), sequences_per_second=per_second)
 
 
 def config(num_digits: int) -> DataConfig:

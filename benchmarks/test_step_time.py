@@ -1,8 +1,8 @@
 """Time of a training step, reversible over stored: `pytest benchmarks/test_step_time.py --benchmark-only`.
 
 Every round runs one step of each variant, with the same weights and frames in the same process, and gives one
-ratio; so what slows the machine down for a while slows both sides. Nothing is asserted: the table says whether
-the target was met.
+ratio; so what slows the machine down for a while slows both sides. Nothing is asserted: the table says
+whether the target was met.
 """
 
 import gc
@@ -34,7 +34,7 @@ RATIOS = (
     (SPARSE, STORED, None),
     (CHECKPOINT, STORED, None),
 )
-"""What is divided by what, and the target; the third is what reversibility and exact arithmetic cost together."""
+"""What is divided by what, and the target. The third is the price of reversibility and exactness together."""
 
 NOTES = (
     "One step is forward, mean squared error and backward, without the optimiser.",
@@ -94,9 +94,7 @@ def test_step_time(benchmark, results, cell):
     timed = rounds[1:]
     for variant in VARIANTS:
         seconds = [times[variant] for times in timed]
-        results["seconds"].append(
-            {"cell": cell, "variant": str(variant), **spread(seconds), "rounds": seconds}
-        )
+        results["seconds"].append({"cell": cell, "variant": str(variant), **spread(seconds), "rounds": seconds})
     for variant, over, target in RATIOS:
         ratio = spread([times[variant] / times[over] for times in timed])
         row = {"cell": cell, "variant": str(variant), "over": str(over), **ratio, "target": target}

@@ -43,16 +43,16 @@ MODULES = (4, 8, 16, 32)
 BLOCKS = ((4, 5, 3), (8, 10, 6), (16, 20, 12))
 PAPER = ModelConfig()
 WORKING_SET = 1.0
-"""MB per sample: most that a reversible step may hold beyond states, predictions, their gradients and residue."""
+"""MB per sample that a reversible step may hold beyond states, predictions, their gradients and residue."""
 
 NOTES = (
     "MB per sample: peak of live tensor bytes from the start of the forward to the end of the backward pass, "
-    "batch 2 minus batch 1; 1 MB is 10^6 bytes. Weights, their gradients and the input frames exist before and "
-    "do not count.",
+    "batch 2 minus batch 1. Weights, their gradients and the input frames exist before and do not count. "
+    "1 MB is 10^6 bytes.",
     f"Paper's Moving MNIST configuration (float32, 3D clips, {STEPS} time steps), random weights and frames, "
     "cycle collector off.",
     "States and predictions (with their gradients) follow from the configuration; residue is counted on the "
-    "forward pass. The rest is what has been measured beyond them: graph and gradients of the one module that is "
+    "forward pass. The rest is what was measured beyond them: graph and gradients of the one module that is "
     "being differentiated.",
     "Table 1 of the paper gives 195 MB with ST-LSTM and 130 MB with ConvLSTM.",
     f"Growth with depth: ST-LSTM, {DEPTH_STEPS} time steps, exact arithmetic.",
@@ -106,9 +106,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     publish(Report("training_memory", "Training memory", tables, configuration, NOTES, pictures, complete))
 
 
-def measured(
-    cell: str, variant: Variant, steps: int, modules: int, blocks: tuple[int, ...]
-) -> dict[str, float]:
+def measured(cell: str, variant: Variant, steps: int, modules: int, blocks: tuple[int, ...]) -> dict[str, float]:
     """Memory per sample, and for reversible training what it consists of."""
     total = memory.marginal_mb(cell, modules, blocks, variant, steps)
     row: dict[str, float] = {"mb_per_sample": total}

@@ -27,9 +27,7 @@ class Variant:
 
     def of(self, config: ModelConfig) -> ModelConfig:
         """The configuration with this variant's settings."""
-        return replace(
-            config, mode=self.mode, arithmetic=self.arithmetic, keep_states_every=self.keep_states_every
-        )
+        return replace(config, mode=self.mode, arithmetic=self.arithmetic, keep_states_every=self.keep_states_every)
 
 
 def random_clips(config: ModelConfig, batch: int, steps: int) -> Tensor:

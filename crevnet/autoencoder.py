@@ -2,11 +2,11 @@
 
 from collections.abc import Sequence
 
-from revgrad import AdditiveCoupling, PixelUnshuffle, ReversibleSequential, Split
-from revgrad.layer import ReversibleLayer
 from torch import nn
 
 from crevnet.convolution import Normalisation, convolution, normalisation
+from revgrad import AdditiveCoupling, PixelUnshuffle, ReversibleSequential, Split
+from revgrad.layer import ReversibleLayer
 
 
 def residual_function(
@@ -27,12 +27,18 @@ def residual_function(
 
 
 def two_way_autoencoder(
-    channels: int, dimensions: int, *, blocks: Sequence[int] = (4, 5, 3), bottleneck: int = 2, norm: Normalisation = "group"
+    channels: int,
+    dimensions: int,
+    *,
+    blocks: Sequence[int] = (4, 5, 3),
+    bottleneck: int = 2,
+    norm: Normalisation = "group",
 ) -> ReversibleSequential:
     """Build the encoder; its `Inverse` is the decoder.
 
-    Each stage folds 2 x 2 pixels into channels and then couples the two groups in alternation. `blocks=(4, 5, 3)` is the paper's
-    36-layer network (12 blocks of three convolutions): frames `[B, C, (T,) H, W]` become two streams `[B, 32 C, (T,) H / 8, W / 8]`.
+    Each stage folds 2 x 2 pixels into channels and then couples the two groups in alternation. `blocks=(4, 5, 3)` is
+    the paper's 36-layer network (12 blocks of three convolutions): frames `[B, C, (T,) H, W]` become two streams
+    `[B, 32 C, (T,) H / 8, W / 8]`.
 
     Args:
         channels: C, of the frames.

@@ -1,7 +1,8 @@
 """ConvLSTM and ST-LSTM, the recurrent cells of the predictor (appendix A).
 
-Gates that read the same two tensors are one convolution over both. A cell is called as `cell(x, state)` and returns the hidden
-state and the new state; `carries` says how many trailing tensors of the state go to the next module rather than the next time step.
+Gates that read the same two tensors are one convolution over both. A cell is called as `cell(x, state)` and returns
+the hidden state and the new state; `carries` says how many trailing tensors of the state go to the next module
+rather than the next time step.
 """
 
 import torch
@@ -54,8 +55,8 @@ class ConvLSTMCell(nn.Module):
 class STLSTMCell(nn.Module):
     """Spatiotemporal LSTM (PredRNN, Wang et al. 2017): a second memory that runs through the layers.
 
-    The state is `(hidden, cell, memory)`, each `[B, C, (T,) H, W]`. The memory comes from the module before at the same time step, for the first
-    module from the last one at the time step before (the zigzag); so it is carried on.
+    The state is `(hidden, cell, memory)`, each `[B, C, (T,) H, W]`. The memory comes from the module before at the
+    same time step, for the first module from the last one at the time step before (the zigzag); so it is carried on.
 
     Args:
         channels: C, of input and states alike.

@@ -81,9 +81,7 @@ class CheckpointDirectory:
         self.path = Path(path)
         self.keep = keep
 
-    def save(
-        self, step: int, weights: dict[str, Tensor], state: dict[str, Any], *, best: bool = False
-    ) -> Path:
+    def save(self, step: int, weights: dict[str, Tensor], state: dict[str, Any], *, best: bool = False) -> Path:
         """Write a checkpoint, wholly or not at all.
 
         A crash at any moment leaves all earlier checkpoints. One of the same step is replaced. Afterwards all
@@ -358,8 +356,7 @@ def _manifest_to_bytes(step: int, files: dict[str, bytes]) -> bytes:
 def _weights_to_bytes(weights: dict[str, Tensor]) -> bytes:
     # safetensors refuses tensors that share memory or have gaps, so each gets memory of its own.
     separate = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for name, tensor in weights.items()
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in weights.items()
     }
     return safetensors.torch.save(separate)
 

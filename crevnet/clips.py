@@ -16,14 +16,17 @@ def frames_to_clips(frames_BTCHW: Tensor, length: int, stacking: Stacking) -> Te
     Args:
         frames_BTCHW: Frames.
         length: K.
-        stacking: `depth` makes time a dimension, `[B, N, C, K, H, W]` (a view: no memory); `channels` puts the frames side by side as
+        stacking: `depth` makes time a dimension, `[B, N, C, K, H, W]` (a view: no memory); `channels` puts the
+            frames side by side as
             channels, `[B, N, K C, H, W]`.
 
     Raises:
         ValueError: Fewer frames than a clip has.
     """
     if frames_BTCHW.ndim != 5:
-        raise ValueError(f"frames must be [batch, time, channels, height, width], got shape {tuple(frames_BTCHW.shape)}")
+        raise ValueError(
+            f"frames must be [batch, time, channels, height, width], got shape {tuple(frames_BTCHW.shape)}"
+        )
     if frames_BTCHW.shape[1] < length:
         raise ValueError(f"a clip has {length} frames, but only {frames_BTCHW.shape[1]} were given")
     clips_BNCHWK = frames_BTCHW.unfold(1, length, 1)

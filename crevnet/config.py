@@ -45,8 +45,8 @@ class FeedingConfig:
     """What the model is given after the observed frames while it trains: the truth, or its own features."""
 
     kind: Literal["teacher", "free", "scheduled"] = "teacher"
-    """`teacher`: the true clip at every time step (as the paper trains); `free`: none after the observed frames; `scheduled`: the true clip
-    with a probability that falls from 1 to 0."""
+    """`teacher`: the true clip at every time step (as the paper trains); `free`: none after the observed frames;
+    `scheduled`: the true clip with a probability that falls from 1 to 0."""
     fall_from: int = 0
     """Step at which the probability starts to fall, `scheduled` only."""
     fall_to: int = 0
@@ -55,7 +55,8 @@ class FeedingConfig:
     def __post_init__(self) -> None:
         if self.kind == "scheduled" and not 0 <= self.fall_from < self.fall_to:
             raise ValueError(
-                f"feeding: scheduled needs 0 <= fall_from < fall_to, got fall_from={self.fall_from}, fall_to={self.fall_to}"
+                f"feeding: scheduled needs 0 <= fall_from < fall_to, got fall_from={self.fall_from}, "
+                f"fall_to={self.fall_to}"
             )
 
     def truth_probability(self, step: int) -> float:
@@ -86,7 +87,8 @@ class RunConfig:
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """`bf16-mixed` runs convolutions in bfloat16; streams stay in float32."""
     workers: int = 0
-    """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU."""
+    """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU.
+    """
     threads: int = 0
     """CPU threads; 0 leaves PyTorch's choice."""
 
@@ -123,14 +125,17 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.batch_size < 1:
-            raise ValueError(f"steps must not be negative and batch_size at least 1, got {self.steps} and {self.batch_size}")
+            raise ValueError(
+                f"steps must not be negative and batch_size at least 1, got {self.steps} and {self.batch_size}"
+            )
         if self.data.image_size != self.model.image_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} differ; set both"
             )
         if not self.model.clip <= self.observed < self.data.frames:
             raise ValueError(
-                f"observed must be at least model.clip ({self.model.clip}) and below data.frames ({self.data.frames}), got {self.observed}"
+                f"observed must be at least model.clip ({self.model.clip}) and below data.frames "
+                f"({self.data.frames}), got {self.observed}"
             )
 
     @property

@@ -1,4 +1,6 @@
-"""`python -m crevnet.evaluate`: MSE, SSIM and PSNR of a trained model on the test set, per predicted frame and averaged."""
+"""`python -m crevnet.evaluate`: MSE, SSIM and PSNR of a trained model on the test set, per predicted frame and
+averaged.
+"""
 
 import json
 import sys
@@ -31,7 +33,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate a trained model on the fixed test set and print the metrics as JSON.
 
-    MSE is the squared error summed over the frame, as in the paper; SSIM and PSNR are for values in 0 .. 1 (data range 1).
+    MSE is the squared error summed over the frame, as in the paper; SSIM and PSNR are for values in 0 .. 1 (data
+    range 1).
 
     Args:
         run: Folder of a training run.

@@ -13,7 +13,8 @@ def read_frames(path: Path, channels: int, image_size: int) -> Tensor:
     """Read a sequence as `[T, C, H, W]`, float32 in 0 .. 1.
 
     Args:
-        path: `.npy` or `.npz` (its only array, or the one called `frames`) of shape `[T, H, W]` or `[T, C, H, W]`, uint8 or floats in 0 .. 1; a
+        path: `.npy` or `.npz` (its only array, or the one called `frames`) of shape `[T, H, W]` or `[T, C, H, W]`,
+            uint8 or floats in 0 .. 1; a
             `.gif`; or a folder of images in the order of their names.
         channels: C that is expected; images are converted to grey (1) or RGB (3).
         image_size: Height and width that are expected.
@@ -32,7 +33,9 @@ def read_frames(path: Path, channels: int, image_size: int) -> Tensor:
         raise ValueError(f"{path}: a sequence is a .npy, .npz or .gif file, or a folder of images")
     expected = (channels, image_size, image_size)
     if frames.ndim != 4 or frames.shape[1:] != expected:
-        raise ValueError(f"{path}: frames of shape {frames.shape[1:]} found, the model needs {expected}; resize them first")
+        raise ValueError(
+            f"{path}: frames of shape {frames.shape[1:]} found, the model needs {expected}; resize them first"
+        )
     return _to_unit_range(frames, path)
 
 

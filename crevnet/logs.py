@@ -8,7 +8,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 class RunLog:
-    """Writes scalars under a step; entries from `first_step` on, left by a run that died after its last checkpoint, are dropped.
+    """Writes scalars under a step; entries from `first_step` on, left by a run that died after its last checkpoint,
+    are dropped.
 
     Args:
         folder: Folder of the run.
@@ -47,7 +48,11 @@ class RunLog:
         kept: list[list[str]] = []
         if path.exists():
             with path.open(newline="") as f:
-                kept = [row for row in list(csv.reader(f))[1:] if len(row) == len(columns) and int(row[0]) < self._first_step]
+                kept = [
+                    row
+                    for row in list(csv.reader(f))[1:]
+                    if len(row) == len(columns) and int(row[0]) < self._first_step
+                ]
         # Line-buffered: what was logged survives a killed process.
         file = path.open("w", newline="", buffering=1)
         writer = csv.writer(file)

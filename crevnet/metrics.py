@@ -235,9 +235,7 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
     predicted, wanted = prediction.flatten(0, 1), target.flatten(0, 1)
     starts = range(0, len(wanted), _FRAMES_PER_CHUNK)
     chunks = [slice(start, start + _FRAMES_PER_CHUNK) for start in starts]
-    return torch.cat([_ssim_of_images(predicted[chunk], wanted[chunk]) for chunk in chunks]).reshape(
-        batch, frames
-    )
+    return torch.cat([_ssim_of_images(predicted[chunk], wanted[chunk]) for chunk in chunks]).reshape(batch, frames)
 
 
 def _ssim_of_images(prediction: Tensor, target: Tensor) -> Tensor:

@@ -1,15 +1,12 @@
-"""CrevNet: encode with the two-way autoencoder, predict with reversible modules, decode with the inverse of the same autoencoder."""
+"""CrevNet: encode with the two-way autoencoder, predict with reversible modules, decode with the inverse of the same
+autoencoder.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args, get_type_hints
 
 import torch
-from revgrad import ChainState, Inverse, Residue, StreamError, unroll
-from revgrad.chain import Read, undo_chain
-from revgrad.layer import State, Streams
-from revgrad.program import Program
-from revgrad.unroll import chain_links, is_exact
 from torch import Tensor, nn
 
 from crevnet.autoencoder import two_way_autoencoder
@@ -17,6 +14,11 @@ from crevnet.cells import CELLS
 from crevnet.clips import Stacking, frames_to_clips, newest_frames
 from crevnet.convolution import Normalisation
 from crevnet.predictor import reversible_predictor
+from revgrad import ChainState, Inverse, Residue, StreamError, unroll
+from revgrad.chain import Read, undo_chain
+from revgrad.layer import State, Streams
+from revgrad.program import Program
+from revgrad.unroll import chain_links, is_exact
 
 
 @dataclass(kw_only=True)
@@ -32,7 +34,9 @@ class ModelConfig:
     clip: int = 3
     """Frames per time step."""
     stacking: Stacking = "depth"
-    """`depth`: clips are three-dimensional, with 3D convolutions; `channels`: the frames of a clip are channels, with 2D convolutions."""
+    """`depth`: clips are three-dimensional, with 3D convolutions; `channels`: the frames of a clip are channels, with
+    2D convolutions.
+    """
     blocks: tuple[int, ...] = (4, 5, 3)
     """Autoencoder blocks (of three convolutions) per stage."""
     bottleneck: int = 2
@@ -40,13 +44,17 @@ class ModelConfig:
     modules: int = 8
     """Reversible predictive modules."""
     norm: Normalisation = "group"
-    """Normalisation in the autoencoder's blocks: `group`, `batch` (as in the original code for Moving MNIST) or `none`."""
+    """Normalisation in the autoencoder's blocks: `group`, `batch` (as in the original code for Moving MNIST) or `none`.
+    """
     mode: Literal["reversible", "checkpoint", "stored"] = "reversible"
     """What is kept for the backward pass; the results are the same."""
     arithmetic: Literal["exact", "float"] = "exact"
-    """`exact`: fixed-point streams whose inverse is exact bit for bit; `float`: as they come, ill-conditioned for closed gates."""
+    """`exact`: fixed-point streams whose inverse is exact bit for bit; `float`: as they come, ill-conditioned for
+    closed gates.
+    """
     keep_states_every: int = 1
-    """Keep the recurrent states of every n-th time step only, recompute the others: less memory, one more forward pass."""
+    """Keep the recurrent states of every n-th time step only, recompute the others: less memory, one more forward pass.
+    """
 
     def __post_init__(self) -> None:
         fold = 2 ** len(self.blocks)
@@ -54,7 +62,8 @@ class ModelConfig:
             raise ValueError(f"model.blocks must name at least one block per stage, got {self.blocks}")
         if self.image_size % fold:
             raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} stages fold it"
+                f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} "
+                f"stages fold it"
             )
         hints = get_type_hints(type(self))
         for name in ("cell", "stacking", "norm", "mode", "arithmetic"):
@@ -110,7 +119,8 @@ class CrevNet(nn.Module):
 
         Args:
             clips: `[B, N, C, K, H, W]` (`[B, N, K C, H, W]` for clips stacked in channels), values in 0 .. 1.
-            fed: Per time step, whether the model is given the true clip (teacher forcing) or goes on from its own features
+            fed: Per time step, whether the model is given the true clip (teacher forcing) or goes on from its own
+                features
                 (free running); by default the N given clips, then its own.
             steps: Number of time steps; by default N.
 
@@ -125,7 +135,10 @@ class CrevNet(nn.Module):
         steps = given if steps is None else steps
         fed = [t < given for t in range(steps)] if fed is None else list(fed)
         if len(fed) != steps or any(f and t >= given for t, f in enumerate(fed)) or not fed or not fed[0]:
-            raise ValueError(f"fed must say for each of {steps} steps whether one of the {given} clips is given, the first one always")
+            raise ValueError(
+                f"fed must say for each of {steps} steps whether one of the {given} clips is given, the first one "
+                f"always"
+            )
         outputs, _ = unroll(
             self.predictor,
             [clips[:, t] if f else None for t, f in enumerate(fed)],
@@ -167,8 +180,8 @@ class CrevNet(nn.Module):
         """One time step, undoable by `reconstruct`.
 
         Args:
-            clip: `[B, C, K, H, W]` or, stacked in channels, `[B, K C, H, W]`; None goes on from the features of the step before.
-            states: What the step before has left; None at the first step.
+            clip: `[B, C, K, H, W]` or, stacked in channels, `[B, K C, H, W]`; None goes on from the features of the
+                step before. states: What the step before has left; None at the first step.
 
         Returns:
             The predicted clip, and the states that belong to it.
@@ -222,4 +235,6 @@ class CrevNet(nn.Module):
         frame = (c.image_size, c.image_size)
         expected = (c.channels, c.clip, *frame) if c.stacking == "depth" else (c.channels * c.clip, *frame)
         if clips.shape[2:] != expected:
-            raise StreamError(f"CrevNet: clips of shape {tuple(clips.shape[2:])} given, but the model is built for {expected}")
+            raise StreamError(
+                f"CrevNet: clips of shape {tuple(clips.shape[2:])} given, but the model is built for {expected}"
+            )

@@ -27,9 +27,11 @@ def predict(
 
     Args:
         run: Folder of a training run.
-        output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays `observed`, `prediction` and,
+        output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays
+            `observed`, `prediction` and,
             where the sequence goes on, `target`; values in 0 .. 1).
-        sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`, or a folder of images in the
+        sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`,
+            or a folder of images in the
             order of their names. By default a sequence of the run's test set.
         index: Which sequence of the test set.
         observed: Frames to give to the model; by default as in training, the rest is compared with.
@@ -50,13 +52,16 @@ def predict(
     steps = config.predicted if steps is None else steps
     if not config.model.clip <= observed <= frames.shape[1]:
         raise ValueError(
-            f"observed must be at least the model's clip ({config.model.clip}) and at most the {frames.shape[1]} frames of the sequence, got {observed}"
+            f"observed must be at least the model's clip ({config.model.clip}) and at most the {frames.shape[1]} "
+            f"frames of the sequence, got {observed}"
         )
     given, target = frames[:, :observed], frames[:, observed : observed + steps]
     prediction = loaded.model.predict(given.to(where), steps).cpu().clamp(0, 1)
     if output.suffix == ".npz":
         arrays = {"observed": given[0], "prediction": prediction[0]}
-        write_arrays(output, {k: np.asarray(v) for k, v in (arrays | ({"target": target[0]} if target.shape[1] else {})).items()})
+        write_arrays(
+            output, {k: np.asarray(v) for k, v in (arrays | ({"target": target[0]} if target.shape[1] else {})).items()}
+        )
     else:
         draw = prediction_gif if output.suffix == ".gif" else prediction_grid
         draw(given, _padded(target, steps), prediction, path=output)

@@ -1,16 +1,17 @@
 """The reversible predictive module (section 2.2) and the predictor made of them."""
 
-from revgrad import GatedCoupling, ReversibleSequential
 from torch import Tensor, nn
 
 from crevnet.cells import CELLS, State
 from crevnet.convolution import convolution
+from revgrad import GatedCoupling, ReversibleSequential
 
 
 class PredictiveTransform(nn.Module):
     """What a predictive module computes from the stream it reads: hidden state and attention.
 
-    `h = ConvRNN(x, state)`, `a = W2 * ReLU(W1 * h + b1) + b2`; the coupling then blends the other stream with `h` by `sigmoid(a)`.
+    `h = ConvRNN(x, state)`, `a = W2 * ReLU(W1 * h + b1) + b2`; the coupling then blends the other stream with `h` by
+    `sigmoid(a)`.
     """
 
     def __init__(self, cell: str, channels: int, size: tuple[int, ...]) -> None:

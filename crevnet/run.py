@@ -34,7 +34,9 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> LoadedRun:
     """
     path = folder / "config.yaml"
     if not path.exists():
-        raise FileNotFoundError(f"{folder} is not the folder of a run: it has no config.yaml (python -m crevnet.train makes one)")
+        raise FileNotFoundError(
+            f"{folder} is not the folder of a run: it has no config.yaml (python -m crevnet.train makes one)"
+        )
     config = load_config(path)
     found = find_checkpoint(CheckpointDirectory(folder / "checkpoints"), checkpoint)
     if found is None:

@@ -1,7 +1,7 @@
 """`python -m crevnet.train`: train CrevNet on Moving MNIST through the reversible engine.
 
-Without `--config`, a small configuration on embedded digits that takes a few minutes on two cores (`configs/quick.yaml`). Other
-options override it: `python -m crevnet.train --steps 100`.
+Without `--config`, a small configuration on embedded digits that takes a few minutes on two cores
+(`configs/quick.yaml`). Other options override it: `python -m crevnet.train --steps 100`.
 """
 
 import sys

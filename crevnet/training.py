@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
-from revgrad import LiveMemory, ReversibilityError
 from torch import Tensor
 from torch.nn.functional import mse_loss
 from tqdm import tqdm
@@ -27,6 +26,7 @@ from crevnet.interrupt import Interrupt
 from crevnet.logs import RunLog
 from crevnet.run import find_checkpoint
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
+from revgrad import LiveMemory, ReversibilityError
 
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
@@ -51,7 +51,8 @@ class Trainer:
         seed_everything(config.seed, verbose=False)
         # Channels-last weights make oneDNN and cuDNN pick kernels that need no reordering.
         formats = {"depth": torch.channels_last_3d, "channels": torch.channels_last}
-        self.raw_model = config.model.build().to(memory_format=formats[config.model.stacking])
+        self.raw_model = config.model.build()
+        self.raw_model.to(memory_format=formats[config.model.stacking])  # type: ignore[call-overload]
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
         self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
@@ -134,7 +135,9 @@ class Trainer:
         if log is not None:
             log.close()
         if self.step < config.steps:
-            self.fabric.print(f"Interrupted and saved at step {saved_at} in {self.folder}: the same command goes on from there.")
+            self.fabric.print(
+                f"Interrupted and saved at step {saved_at} in {self.folder}: the same command goes on from there."
+            )
         return self.step >= config.steps
 
     def finish(self) -> dict[str, Any]:
@@ -181,7 +184,10 @@ class Trainer:
         except ReversibilityError as error:
             raise TrainingDiverged(f"step {self.step + 1}: {error}") from error
         if not math.isfinite(loss):
-            raise TrainingDiverged(f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower optimiser.learning_rate")
+            raise TrainingDiverged(
+                f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower "
+                f"optimiser.learning_rate"
+            )
         norm = self._clip()
         self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
@@ -202,9 +208,14 @@ class Trainer:
         limit = self.config.optimiser.clip_norm or math.inf
         norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
         if not math.isfinite(norm):
-            names = [n for n, p in self.raw_model.named_parameters() if p.grad is not None and not bool(p.grad.isfinite().all())]
+            names = [
+                n
+                for n, p in self.raw_model.named_parameters()
+                if p.grad is not None and not bool(p.grad.isfinite().all())
+            ]
             raise TrainingDiverged(
-                f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} ({len(names)} parameters); "
+                f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} "
+                f"({len(names)} parameters); "
                 "the last checkpoint is untouched. Lower optimiser.learning_rate or set optimiser.clip_norm"
             )
         return norm
@@ -236,7 +247,9 @@ class Trainer:
         rate = self.config.batch_size / elapsed
         megabytes = self.peak_activation_bytes / 1e6
         bar.update(1)
-        bar.set_postfix_str(f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False)
+        bar.set_postfix_str(
+            f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False
+        )
         if self.step % self.config.run.log_every == 0 or self.step == self.config.steps:
             learning_rate = self.optimiser.param_groups[0]["lr"]
             log.write(
@@ -302,7 +315,9 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     """Run a training to its end, or until interrupted (then None)."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if config.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {os.environ['WORLD_SIZE']} processes")
+        raise ValueError(
+            f"batch_size {config.batch_size} is not a multiple of the {os.environ['WORLD_SIZE']} processes"
+        )
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     fabric = Fabric(
@@ -335,7 +350,8 @@ def summary(result: dict[str, Any], folder: Path) -> str:
     """The closing table: ours beside the copy-last-frame baseline."""
     copied = result["copy_last_frame"]
     lines = [
-        f"Test digits never seen in training, {result['sequences']} sequences (MSE summed over the frame; SSIM, PSNR for values in 0 .. 1):",
+        f"Test digits never seen in training, {result['sequences']} sequences (MSE summed over the frame; SSIM, "
+        f"PSNR for values in 0 .. 1):",
         f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
         f"{'CrevNet':18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
         f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",

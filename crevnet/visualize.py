@@ -104,8 +104,7 @@ def prediction_gif(
     truth, model, split = _to_pixels(observed, target, prediction, rows, _GIF_FRAME)
     total = truth.shape[1]
     images = [
-        _animation_frame(truth[:, i], model[:, i], f"{i + 1} / {total}", predicting=i >= split)
-        for i in range(total)
+        _animation_frame(truth[:, i], model[:, i], f"{i + 1} / {total}", predicting=i >= split) for i in range(total)
     ]
     duration = 10 * round(100 / fps)
     durations = [duration] * (len(images) - 1) + [duration * _LAST_FRAME_HOLD]
@@ -225,15 +224,11 @@ def _paste(canvas: _Pixels, pixels: _Pixels, left: int, top: int) -> None:
     canvas[top : top + pixels.shape[0], left : left + pixels.shape[1]] = pixels
 
 
-def _text(
-    draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], anchor: str
-) -> None:
+def _text(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, colour: tuple[int, int, int], anchor: str) -> None:
     draw.text(at, text, fill=colour, font=ImageFont.load_default(12), anchor=anchor)
 
 
-def _label_grid(
-    image: Image.Image, lefts: list[int], tops: list[int], frame: tuple[int, int], split: int
-) -> None:
+def _label_grid(image: Image.Image, lefts: list[int], tops: list[int], frame: tuple[int, int], split: int) -> None:
     """Write the frames' numbers, the rows' names and the line where prediction begins."""
     draw = ImageDraw.Draw(image)
     width, height = frame

@@ -1,4 +1,6 @@
-"""Reversible layers for PyTorch: activations are recomputed from outputs, gradients are exact, memory does not grow with depth."""
+"""Reversible layers for PyTorch: activations are recomputed from outputs, gradients are exact, memory does not grow
+with depth.
+"""
 
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState

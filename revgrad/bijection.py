@@ -17,7 +17,9 @@ class Bijection(ReversibleLayer):
         """Undo streams and gradients alike; nothing is evaluated twice."""
         return Rewound(self.undo(streams, step), self.undo(_dense(streams, grads), step), (), (None,) * len(wrt))
 
-    def rewind_undo(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(
+        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+    ) -> Rewound:
         """As `rewind`, in the other direction."""
         return Rewound(self.run(streams, step), self.run(_dense(streams, grads), step), (), (None,) * len(wrt))
 
@@ -27,7 +29,7 @@ def _dense(streams: Streams, grads: Grads) -> Streams:
 
 
 class PixelUnshuffle(Bijection):
-    """Fold space into channels in every stream: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1)."""
+    """Fold space into channels in all streams: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1)."""
 
     def __init__(self, factor: int = 2) -> None:
         super().__init__()
@@ -80,11 +82,14 @@ class Split(Bijection):
         if isinstance(self.sizes, int):
             if width % self.sizes:
                 raise StreamError(
-                    f"{step.name}: dimension {self.dim} of size {width} cannot be cut into {self.sizes} equal parts; give the sizes"
+                    f"{step.name}: dimension {self.dim} of size {width} cannot be cut into {self.sizes} equal "
+                    f"parts; give the sizes"
                 )
             return x.chunk(self.sizes, self.dim)
         if sum(self.sizes) != width:
-            raise StreamError(f"{step.name}: sizes {tuple(self.sizes)} do not add up to dimension {self.dim} of size {width}")
+            raise StreamError(
+                f"{step.name}: sizes {tuple(self.sizes)} do not add up to dimension {self.dim} of size {width}"
+            )
         return x.split(list(self.sizes), self.dim)
 
     def undo(self, streams: Streams, step: Step) -> Streams:

@@ -4,8 +4,8 @@
     target'         = merge(target, message)         cheap, pointwise, invertible in target
     target          = unmerge(target', message)
 
-The transform reads only the source stream, which the coupling leaves as it is. Undoing or rewinding a coupling therefore
-evaluates the transform exactly once, on the very input that the forward pass gave it.
+The transform reads only the source stream, which the coupling leaves as it is. Undoing or rewinding a coupling
+therefore evaluates the transform exactly once, on the very input that the forward pass gave it.
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,14 @@ class Coupling(ReversibleLayer):
     """A coupling of two streams. Subclasses define `merge` and `unmerge`, and may define their exact forms.
 
     Args:
-        transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source, state)` with a
+        transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source,
+            state)` with a
             tuple of tensors, returns `(message, new_state)`.
         source: Index of the stream that is read.
         target: Index of the stream that is updated.
         stateful: Whether the transform takes and returns a conditioning state.
-        carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag memory)
+        carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag
+            memory)
             instead of the same layer at the next time step.
 
     Raises:
@@ -46,12 +48,22 @@ class Coupling(ReversibleLayer):
     ) -> None:
         super().__init__()
         if source == target:
-            raise StreamError(f"{type(self).__name__}: source and target are both stream {source}; a coupling needs two")
+            raise StreamError(
+                f"{type(self).__name__}: source and target are both stream {source}; a coupling needs two"
+            )
+        if min(source, target) < 0:
+            raise StreamError(
+                f"{type(self).__name__}: streams are counted from 0, got source={source} and target={target}"
+            )
         self.transform = transform
         self.source = source
         self.target = target
         self.stateful = stateful
         self.carries = carries
+
+    def updates(self) -> int:
+        """The target."""
+        return self.target
 
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Float arithmetic: the updated target. Differentiable."""
@@ -70,7 +82,7 @@ class Coupling(ReversibleLayer):
         raise self._no_exact_form()
 
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
-        """Gradients with respect to `(target, *message)`; in exact arithmetic they pass straight through the rounding."""
+        """Gradients with respect to `(target, *message)`; exact ones pass straight through the rounding."""
         return _vjp(self.merge, grad, target, *message)
 
     def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
@@ -89,7 +101,9 @@ class Coupling(ReversibleLayer):
         """Restore the target and pull the gradients back, with one evaluation of the transform."""
         return self._rewind(streams, grads, step, state_grads, wrt, undo=False)
 
-    def rewind_undo(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(
+        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+    ) -> Rewound:
         """As `rewind`, for an application of `undo`."""
         return self._rewind(streams, grads, step, state_grads, wrt, undo=True)
 
@@ -142,15 +156,21 @@ class Coupling(ReversibleLayer):
         new_state: Streams = ()
         if self.stateful:
             if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)):
-                raise StreamError(f"{name}: a stateful transform must return (message, new_state) with new_state a tuple of tensors")
+                raise StreamError(
+                    f"{name}: a stateful transform must return (message, new_state) with new_state a tuple of tensors"
+                )
             out, new_state = out
             if len(new_state) != len(state) or not all(isinstance(s, Tensor) for s in new_state):
                 raise StreamError(
-                    f"{name}: the transform was given a state of {len(state)} tensor(s) and must return as many, got {len(new_state)}"
+                    f"{name}: the transform was given a state of {len(state)} tensor(s) and must return as many, "
+                    f"got {len(new_state)}"
                 )
         message = out if isinstance(out, tuple) else (out,)
         if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
-            raise StreamError(f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its transform")
+            raise StreamError(
+                f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its "
+                f"transform"
+            )
         for m in message:
             if m.shape != target.shape:
                 raise StreamError(
@@ -169,7 +189,8 @@ class Coupling(ReversibleLayer):
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(self.source, self.target):
             raise StreamError(
-                f"{step.name}: couples stream {self.source} to stream {self.target}, but there are {len(streams)} streams; put a Split before it"
+                f"{step.name}: couples stream {self.source} to stream {self.target}, but there are {len(streams)} "
+                f"streams; put a Split before it"
             )
 
     def _no_exact_form(self) -> StreamError:
@@ -227,8 +248,8 @@ class AffineCoupling(Coupling):
 class GatedCoupling(Coupling):
     """`target' = (1 - g) target + g h` with `g = sigmoid(a)` and the message `(a, h)` (section 2.2, appendix B).
 
-    In float arithmetic the inverse divides by `1 - g` and loses what the gate forgot. In exact arithmetic `1 - g` is rounded to
-    `n / 2^16` with `n >= 1` and the forgotten bits go to the residue.
+    In float arithmetic the inverse divides by `1 - g` and loses what the gate forgot. In exact arithmetic `1 - g` is
+    rounded to `n / 2^16` with `n >= 1` and the forgotten bits go to the residue.
     """
 
     tensors_in_message = 2
@@ -318,4 +339,3 @@ def _laid_out(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
 
 def _replace(items: tuple, index: int, value: Any) -> tuple:
     return (*items[:index], value, *items[index + 1 :])
-

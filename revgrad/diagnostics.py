@@ -30,7 +30,9 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class InvertibilityReport:
-    """What `check_invertible` found, per layer in chain order. Errors are largest absolute error over largest magnitude."""
+    """What `check_invertible` found, per layer in chain order. Errors are largest absolute error over largest
+    magnitude.
+    """
 
     layers: tuple[LayerReport, ...]
     exact: bool
@@ -38,7 +40,9 @@ class InvertibilityReport:
 
     @property
     def first_degraded(self) -> LayerReport | None:
-        """Where inversion first goes wrong: going backwards from the output, the first layer whose recovered input is off."""
+        """Where inversion first goes wrong: going backwards from the output, the first layer whose recovered input is
+        off.
+        """
         return next((r for r in reversed(self.layers) if not r.chain_error <= self.tolerance), None)
 
     @property
@@ -57,7 +61,9 @@ class InvertibilityReport:
         lines += [f"{r.name:{width}}  {r.own_error:9.2e}  {r.chain_error:11.2e}  {r.bits:8.3f}" for r in self.layers]
         bad = self.first_degraded
         verdict = "inverts bit for bit" if self.exact else f"inverts within {self.tolerance:g}"
-        lines.append(verdict if bad is None else f"does not invert within {self.tolerance:g}: degrades first at {bad.name}")
+        lines.append(
+            verdict if bad is None else f"does not invert within {self.tolerance:g}: degrades first at {bad.name}"
+        )
         return "\n".join(lines)
 
 
@@ -72,15 +78,16 @@ def check_invertible(
 ) -> InvertibilityReport:
     """Run a chain forward and back, layer by layer, and compare.
 
-    Needs the memory of all activations: it is a diagnosis, not a training step. Random numbers are replayed, running statistics
-    are left alone.
+    Needs the memory of all activations: it is a diagnosis, not a training step. Random numbers are replayed, running
+    statistics are left alone.
 
     Args:
         module: A reversible layer or chain.
         inputs: Its input stream or streams.
         states: Conditioning states, if it is stateful.
         arithmetic: `exact` or `float`; by default the module's own, or `auto`.
-        tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for float32, 1e-9 for
+        tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for
+            float32, 1e-9 for
             float64 and 5e-2 for less.
     """
     links = chain_links(module)

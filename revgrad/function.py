@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad.chain import ChainGradients, ChainState, Read, fingerprint, rewind_chain
+from revgrad.chain import ChainGradients, ChainState, Read, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Grads, Streams, leaf
 from revgrad.program import Program
@@ -50,18 +50,29 @@ class Reversible(torch.autograd.Function):
     """`outputs, state = program(inputs, state)`, recomputed backwards.
 
     Forward, per time step t: `f_t = core(entry(x_t) or f_(t-1), s_(t-1))`, `y_t = exit(f_t)`, all without a graph.
-    Backward, last step first: every layer is undone from its output and differentiated in the same evaluation of its transform.
+    Backward, last step first: every layer is undone from its output and differentiated in the same evaluation of its
+    transform.
 
-    Tensor inputs, in order: the given inputs, the initial state, the parameters. Outputs: one tensor per stream, time first (`[T, ...]`; without
-    the time dimension where the program has a single unstacked step), then the final state.
+    Tensor inputs, in order: the given inputs, the initial state, the parameters. Outputs: one tensor per stream,
+    time first (`[T, ...]`; without the time dimension where the program has a single unstacked step), then the final
+    state.
 
-    Saved with `save_for_backward`, so that autograd notices when they are changed in place: the outputs (all activations
-    are recovered from them), the states that were read (they cannot be recovered), the parameters (no copies), the given inputs where
-    states are recomputed (no copies), and the residue. Random states and flags are kept in the snapshot.
+    Saved with `save_for_backward`, so that autograd notices when they are changed in place: the outputs (all
+    activations are recovered from them), the states that were read (they cannot be recovered), the parameters (no
+    copies), the given inputs where states are recomputed (no copies), and the residue. Random states and flags are
+    kept in the snapshot.
     """
 
     @staticmethod
-    def forward(ctx: Any, program: Program, snapshot: Snapshot, given_per_step: int, stacked: bool, state: ChainState, *tensors: Tensor) -> Any:
+    def forward(  # noqa: D102
+        ctx: Any,
+        program: Program,
+        snapshot: Snapshot,
+        given_per_step: int,
+        stacked: bool,
+        state: ChainState,
+        *tensors: Tensor,
+    ) -> Any:
         count = given_per_step * sum(program.fed)
         given = _group(program, given_per_step, tensors[:count])
         with _uncached_autocast():
@@ -80,17 +91,17 @@ class Reversible(torch.autograd.Function):
         return (*outputs, *handed_on)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:  # noqa: D102
         if torch.is_grad_enabled():
             raise ReversibilityError(
-                "second derivatives through a reversible chain are not available (create_graph=True recomputes nothing twice): "
-                "choose mode='stored' for gradient penalties and Hessians"
+                "second derivatives through a reversible chain are not available (create_graph=True recomputes "
+                "nothing twice): choose mode='stored' for gradient penalties and Hessians"
             )
         program, snapshot, n = ctx.program, ctx.snapshot, ctx.streams
         outputs, parameters, given, tape = _unsave(ctx)
         stand_ins = [leaf(p) if p.requires_grad else p.detach() for p in parameters]
         gradients = ChainGradients(stand_ins, len(program.core), len(ctx.state.carry))
-        final_grads = ctx.state.replace(grads[n:])  # type: ignore[arg-type]
+        final_grads = ctx.state.replace(grads[n:])
         gradients.states, gradients.carry = list(final_grads.layers), final_grads.carry
         stream_grads = grads[:n] if ctx.stacked else tuple(g if g is None else g[None] for g in grads[:n])
         streams = outputs if ctx.stacked else tuple(y[None] for y in outputs)
@@ -118,7 +129,9 @@ def _forward(
     recompute = program.keep_states_every > 1
     length = program.keep_states_every if recompute else program.steps
     tape = Tape(residue=Residue(keep=not recompute) if program.exact else None)
-    residue, features, outputs = tape.residue, (), ()
+    residue = tape.residue
+    features: Streams = ()
+    outputs: Streams = ()
     device = next(x.device for streams in given if streams is not None for x in streams)
 
     def recording(application: int) -> Any:
@@ -160,7 +173,9 @@ def _forward(
 
 
 def _unsave(ctx: Any) -> tuple[Streams, Streams, Streams, Tape]:
-    """Outputs, parameters, kept inputs and tape. The tape then holds the only reference to the states, and drops each one when used."""
+    """Outputs, parameters, kept inputs and tape. The tape then holds the only reference to the states, and drops each
+    one when used.
+    """
     sizes = [ctx.streams, len(ctx.snapshot.parameters), ctx.kept_inputs]
     it = iter(ctx.saved_tensors)
     ctx.maybe_clear_saved_tensors()  # does nothing under retain_graph=True
@@ -194,12 +209,16 @@ class _Backward:
         """Gradients of the given inputs in their order, if wanted; all others end up in `self.gradients`."""
         input_grads: list[Grads] = []
         feedback: Grads = ()
+        untouched = [i == len(self.program.exit) for i in first_updates(self.program.exit, len(grads))]
         while self.tape.segments:
             segment = self.tape.segments.pop()  # with it goes the last reference to its states
             residue = self._recompute(segment) if self.program.keep_states_every > 1 else self.tape.residue
             for t in range(segment.last, segment.first - 1, -1):
                 streams = tuple(y[t] for y in outputs)
-                feedback = self._step(t, streams, tuple(None if g is None else g[t] for g in grads), feedback, residue)
+                # Where an output is the core's own, untouched by the exit, its gradient has joined the next step's.
+                own = _at(t, grads, [not (feedback and same) for same in untouched])
+                earlier = () if self.program.fed[t] else _at(t - 1, grads, untouched)
+                feedback = self._step(t, streams, own, feedback, earlier, residue)
                 if self.program.fed[t]:
                     if self.inputs_wanted:
                         input_grads.append(feedback)
@@ -208,12 +227,21 @@ class _Backward:
                 residue.check_undone_to(segment.residue)
         return [g for grads in reversed(input_grads) for g in grads]
 
-    def _step(self, t: int, streams: Streams, grads: Grads, feedback: Grads, residue: Residue | None) -> Grads:
-        """One time step backwards: from the gradients of its output to those of its input."""
-        streams, grads = self._rewind(t, 2, streams, grads, None)
-        if feedback:
-            grads = tuple(_add(a, b) for a, b in zip(feedback, grads, strict=True))
-        streams, grads = self._rewind(t, 1, streams, grads, residue)
+    def _step(
+        self, t: int, streams: Streams, grads: Grads, feedback: Grads, earlier: Grads, residue: Residue | None
+    ) -> Grads:
+        """One time step backwards: from the gradients of its output to those of its input.
+
+        Args:
+            t: The time step.
+            streams: Its outputs.
+            grads: Gradients with respect to them.
+            feedback: Gradients of the core's output that come from the next step.
+            earlier: Gradients of the core's input that come from the output of the step before.
+            residue: None in float arithmetic.
+        """
+        streams, grads = self._rewind(t, 2, streams, grads, None, feedback)
+        streams, grads = self._rewind(t, 1, streams, grads, residue, earlier)
         self._compare(streams, self.tape.fingerprints[t, 1])
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
             streams, grads = self._rewind(t, 0, streams, grads, None)
@@ -221,14 +249,15 @@ class _Backward:
         return grads
 
     def _rewind(
-        self, t: int, part: int, streams: Streams, grads: Grads, residue: Residue | None
+        self, t: int, part: int, streams: Streams, grads: Grads, residue: Residue | None, joining: Grads = ()
     ) -> tuple[Streams, Grads]:
         links = (self.program.entry, self.program.core, self.program.exit)[part]
         if self.program.exact and residue is None:
             residue = Residue()
         around = self.program.around(t, part, self.snapshot.replaying)
         reads = self.tape.read.pop((t, part), [])
-        return rewind_chain(links, streams, grads, reads, residue, around, self.snapshot.indices_of, self.gradients)
+        into, indices_of = self.gradients, self.snapshot.indices_of
+        return rewind_chain(links, streams, grads, reads, residue, around, indices_of, into, joining)
 
     def _recompute(self, segment: Segment) -> Residue | None:
         """Run a segment again from its start, this time keeping the states that are read."""
@@ -256,23 +285,22 @@ class _Backward:
         found = fingerprint(streams)
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
             return
-        # The weights average out: it takes the plain sum to see the same error everywhere, the squares to see a wrong scale.
+        # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
         size = expected[2::3].sqrt().clamp_min(1e-30)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
         tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
         if self.program.exact or error > tolerance or math.isnan(error):
             raise ReversibilityError(
-                f"the input recovered in the backward pass differs from the one given by {error:.2g} of its size, so the gradient would be "
-                "wrong: an inverse does not invert, or is too ill-conditioned for this precision. "
+                f"the input recovered in the backward pass differs from the one given by {error:.2g} of its size, "
+                "so the gradient would be wrong: an inverse does not invert, or too ill-conditioned for this precision. "
                 "revgrad.check_invertible(module, inputs) names the layer; arithmetic='exact' or mode='stored' avoid it"
             )
 
 
-def _add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b
+def _at(t: int, grads: Grads, wanted: list[bool]) -> Grads:
+    """The wanted gradients of one time step, None for the others."""
+    return tuple(g[t] if g is not None and w else None for g, w in zip(grads, wanted, strict=True))
 
 
 def _group(program: Program, per_step: int, tensors: tuple[Tensor, ...]) -> list[Streams | None]:
@@ -313,7 +341,8 @@ def _pack(tape: Tape) -> tuple[Tape, list[Tensor]]:
     """Take the tensors out of a tape: what is left goes on the context, the tensors into `save_for_backward`."""
     tensors: list[Tensor] = []
 
-    # Not recursive: a function that refers to itself is a reference cycle, which would hold the tensors until the collector runs.
+    # Not recursive: a function that refers to itself is a reference cycle, which would hold the tensors until the
+    # collector runs.
     def slot(x: Tensor) -> _Slot:
         tensors.append(x)
         return _Slot(len(tensors) - 1)
@@ -343,7 +372,9 @@ def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
 
 @contextmanager
 def _uncached_autocast() -> Iterator[None]:
-    """Autocast must not cache casts of weights made here without a graph: stored layers in the same region would use them."""
+    """Autocast must not cache casts of weights made here without a graph: stored layers in the same region would use
+    them.
+    """
     before = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)
     try:

@@ -26,8 +26,8 @@ class Step:
     new_state: State = ()
     """Set by the layer: the state it hands on."""
     strides: tuple[int, ...] | None = None
-    """Memory layout of the stream that a transform read, set by the layer: a second evaluation reads the same layout, since kernels for other
-    layouts round differently."""
+    """Memory layout of the stream that a transform read, set by the layer: a second evaluation reads the same
+    layout, since kernels for other layouts round differently."""
     residue: Residue | None = None
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
@@ -46,14 +46,19 @@ class Rewound(NamedTuple):
 class ReversibleLayer(nn.Module):
     """Base class of everything that can stand in a reversible chain.
 
-    A subclass implements `run` and `undo`. The default `rewind` then works for any bijection: it undoes the layer and runs it
-    once more with gradients. `Coupling` does better, with a single evaluation of its transform.
+    A subclass implements `run` and `undo`. The default `rewind` then works for any bijection: it undoes the layer
+    and runs it once more with gradients. `Coupling` does better, with a single evaluation of its transform.
     """
 
     stateful = False
     """Whether the layer reads a conditioning state and returns a new one."""
     carries = 0
-    """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step."""
+    """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step.
+    """
+
+    def updates(self) -> int | None:
+        """Index of the only stream that the layer changes; None where it may change any."""
+        return None
 
     def run(self, streams: Streams, step: Step) -> Streams:
         """Apply the layer; differentiable. Reads `step.state`, sets `step.new_state`."""
@@ -75,7 +80,9 @@ class ReversibleLayer(nn.Module):
         """
         return _rewind(self.undo, self.run, streams, grads, step, state_grads, wrt)
 
-    def rewind_undo(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(
+        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+    ) -> Rewound:
         """As `rewind`, for an application of `undo`: what `Inverse` calls."""
         return _rewind(self.run, self.undo, streams, grads, step, state_grads, wrt)
 
@@ -93,6 +100,10 @@ class Inverse(ReversibleLayer):
         self.stateful = layer.stateful
         self.carries = layer.carries
 
+    def updates(self) -> int | None:
+        """What the inner layer updates."""
+        return self.layer.updates()
+
     def run(self, streams: Streams, step: Step) -> Streams:
         """Undo the inner layer."""
         return self.layer.undo(streams, step)
@@ -105,7 +116,9 @@ class Inverse(ReversibleLayer):
         """Rewind the inner layer's `undo`."""
         return self.layer.rewind_undo(streams, grads, step, state_grads, wrt)
 
-    def rewind_undo(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(
+        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+    ) -> Rewound:
         """Rewind the inner layer's `run`."""
         return self.layer.rewind(streams, grads, step, state_grads, wrt)
 

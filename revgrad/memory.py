@@ -1,4 +1,4 @@
-"""How much tensor memory a piece of code holds: counted from live storages, on any device and under fake tensors alike."""
+"""How much tensor memory a piece of code holds, counted from live storages: on any device, and under fake tensors."""
 
 import weakref
 from types import TracebackType
@@ -12,9 +12,9 @@ from torch.utils._pytree import tree_leaves
 class LiveMemory(TorchDispatchMode):
     """Counts the bytes of all tensor storages that are made inside the context and still alive.
 
-    Views share their storage and count once. Storages that existed before are not counted. Scratch memory inside an operator (a
-    convolution's reordered weights) is not seen. Under autograd the backward pass is counted too, if it is called
-    inside the context.
+    Views share their storage and count once. Storages that existed before are not counted. Scratch memory inside an
+    operator (a convolution's reordered weights) is not seen. Under autograd the backward pass is counted too, if it
+    is called inside the context.
 
     Attributes:
         live: Bytes alive now.

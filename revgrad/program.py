@@ -11,7 +11,6 @@ from revgrad.chain import Around, ChainState, Link, Read, no_context, run_chain
 from revgrad.layer import ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
 
-
 Keep = Callable[[int, Read], None]
 """Takes the part (0 entry, 1 core, 2 exit) and what a layer of it has read."""
 
@@ -20,8 +19,9 @@ Keep = Callable[[int, Read], None]
 class Program:
     """`T` time steps of `exit(core(entry(x)))`; the core has the states.
 
-    A step that is given an input reads it through the entry; a step that is given none goes on from the core's output of the step before,
-    which is what the entry would return for that step's output, since the exit undoes the entry (figure 1).
+    A step that is given an input reads it through the entry; a step that is given none goes on from the core's
+    output of the step before, which is what the entry would return for that step's output, since the exit undoes the
+    entry (figure 1).
     """
 
     entry: tuple[Link, ...]

@@ -1,7 +1,7 @@
 """Makes a second evaluation of a layer see what the first one saw.
 
-That is: the parameters given to the forward pass, train or eval mode, random numbers, autocast. And what only the first evaluation may
-do is kept from happening twice: running statistics of normalisation layers move once.
+That is: the parameters given to the forward pass, train or eval mode, random numbers, autocast. And what only the
+first evaluation may do is kept from happening twice: running statistics of normalisation layers move once.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -51,7 +51,8 @@ class Snapshot:
         self._training = [m.training for m in self.modules]
         self._buffers = [(m, name, b, b._version) for m in self.modules for name, b in _plain_buffers(m)]
         self._autocast = [
-            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)) for device in _autocast_devices()
+            (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+            for device in _autocast_devices()
         ]
         self._random_states: dict[int, list[tuple[torch.device, Tensor]]] = {}
 
@@ -77,12 +78,14 @@ class Snapshot:
         """Raise if a buffer that the recomputation would read has changed during the forward pass.
 
         Raises:
-            ReversibilityError: Names module and buffer. Running statistics of normalisation layers are handled and do not count.
+            ReversibilityError: Names module and buffer. Running statistics of normalisation layers are handled and
+                do not count.
         """
         for module, name, buffer, version in self._buffers:
             if buffer._version != version or module._buffers.get(name) is not buffer:
                 raise ReversibilityError(
-                    f"{type(module).__name__} changed its buffer '{name}' during the forward pass, so the recomputation in backward would see "
+                    f"{type(module).__name__} changed its buffer '{name}' during the forward pass, so the "
+                    f"recomputation in backward would see "
                     "another value: put it in eval mode, or choose mode='stored'"
                 )
 
@@ -91,7 +94,8 @@ class Snapshot:
         """Around a whole backward pass: parameters, modes and statistics as in the forward pass; restored afterwards.
 
         Args:
-            parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real parameters fire
+            parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
+                parameters fire
                 once, on the final gradient.
         """
         with ExitStack() as stack:
@@ -126,9 +130,9 @@ class Snapshot:
     def replaying(self, application: int) -> Iterator[None]:
         """Around a second evaluation: random state and autocast of the first."""
         with ExitStack() as stack:
-            for device, enabled, dtype in self._autocast:
-                if enabled or torch.is_autocast_enabled(device):
-                    stack.enter_context(torch.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False))
+            for kind, enabled, dtype in self._autocast:
+                if enabled or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             if states := self._random_states.get(application):
                 for device, state in states:
                     stack.callback(_set_random_state, device, _get_random_state(device))

@@ -1,9 +1,9 @@
 """Fixed-point streams and the residue: what a bit-exact merge forgets, kept so that it can be undone.
 
 A stream in exact arithmetic is an ordinary float tensor whose values lie on a grid: integer multiples of
-`2^-fraction_bits` small enough for the float's mantissa to hold them. Sums of grid values are then exact, so additive couplings need nothing
-more; a float tensor on the grid *is* its integers, so a chain's output is all that has to be saved.
-Leaving the representable range raises; it never wraps around.
+`2^-fraction_bits` small enough for the float's mantissa to hold them. Sums of grid values are then exact, so
+additive couplings need nothing more; a float tensor on the grid *is* its integers, so a chain's output is all that
+has to be saved. Leaving the representable range raises; it never wraps around.
 """
 
 import math
@@ -86,9 +86,11 @@ class _Snap(torch.autograd.Function):
 
 @cache
 def _cost_table(device: torch.device) -> Tensor:
-    """Levels by which a factor `n / 2^16` raises a reservoir, for n in 0 .. 2^16: never less than `log2(2^16 / n)` bits.
+    """Levels by which a factor `n / 2^16` raises a reservoir, for n in 0 .. 2^16: never less than `log2(2^16 / n)`
+    bits.
 
-    The 0.05 covers the reservoir's rounding: R' < R (2^16 / n) (1 + n / 2^30) while the reservoir holds 30 bits and more.
+    The 0.05 covers the reservoir's rounding: R' < R (2^16 / n) (1 + n / 2^30) while the reservoir holds 30 bits and
+    more.
     """
     n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
     cost = torch.ceil((GATE_BITS - torch.log2(n)) * _LEVELS_PER_BIT + 0.05)
@@ -99,9 +101,9 @@ def _cost_table(device: torch.device) -> Tensor:
 class _Pool:
     """One reservoir per element, and the words spilled from it.
 
-    An element at `level` holds an integer below `2^(30 + level / 512)`. At level 16 x 512 its low 16 bits are spilled as
-    one word. The level follows from the gates alone, so that undoing an update knows, without any flag, whether the update spilled: it
-    did if taking back its cost would lead below zero.
+    An element at `level` holds an integer below `2^(30 + level / 512)`. At level 16 x 512 its low 16 bits are
+    spilled as one word. The level follows from the gates alone, so that undoing an update knows, without any flag,
+    whether the update spilled: it did if taking back its cost would lead below zero.
     """
 
     def __init__(self, value: Tensor, level: Tensor, words: list[Tensor] | None) -> None:
@@ -186,7 +188,11 @@ class Residue:
         name, peak = next(((name, float(p)) for name, p in peaks if not float(p) < 1), ("", 0.0))
         if not name:
             return
-        what = "is not finite" if not math.isfinite(peak) else f"reached {peak:.3g} times the largest value that the grid holds"
+        what = (
+            "is not finite"
+            if not math.isfinite(peak)
+            else f"reached {peak:.3g} times the largest value that the grid holds"
+        )
         raise ReversibilityError(
             f"{name}: the stream {what} (256 in float32, 16384 in float64). Exact arithmetic cannot go on: "
             "scale the input, normalise inside the transform or lower the learning rate; or choose arithmetic='float'"
@@ -215,7 +221,8 @@ class Residue:
         pool = self._pools.get(scaled.numel())
         if pool is None:
             raise ReversibilityError(
-                "exact arithmetic needs the residue of the forward pass to undo a gated merge: pass the residue that the forward "
+                "exact arithmetic needs the residue of the forward pass to undo a gated merge: pass the residue "
+                "that the forward "
                 "pass returned, or choose arithmetic='float'"
             )
         grid = grid_of(scaled)
@@ -237,7 +244,8 @@ class Residue:
             )
             if not same:
                 raise ReversibilityError(
-                    "the residue is not used up after the backward pass, so the recomputation differs from the forward pass: "
+                    "the residue is not used up after the backward pass, so the recomputation differs from the "
+                    "forward pass: "
                     "is a transform not deterministic? Choose mode='stored' to train it"
                 )
 

@@ -28,14 +28,16 @@ Result = Tensor | Streams
 class ReversibleSequential(ReversibleLayer):
     """A chain of reversible layers that stores its output and conditioning states, and recomputes the rest in backward.
 
-    Called with the streams as arguments, it returns one tensor or a tuple of streams; with conditioning states, the pair of that
-    and the new states. It is itself a layer: chains nest, and `Inverse` of a chain is its inverse.
+    Called with the streams as arguments, it returns one tensor or a tuple of streams; with conditioning states, the
+    pair of that and the new states. It is itself a layer: chains nest, and `Inverse` of a chain is its inverse.
 
     Args:
         layers: Reversible layers or chains of them.
-        mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same results from the
+        mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same
+            results from the
             same weights. May be changed at any time.
-        arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated coupling.
+        arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated
+            coupling.
 
     Raises:
         StreamError: A layer is not reversible, or streams and states do not fit; named by its place in the chain.
@@ -65,7 +67,8 @@ class ReversibleSequential(ReversibleLayer):
         Args:
             streams: The input streams.
             states: Conditioning states, one tuple per layer.
-            residue: Collects what exact gated merges forget, for `inverse`; only without gradients, since a backward pass
+            residue: Collects what exact gated merges forget, for `inverse`; only without gradients, since a backward
+                pass
                 keeps its own.
 
         Returns:
@@ -76,7 +79,9 @@ class ReversibleSequential(ReversibleLayer):
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
         if residue is not None and torch.is_grad_enabled():
-            raise StreamError("residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()")
+            raise StreamError(
+                "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
+            )
         if self.mode == "reversible" and torch.is_grad_enabled():
             out, new = run_reversible(program, [streams], state, stacked=False)
         elif self.mode == "checkpoint" and torch.is_grad_enabled():
@@ -97,14 +102,16 @@ class ReversibleSequential(ReversibleLayer):
             residue: What the forward pass collected; is used up. Needed to undo gated couplings in exact arithmetic.
 
         Raises:
-            StreamError: Stateful layers that pass a carry among themselves: their states at this step depend on the forward pass.
-            ReversibilityError: The residue is missing or does not fit.
+            StreamError: Stateful layers that pass a carry among themselves: their states at this step depend on the
+                forward pass. ReversibilityError: The residue is missing or does not fit.
         """
         program = self._program()
         streams = checked_streams("inverse", streams)
         state = checked_state(program.core, states)
         if state.carry:
-            raise StreamError("inverse: what one layer carries to the next is not determined by the states alone; see undo_chain")
+            raise StreamError(
+                "inverse: what one layer carries to the next is not determined by the states alone; see undo_chain"
+            )
         bits = (residue if residue is not None else Residue()) if program.exact else None
         return _result(undo_chain(program.core, streams, list(state.layers), bits))
 

@@ -1,4 +1,6 @@
-"""Running a program in one of three ways: `stored`, `checkpoint` or `reversible`. Same weights, same results, different memory."""
+"""Running a program in one of three ways: `stored`, `checkpoint` or `reversible`. Same weights, same results, different
+memory.
+"""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
@@ -36,14 +38,17 @@ def unroll(
 
     Args:
         core: The layers that have states. The state that they leave at one time step they read at the next.
-        inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output of the step before,
+        inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output
+            of the step before,
             without exit and entry (section 2.1: the exit undoes the entry).
         state: The first step's conditioning state; required if a layer is stateful.
         entry: Layers applied to a given input.
         exit: Layers applied to the core's output; normally the inverse of the entry.
-        mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible` recomputes
+        mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible`
+            recomputes
             from the outputs and keeps only outputs, states and residue.
-        arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float` as they
+        arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
+            as they
             come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core.
@@ -62,7 +67,9 @@ def unroll(
         raise StreamError(f"unroll: keep_states_every must be at least 1, got {keep_states_every}")
     widths = {len(streams) for streams in given if streams is not None}
     if len(widths) > 1:
-        raise StreamError(f"unroll: the inputs of different time steps have different numbers of streams: {sorted(widths)}")
+        raise StreamError(
+            f"unroll: the inputs of different time steps have different numbers of streams: {sorted(widths)}"
+        )
     program = Program(
         entry=links[0],
         core=links[1],
@@ -134,7 +141,9 @@ def _run_checkpointed(program: Program, given: list[Streams | None], state: Chai
     return stack(outputs), state
 
 
-def run_layers_checkpointed(links: tuple[Link, ...], streams: Streams, state: ChainState, exact: bool) -> tuple[Streams, ChainState]:
+def run_layers_checkpointed(
+    links: tuple[Link, ...], streams: Streams, state: ChainState, exact: bool
+) -> tuple[Streams, ChainState]:
     """A chain under `torch.utils.checkpoint`, layer by layer."""
     residue = Residue(keep=False) if exact else None
     own: list[Any] = []
@@ -156,7 +165,11 @@ def run_layers_checkpointed(links: tuple[Link, ...], streams: Streams, state: Ch
             return streams, state, local
 
         streams, new_state, residue = checkpoint(
-            run, streams, ChainState((layer_state,), carry), use_reentrant=False, context_fn=snapshot.checkpoint_contexts
+            run,
+            streams,
+            ChainState((layer_state,), carry),
+            use_reentrant=False,
+            context_fn=snapshot.checkpoint_contexts,
         )
         own.append(new_state.layers[0])
         carry = new_state.carry
@@ -228,7 +241,9 @@ def _check_ends(links: Iterable[Link], exact: bool) -> None:
         if layer.stateful:
             raise StreamError(f"unroll: {name} of entry or exit is stateful; only the core has states")
         if exact and any(isinstance(m, GatedCoupling) for m in layer.modules()):
-            raise StreamError(f"unroll: {name} of entry or exit is gated, which exact arithmetic can undo in the core only")
+            raise StreamError(
+                f"unroll: {name} of entry or exit is gated, which exact arithmetic can undo in the core only"
+            )
 
 
 def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainState:
@@ -240,7 +255,10 @@ def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainSta
     if state is None:
         state = stateless(links)
     if len(state.layers) != len(links):
-        raise StreamError(f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries (use () for a stateless layer)")
+        raise StreamError(
+            f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries (use () for a "
+            f"stateless layer)"
+        )
     for (name, layer), own in zip(links, state.layers, strict=True):
         if layer.stateful and not own and not state.carry:
             raise StreamError(f"{name} is stateful, but no state was given for it")

@@ -143,6 +143,7 @@ def assert_same(found, expected, rtol=0.0, atol=0.0):
         assert (a is None) == (b is None), f"{name}: one is None"
         if a is None:
             continue
+        a, b = a.detach(), b.detach()
         if rtol == atol == 0:
             assert torch.equal(a, b), f"{name}: off by {float((a - b).abs().max()):.3g}"
         else:

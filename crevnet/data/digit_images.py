@@ -28,9 +28,7 @@ class DigitImages:
                     f"got {array.dtype} of shape {array.shape}"
                 )
         if len(self.images) != len(self.labels):
-            raise ValueError(
-                f"{self.name}: {len(self.images)} images but {len(self.labels)} labels; pass one each"
-            )
+            raise ValueError(f"{self.name}: {len(self.images)} images but {len(self.labels)} labels; pass one each")
 
     def __len__(self) -> int:
         return len(self.images)

@@ -69,14 +69,10 @@ def parse_idx(content: bytes, name: str | Path) -> np.ndarray:
     if zeros != 0 or dimensions == 0:
         raise DataError(f"{name}: not an IDX file: it starts with {content[:4].hex()}; {_FIX}")
     if dtype != _UINT8:
-        raise DataError(
-            f"{name}: IDX type 0x{dtype:02x}, only unsigned bytes (0x08) are read; convert the file"
-        )
+        raise DataError(f"{name}: IDX type 0x{dtype:02x}, only unsigned bytes (0x08) are read; convert the file")
     header = 4 + 4 * dimensions
     if len(content) < header:
-        raise DataError(
-            f"{name}: truncated: its IDX header takes {header} bytes, found {len(content)}; {_FIX}"
-        )
+        raise DataError(f"{name}: truncated: its IDX header takes {header} bytes, found {len(content)}; {_FIX}")
     shape = struct.unpack_from(f">{dimensions}I", content, 4)
     promised, found = math.prod(shape), len(content) - header
     if found != promised:

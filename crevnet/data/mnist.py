@@ -94,8 +94,7 @@ def _verified_content(path: Path, name: str, fix: str = "delete the file and fet
     found = hashlib.md5(content, usedforsecurity=False).hexdigest()
     if found != MD5[name]:
         raise DataError(
-            f"{path}: not the published {name}: MD5 of its uncompressed content is {found}, "
-            f"expected {MD5[name]}; {fix}"
+            f"{path}: not the published {name}: MD5 of its uncompressed content is {found}, expected {MD5[name]}; {fix}"
         )
     return content
 

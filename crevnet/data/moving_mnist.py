@@ -75,8 +75,7 @@ class MovingMNIST(Dataset[Tensor]):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if digit_size > image_size:
             raise ValueError(
-                f"digit_size {digit_size} exceeds image_size {image_size}; "
-                "lower digit_size or raise image_size"
+                f"digit_size {digit_size} exceeds image_size {image_size}; lower digit_size or raise image_size"
             )
         if size > sys.maxsize:
             raise ValueError(f"size must be at most {sys.maxsize}, the largest len(), got {size}")
@@ -88,9 +87,7 @@ class MovingMNIST(Dataset[Tensor]):
         if speed is None:
             speed = (CLASSIC_STEP * (image_size - digit_size),) * 2
         if not 0 <= speed[0] <= speed[1] < math.inf:
-            raise ValueError(
-                f"speed must be finite pixels per frame with 0 <= lowest <= highest, got {speed}"
-            )
+            raise ValueError(f"speed must be finite pixels per frame with 0 <= lowest <= highest, got {speed}")
         self.num_digits = num_digits
         self.image_size = image_size
         self.digit_size = digit_size
@@ -145,9 +142,7 @@ class MovingMNIST(Dataset[Tensor]):
             windows[where] = np.maximum(windows[where], glyphs_B1DD)
         return torch.from_numpy(canvas_BTHW).to(torch.float32).div_(255).unsqueeze(2)
 
-    def trajectories(
-        self, indices: Sequence[int] | np.ndarray | Tensor
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def trajectories(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which digits the sequences at `indices` show, and where.
 
         Returns:

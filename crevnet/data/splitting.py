@@ -25,9 +25,7 @@ def hold_out(digits: DigitImages, fraction: float, names: tuple[str, str]) -> tu
     if not 0 < fraction < 1:
         raise ValueError(f"fraction must lie between 0 and 1, got {fraction}")
     seen: dict[bytes, int] = {}
-    original = np.array(
-        [seen.setdefault(image.tobytes(), i) for i, image in enumerate(digits.images)], np.int64
-    )
+    original = np.array([seen.setdefault(image.tobytes(), i) for i, image in enumerate(digits.images)], np.int64)
     distinct = np.unique(original)
     held_originals = []
     for label in np.unique(digits.labels):

@@ -9,8 +9,9 @@ reservoir in radix `n`, and `r` the digit that enters it in radix `2^k`::
 
 `X' ` differs from `X n / 2^k` by less than one unit, and the reservoir grows by `log2(2^k / n)` bits, which is exactly
 the information that the scaling forgets: no rounding up to whole symbols. The reservoir as a source of digits
-follows MacLaurin et al. 2015 (Gradient-based hyperparameter optimization through reversible learning) and MacKay et al. 2018 (Reversible
-recurrent neural networks); taking the digit out *before* the product, rather than after it, keeps the full resolution of X.
+follows MacLaurin et al. 2015 (Gradient-based hyperparameter optimization through reversible learning) and MacKay et
+al. 2018 (Reversible recurrent neural networks); taking the digit out *before* the product, rather than after it,
+keeps the full resolution of X.
 """
 
 from torch import Tensor

@@ -1,8 +1,8 @@
 """Bijective down- and upsampling between space and channels, in two and three dimensions.
 
-`pixel_unshuffle` turns `(c, h, w)` into `(c n^2, h / n, w / n)`, `pixel_shuffle` back (section 2.1; Shi et al. 2016). In three
-dimensions only space is folded, never time. Channel order is PyTorch's: output channel `c n^2 + i n + j` holds
-the pixels at row offset `i`, column offset `j` of input channel `c`.
+`pixel_unshuffle` turns `(c, h, w)` into `(c n^2, h / n, w / n)`, `pixel_shuffle` back (section 2.1; Shi et al.
+2016). In three dimensions only space is folded, never time. Channel order is PyTorch's: output channel `c n^2 + i n
++ j` holds the pixels at row offset `i`, column offset `j` of input channel `c`.
 """
 
 from einops import rearrange

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 
 
 class _CellUpdate(torch.autograd.Function):
-    """`c' = sigmoid(f) c + sigmoid(i) tanh(g)`; saves `gates [B, 3 C, ...]` and `c [B, C, ...]`, in the order i, f, g."""
+    """`c' = sigmoid(f) c + sigmoid(i) tanh(g)`; saves `gates [B, 3 C, ...]` (in the order i, f, g) and `c`."""
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, cell: Tensor) -> Tensor:
@@ -62,7 +62,9 @@ def cell_update(gates: Tensor, cell: Tensor) -> Tensor:
         ValueError: The shapes do not fit.
     """
     if gates.shape[1] != 3 * cell.shape[1] or gates.shape[2:] != cell.shape[2:] or gates.shape[0] != cell.shape[0]:
-        raise ValueError(f"cell_update: gates {tuple(gates.shape)} must have three times the channels of cell {tuple(cell.shape)}")
+        raise ValueError(
+            f"cell_update: gates {tuple(gates.shape)} must have three times the channels of cell {tuple(cell.shape)}"
+        )
     return _CellUpdate.apply(gates.to(cell.dtype), cell)
 
 

@@ -18,7 +18,9 @@ def weighted_sum_inverse(logits: Tensor, y: Tensor, h: Tensor) -> Tensor:
     return y + (y - h) * torch.exp(logits)
 
 
-def weighted_sum_backward(gate: Tensor, slope: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def weighted_sum_backward(
+    gate: Tensor, slope: Tensor, x: Tensor, h: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of the weighted sum with respect to `(logits, x, h)`.
 
     Args:

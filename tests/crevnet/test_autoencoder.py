@@ -34,9 +34,7 @@ def test_the_papers_network_has_twelve_blocks_of_three_convolutions():
     assert [len(convolutions(c)) for c in couplings] == [3] * 12
     assert len(convolutions(encoder)) == 36
     assert all(isinstance(c, nn.Conv3d) and c.kernel_size == (3, 3, 3) for c in convolutions(encoder))
-    kinds = "".join(
-        {PixelUnshuffle: "p", Split: "s", AdditiveCoupling: "c"}[type(layer)] for layer in encoder
-    )
+    kinds = "".join({PixelUnshuffle: "p", Split: "s", AdditiveCoupling: "c"}[type(layer)] for layer in encoder)
     assert kinds == "ps" + "cccc" + "p" + "ccccc" + "p" + "ccc"
 
 
@@ -68,18 +66,14 @@ def test_a_block_is_normalisation_relu_convolution_three_times(norm):
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_only_the_first_block_reads_its_input_as_it_is(norm):
-    couplings = [
-        m for m in two_way_autoencoder(1, 2, blocks=(2, 2), norm=norm) if isinstance(m, AdditiveCoupling)
-    ]
+    couplings = [m for m in two_way_autoencoder(1, 2, blocks=(2, 2), norm=norm) if isinstance(m, AdditiveCoupling)]
     assert [isinstance(c.transform[0], nn.Conv2d) for c in couplings] == [True, False, False, False]
 
 
 @pytest.mark.parametrize("bottleneck", [1, 2, 4, 1000])
 def test_the_bottleneck_narrows_the_inner_convolutions(bottleneck):
     inner = max(1, 32 // bottleneck)
-    widths = [
-        (c.in_channels, c.out_channels) for c in convolutions(residual_function(3, 32, bottleneck, "none"))
-    ]
+    widths = [(c.in_channels, c.out_channels) for c in convolutions(residual_function(3, 32, bottleneck, "none"))]
     assert widths == [(32, inner), (inner, inner), (inner, 32)]
 
 
@@ -97,9 +91,7 @@ def test_matches_equation_two_written_out(norm):
         first, second = (F.pixel_unshuffle(s, 2) for s in (first, second))
         first = first + f3(second)
     torch.testing.assert_close(found, (first, second), atol=1e-12, rtol=0)
-    assert not torch.equal(found[0], F.pixel_unshuffle(F.pixel_unshuffle(x, 2)[:, :4], 2)), (
-        "the blocks do something"
-    )
+    assert not torch.equal(found[0], F.pixel_unshuffle(F.pixel_unshuffle(x, 2)[:, :4], 2)), "the blocks do something"
 
 
 @settings(max_examples=25, deadline=None)
@@ -113,9 +105,7 @@ def test_matches_equation_two_written_out(norm):
 )
 def test_shapes_and_exact_inverse(channels, dimensions, blocks, bottleneck, norm, training):
     x = frames(channels, dimensions, side=16)
-    encoder = settle(
-        two_way_autoencoder(channels, dimensions, blocks=blocks, bottleneck=bottleneck, norm=norm), x
-    )
+    encoder = settle(two_way_autoencoder(channels, dimensions, blocks=blocks, bottleneck=bottleneck, norm=norm), x)
     encoder.train(training).arithmetic = "exact"
     stages = len(blocks)
     with torch.no_grad():
@@ -130,9 +120,7 @@ def test_shapes_and_exact_inverse(channels, dimensions, blocks, bottleneck, norm
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
-def test_the_decoder_undoes_the_papers_encoder_and_the_other_way_round(
-    dimensions, norm, training, arithmetic
-):
+def test_the_decoder_undoes_the_papers_encoder_and_the_other_way_round(dimensions, norm, training, arithmetic):
     x = frames(1, dimensions)
     encoder = settle(two_way_autoencoder(1, dimensions, norm=norm), x).train(training)
     decoder = Inverse(encoder)

@@ -22,9 +22,7 @@ def make(kind, size, kernel_size=3, seed=0):
 
 def tensors(count, size, batch=2, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    return [
-        torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(count)
-    ]
+    return [torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(count)]
 
 
 def state_of(kind, size):
@@ -83,9 +81,7 @@ def st_lstm(cell, x, h, c, m):
     i2 = sigmoid(conv(v["x", "i"], x) + conv(v["m", "i"], m) + d["i"])
     f2 = sigmoid(conv(v["x", "f"], x) + conv(v["m", "f"], m) + d["f"])
     m = f2 * m + i2 * np.tanh(conv(v["x", "m"], x) + conv(v["m", "m"], m) + d["m"])
-    o = sigmoid(
-        conv(w["x", "o"], x) + conv(w["h", "o"], h) + conv(u["c", "o"], c) + conv(u["m", "o"], m) + b["o"]
-    )
+    o = sigmoid(conv(w["x", "o"], x) + conv(w["h", "o"], h) + conv(u["c", "o"], c) + conv(u["m", "o"], m) + b["o"])
     both = conv(cell.fuse.weight.detach().numpy(), np.concatenate([c, m], axis=1))
     return o * np.tanh(both), c, m
 

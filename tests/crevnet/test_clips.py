@@ -49,11 +49,7 @@ def test_depth_stacking_takes_no_memory():
         clips = frames_to_clips(x, 3, "depth")
         newest = newest_frames(clips, 3, "depth")
     assert memory.peak == 0
-    assert (
-        clips.untyped_storage().data_ptr()
-        == newest.untyped_storage().data_ptr()
-        == x.untyped_storage().data_ptr()
-    )
+    assert clips.untyped_storage().data_ptr() == newest.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("stacking", STACKINGS)

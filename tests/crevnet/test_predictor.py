@@ -29,9 +29,7 @@ def make(cell, size, arithmetic="float", modules=MODULES):
 
 def streams_of(size, seed=1, batch=2):
     generator = torch.Generator().manual_seed(seed)
-    return tuple(
-        torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(2)
-    )
+    return tuple(torch.randn(batch, CHANNELS, *size, generator=generator, dtype=torch.float64) for _ in range(2))
 
 
 def start(cell, size, modules=MODULES, batch=2):
@@ -43,9 +41,7 @@ def spy_on_cells(predictor):
     """Per call of a cell, in order: module, states read, states left."""
     calls = []
     for i, module in enumerate(predictor):
-        module.transform.cell.register_forward_hook(
-            lambda _, args, out, i=i: calls.append((i, args[1], out[1]))
-        )
+        module.transform.cell.register_forward_hook(lambda _, args, out, i=i: calls.append((i, args[1], out[1])))
     return calls
 
 
@@ -139,9 +135,7 @@ def test_zigzag_of_the_memory(mode):
     for module in range(MODULES):
         own = [(read[:2], left[:2]) for i, read, left in calls if i == module]
         for (_, left), (read, _) in pairwise(own):
-            assert all(torch.equal(a, b) for a, b in zip(left, read, strict=True)), (
-                "H and C stay with their module"
-            )
+            assert all(torch.equal(a, b) for a, b in zip(left, read, strict=True)), "H and C stay with their module"
 
 
 def test_conv_lstm_carries_nothing():

@@ -187,6 +187,12 @@ def test_source_and_target_must_differ(make):
         AdditiveCoupling(make.net(4), 1, 1)
 
 
+@pytest.mark.parametrize(("source", "target"), [(-1, 0), (0, -1)])
+def test_streams_are_counted_from_the_front(make, source, target):
+    with pytest.raises(StreamError, match=f"streams are counted from 0, got source={source} and target={target}"):
+        AdditiveCoupling(make.net(4), source, target)
+
+
 def test_stream_that_is_not_there(make):
     with pytest.raises(StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* 1 streams; put a Split"):
         ReversibleSequential(AdditiveCoupling(make.net(4)))(torch.zeros(2, 4))

@@ -192,7 +192,7 @@ def test_everything_is_freed_after_backward(make, check, no_collector, kind):
         outputs = [weakref.ref(t) for t in y]
         check.loss(y).backward()
         # Outputs are ours, gradients are the caller's: nothing else is alive while y still is.
-        assert memory.live == 2 * STREAM + 2 * STREAM + parameters
+        assert memory.live == 2 * STREAM + 2 * FINGERPRINT + 2 * STREAM + parameters
         node = weakref.ref(y[0].grad_fn)
         del y
         assert memory.live == 2 * STREAM + parameters
@@ -263,7 +263,8 @@ def test_keeping_states_less_often_holds_fewer(make, no_collector):
 
 
 def test_backward_frees_states_as_it_goes(make, check, no_collector):
-    """The peak of backward is what forward held plus the working set of one step, independent of the number of steps."""
+    """The peak of backward is what forward held plus the working set of one step, independent of the number of steps.
+    """
     x = make.streams(BATCH, WIDTH)
     core = make.recurrent("gated", 2, WIDTH, states=4).requires_grad_(False)
     state = make.state(core, BATCH, WIDTH)

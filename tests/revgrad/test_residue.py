@@ -161,7 +161,8 @@ def test_residue_is_within_a_tenth_of_the_entropy(mean, record_property):
     assert gates == pytest.approx(mean, abs=0.005)
     record_property("bits_per_update", residue.used_bits / updates / elements)
     assert bound <= residue.used_bits <= 1.1 * bound
-    # What is really stored grows by whole words only; so from one half to the other it cannot fall behind by more than one.
+    # What is really stored grows by whole words only; so from one half to the other it cannot fall behind by more
+    # than one.
     stored, needed = residue.bits - half_bits, bound - half_bound
     assert needed - 16 * elements <= stored <= 1.1 * needed
 

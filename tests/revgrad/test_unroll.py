@@ -88,7 +88,7 @@ def test_gradients_reach_only_what_wants_them(make, check, way):
 
 def test_a_time_step_is_the_chain(make):
     """Time unrolled by hand, one `ReversibleSequential` call per step, is the same function."""
-    model = Model(make, (True, True, True))
+    model = Model(make, (True, True, True), kind="additive")
     outputs, final = unroll(model.core, model.inputs, model.state)
     state = model.state
     for t, x in enumerate(model.inputs):

@@ -1,0 +1,42 @@
+import pytest
+
+from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, states_mb, training_peak
+from benchmarks.training import Variant
+from crevnet.model import ModelConfig
+
+SMALL = {"image_size": 16, "blocks": (1, 1, 1), "modules": 2, "clip": 2}
+
+
+@pytest.mark.parametrize(("cell", "states"), [("stlstm", 11.2), ("convlstm", 7.5)])
+def test_states_of_the_paper(cell, states):
+    assert round(states_mb(ModelConfig(cell=cell), steps=19), 1) == states
+
+
+@pytest.mark.parametrize(("cell", "tensors"), [("stlstm", 3 * 17 + 4 * 24), ("convlstm", 3 * 16 + 4 * 16)])
+def test_states_kept_every_fourth_step_are_segment_starts_and_one_segment(cell, tensors):
+    config = ModelConfig(cell=cell, keep_states_every=4)
+    assert states_mb(config, steps=19) == pytest.approx(tensors * 6144 * 4 / 1e6)
+
+
+def test_predictions_count_with_their_gradients():
+    assert predictions_mb(ModelConfig(), steps=19) == pytest.approx(2 * 19 * 3 * 64 * 64 * 4 / 1e6)
+
+
+def test_residue_is_at_least_the_reservoirs_and_none_in_float():
+    elements = 2 * 16 * 16 // 2
+    assert residue_mb(ModelConfig(**SMALL), steps=3) >= elements * 10 / 1e6
+    assert residue_mb(ModelConfig(**SMALL, arithmetic="float"), steps=3) == 0
+
+
+def test_peaks_are_the_same_every_time():
+    training_peak(ModelConfig(**SMALL), 1, steps=1)
+    first, second = (training_peak(ModelConfig(**SMALL), 1, steps=3) for _ in range(2))
+    assert first == second
+
+
+def test_a_sample_takes_more_where_more_is_stored():
+    marginal = {
+        variant: marginal_mb("stlstm", 1, (1, 1, 1), variant, steps=2)
+        for variant in (Variant("reversible"), Variant("stored"))
+    }
+    assert 0 < 2 * marginal[Variant("reversible")] < marginal[Variant("stored")]

@@ -1,0 +1,94 @@
+import json
+import subprocess
+
+import pytest
+
+from benchmarks.reporting import Report, Table, commit, cpu_model, environment, spread, write_file
+
+ROWS = [{"mode": "stored", "mb": 1234.5678, "n": 4}, {"mode": "reversible", "mb": 7.0, "n": None}]
+TABLE = Table("Memory", {"mode": "mode", "mb": "MB", "n": "modules"}, ROWS)
+
+
+def report(**changes):
+    arguments = {"name": "memory", "title": "Training memory", "tables": {"rows": TABLE}, "configuration": {"n": 1}}
+    return Report(**{**arguments, **changes})
+
+
+def test_a_table_is_aligned_markdown():
+    assert TABLE.to_markdown().splitlines() == [
+        "**Memory**",
+        "",
+        "| mode       |       MB | modules |",
+        "| ---------- | -------: | ------: |",
+        "| stored     | 1,234.57 |       4 |",
+        "| reversible |     7.00 |         |",
+    ]
+
+
+def test_environment_says_where_when_and_with_what():
+    where = environment("pytest benchmarks/")
+    assert where["command"] == "pytest benchmarks/"
+    for key in ("date", "device", "cores", "threads", "torch", "numpy", "python", "platform"):
+        assert where[key], key
+    assert {"commit", "uncommitted_changes"} <= where.keys()
+
+
+def test_commit_notices_changes_but_not_those_of_results(tmp_path):
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "first"], check=True)
+    clean = commit(tmp_path)
+    assert len(clean["commit"]) == 40
+    assert clean["uncommitted_changes"] is False
+    write_file(tmp_path / "benchmarks" / "results" / "memory.json", b"{}")
+    assert commit(tmp_path) == clean
+    write_file(tmp_path / "model.py", b"")
+    assert commit(tmp_path)["uncommitted_changes"] is True
+
+
+def test_commit_is_none_outside_a_checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert commit(tmp_path) == {"commit": None, "uncommitted_changes": None}
+
+
+def test_cpu_model_is_read_or_replaced(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n")
+    assert cpu_model(info) == "Some CPU @ 3 GHz"
+    assert cpu_model(tmp_path / "missing")
+
+
+def test_spread_is_median_and_percentiles():
+    assert spread([0.0, 1.0, 2.0, 3.0, 4.0, 10.0]) == {"p20": 1.0, "median": 2.5, "p80": 4.0}
+
+
+def test_a_report_is_written_whole(tmp_path):
+    where = environment("pytest")
+    paths = report(pictures={"depth.png": b"picture"}, notes=["one note"]).write(where, tmp_path)
+    assert sorted(path.name for path in paths) == ["depth.png", "memory.json", "memory.md"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "memory.json", "memory.md"]
+    data = json.loads((tmp_path / "memory.json").read_text())
+    assert data["environment"] == where
+    assert data["configuration"] == {"n": 1}
+    assert data["results"] == {"rows": ROWS}
+    text = (tmp_path / "memory.md").read_text()
+    for part in ("# Training memory\n", "| reversible |", "![Training memory](depth.png)", "- one note", "`pytest`"):
+        assert part in text
+
+
+def test_a_number_that_is_none_is_refused_and_the_old_files_stay(tmp_path):
+    report().write(environment("pytest"), tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    broken = Table("Memory", TABLE.columns, [{"mode": "stored", "mb": float("nan"), "n": 1}])
+    with pytest.raises(ValueError, match="JSON"):
+        report(tables={"rows": broken}).write(environment("pytest"), tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = write_file(tmp_path / "a" / "memory.json", b"old")
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert [p.name for p in path.parent.iterdir()] == ["memory.json"]
