@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
 from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams, gradients, leaf
-from revgrad.residue import Residue, grid_of, quantise_gate
+from revgrad.residue import Residue, grid_of, quantised_rest, to_numerator
 
 Message = Tensor | tuple[Tensor, ...]
 
@@ -278,19 +278,19 @@ class GatedCoupling(Coupling):
         """In one pass, with the gate that the forward pass used."""
         a, h = (m.to(target.dtype) for m in message)
         s = torch.sigmoid(a)
-        gate = _float_gate(quantise_gate(s), s.dtype) if exact else s
+        gate = _float_gate(quantised_rest(s)) if exact else s
         grad_a, grad_x, grad_h = weighted_sum_backward(gate, s * (1 - s), target, h, grad)
         return grad_x, grad_a.to(message[0].dtype), grad_h.to(message[1].dtype)
 
 
 def _gate_and_shift(target: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The quantised `1 - g` as a numerator, and `g h` on the grid."""
-    numerator = quantise_gate(torch.sigmoid(a.to(target.dtype)))
-    return numerator, grid_of(target).snap(_float_gate(numerator, target.dtype).mul_(h))
+    rest = quantised_rest(torch.sigmoid(a.to(target.dtype)))
+    return to_numerator(rest), grid_of(target).snap(_float_gate(rest).mul_(h))
 
 
-def _float_gate(numerator: Tensor, dtype: torch.dtype) -> Tensor:
-    return 1 - numerator.to(dtype) * 2.0**-16
+def _float_gate(rest: Tensor) -> Tensor:
+    return 1 - rest * 2.0**-16
 
 
 class _ExactUpdate(torch.autograd.Function):

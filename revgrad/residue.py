@@ -94,6 +94,7 @@ def _cost_table(device: torch.device) -> Tensor:
     """
     n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
     cost = torch.ceil((GATE_BITS - torch.log2(n)) * _LEVELS_PER_BIT + 0.05)
+    cost[0] = _FULL  # exact without the 0.05, as nothing is rounded; a spill must always bring the level below _FULL
     cost[-1] = 0
     return torch.cat([torch.zeros(1, dtype=torch.float64), cost]).to(torch.int16).to(device)
 
@@ -296,7 +297,17 @@ class Residue:
 
 def quantise_gate(gate: Tensor) -> Tensor:
     """The numerator `n` of `1 - gate = n / 2^16`: int64 in `1 .. 2^16`, so that nothing is ever multiplied by zero."""
-    return torch.round((1 - gate) * 2.0**GATE_BITS).clamp_(1, 2**GATE_BITS).to(torch.int64)
+    return to_numerator(quantised_rest(gate))
+
+
+def quantised_rest(gate: Tensor) -> Tensor:
+    """`2^16 (1 - gate)` rounded, as a float: NaN where the gate is."""
+    return torch.round((1 - gate) * 2.0**GATE_BITS).clamp_(1, 2**GATE_BITS)
+
+
+def to_numerator(rest: Tensor) -> Tensor:
+    """Int64; 1 for NaN, which as an integer would be anything, zero included."""
+    return rest.nan_to_num(nan=1.0).to(torch.int64)
 
 
 def entropy_bits(numerator: Tensor) -> float:

@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from hypothesis import settings
-from revgrad import AdditiveCoupling, AffineCoupling, ChainState, GatedCoupling, ReversibleSequential
 from torch import nn
+
+from revgrad import AdditiveCoupling, AffineCoupling, ChainState, GatedCoupling, ReversibleSequential
 
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repository")
@@ -72,9 +73,7 @@ def coupling(kind, width=4, i=0, **options):
 def chain(kind="additive", depth=4, width=4, inner=None, **options):
     """A chain of one kind of coupling; `mixed` alternates additive and gated ones."""
     kinds = {"mixed": ("additive", "gated")}.get(kind, (kind,))
-    layers = [
-        coupling(kinds[i // 2 % len(kinds)], width, i, inner=inner() if inner else None) for i in range(depth)
-    ]
+    layers = [coupling(kinds[i // 2 % len(kinds)], width, i, inner=inner() if inner else None) for i in range(depth)]
     return ReversibleSequential(*layers, **options)
 
 

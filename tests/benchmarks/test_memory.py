@@ -4,6 +4,8 @@ from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, states_mb
 from benchmarks.training import Variant
 from crevnet.model import ModelConfig
 
+pytestmark = pytest.mark.usefixtures("single_thread")
+
 SMALL = {"image_size": 16, "blocks": (1, 1, 1), "modules": 2, "clip": 2}
 
 

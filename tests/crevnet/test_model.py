@@ -494,7 +494,7 @@ class TestMemory:
 
 
 class TestShapes:
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=12, deadline=None)
     @given(
         cell=st.sampled_from(CELLS),
         stacking=st.sampled_from(["depth", "channels"]),

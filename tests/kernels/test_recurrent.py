@@ -75,7 +75,7 @@ def test_gradients_of_strided_inputs():
 def test_shapes_that_do_not_fit(cell):
     with pytest.raises(ValueError, match=r"cell_update: gates \(2, 6, 5\) must have three times the channels"):
         cell_update(torch.zeros(2, 6, 5), torch.zeros(cell))
-    with pytest.raises(ValueError, match="hidden_output: shapes .* differ"):
+    with pytest.raises(ValueError, match=r"hidden_output: shapes .* differ"):
         hidden_output(torch.zeros(2, 6, 5), torch.zeros(cell))
 
 

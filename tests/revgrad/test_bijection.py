@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.nn import functional as F
+
 from revgrad import (
     AdditiveCoupling,
     Concatenate,
@@ -13,7 +15,6 @@ from revgrad import (
     StreamError,
     Swap,
 )
-from torch.nn import functional as F
 
 # Name: layer, shapes of its input streams.
 CASES = {
@@ -109,7 +110,7 @@ def test_shapes_that_do_not_fit(layer, shapes, message, mode):
 
 @pytest.mark.parametrize("order", [[0, 0], [1, 2], [0, 2]])
 def test_permute_needs_a_permutation(order):
-    with pytest.raises(StreamError, match="is not a permutation of 0 .. 1"):
+    with pytest.raises(StreamError, match=r"is not a permutation of 0 .. 1"):
         Permute(order)
 
 

@@ -5,8 +5,9 @@ import weakref
 
 import pytest
 import torch
-from revgrad import ChainState, LiveMemory, Residue, unroll
 from torch._subclasses import FakeTensorMode
+
+from revgrad import ChainState, LiveMemory, Residue, unroll
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -263,8 +264,7 @@ def test_keeping_states_less_often_holds_fewer(make, no_collector):
 
 
 def test_backward_frees_states_as_it_goes(make, check, no_collector):
-    """The peak of backward is what forward held plus the working set of one step, independent of the number of steps.
-    """
+    """The peak of backward is what forward held plus the working set of one step, however many steps there are."""
     x = make.streams(BATCH, WIDTH)
     core = make.recurrent("gated", 2, WIDTH, states=4).requires_grad_(False)
     state = make.state(core, BATCH, WIDTH)

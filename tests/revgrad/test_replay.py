@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+from torch import nn
+
 from revgrad import AdditiveCoupling, GatedCoupling, ReversibleLayer, ReversibleSequential, unroll
 from revgrad.replay import Snapshot
-from torch import nn
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -251,10 +252,15 @@ def test_frozen_statistics_come_back_after_an_error():
 
     layer = Layer()
     buffers = dict(layer.norm._buffers)
-    with pytest.raises(RuntimeError, match="inside"), Snapshot([layer]).frozen_statistics():
-        layer.norm(torch.randn(3, 2))
-        assert layer.norm.num_batches_tracked == 1
-        raise RuntimeError("inside")
+
+    def fail():
+        with Snapshot([layer]).frozen_statistics():
+            layer.norm(torch.randn(3, 2))
+            assert layer.norm.num_batches_tracked == 1
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert all(layer.norm._buffers[k] is b for k, b in buffers.items())
     assert layer.norm.num_batches_tracked == 0
 

@@ -1,8 +1,9 @@
 import pytest
 import torch
+from torch import nn
+
 from revgrad import AdditiveCoupling, ChainState, Inverse, ReversibleSequential, StreamError, Swap, unroll
 from revgrad.unroll import chain_links, describe, is_exact
-from torch import nn
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -73,7 +74,8 @@ def test_stateless_core_and_single_stream(make, check, way):
     x = make.streams()
     leaves = (*x, *core.parameters())
     found = [
-        torch.autograd.grad(check.loss(unroll(core, [x, None, x], **w)[0]), leaves) for w in (WAYS[way], {"mode": "stored"})
+        torch.autograd.grad(check.loss(unroll(core, [x, None, x], **w)[0]), leaves)
+        for w in (WAYS[way], {"mode": "stored"})
     ]
     assert all(map(torch.equal, *found))
 
@@ -126,7 +128,9 @@ def test_loss_on_the_last_step_or_the_state_alone(make):
         found = []
         for options in ({"mode": "stored"}, {}, {"keep_states_every": 3}):
             loss = pick(*unroll(model.core, model.inputs, model.state, **options))
-            found.append([torch.zeros(1) if g is None else g for g in torch.autograd.grad(loss, leaves, allow_unused=True)])
+            found.append(
+                [torch.zeros(1) if g is None else g for g in torch.autograd.grad(loss, leaves, allow_unused=True)]
+            )
         for other in found[1:]:
             for a, b in zip(found[0], other, strict=True):
                 assert torch.equal(a, b) or not (a.any() or b.any())
@@ -201,7 +205,10 @@ def test_wrong_calls(make, mode):
         (lambda: unroll([nn.ReLU()], [x], mode=mode), "layer 0 is a ReLU, not a reversible layer"),
         (lambda: unroll(recurrent, [x], mode=mode), r"layer 0 \(GatedCoupling\) is stateful, but no state was given"),
         (lambda: unroll(core, [x], ChainState(()), mode=mode), "the chain has 2 layers, but the state has 0 entries"),
-        (lambda: unroll(core, [x], entry=recurrent, mode=mode), r"layer 0 \(GatedCoupling\) of entry or exit is stateful"),
+        (
+            lambda: unroll(core, [x], entry=recurrent, mode=mode),
+            r"layer 0 \(GatedCoupling\) of entry or exit is stateful",
+        ),
         (
             lambda: unroll(core, [x], entry=make.chain("gated", 1), mode=mode, arithmetic="exact"),
             r"layer 0 \(GatedCoupling\) of entry or exit is gated, .* in the core only",
@@ -223,7 +230,8 @@ def test_gated_entry_in_float(make, check):
     leaves = (*x, *entry.parameters(), *core.parameters())
     found = [
         torch.autograd.grad(
-            check.loss(unroll(core, [x, None], entry=entry, exit=Inverse(entry), mode=mode, arithmetic="float")[0]), leaves
+            check.loss(unroll(core, [x, None], entry=entry, exit=Inverse(entry), mode=mode, arithmetic="float")[0]),
+            leaves,
         )
         for mode in ("stored", "reversible")
     ]

@@ -1,0 +1,120 @@
+import pytest
+import torch
+from torch import nn
+
+from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, Swap
+from revgrad.layer import gradients, leaf
+
+
+class Shear(ReversibleLayer):
+    """A layer of a user: three streams, a parameter, and only `run` and `undo`."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
+        self.runs, self.undos = 0, 0
+
+    def run(self, streams, step):
+        self.runs += 1
+        a, b, c = streams
+        return a, b + self.factor[0] * a.sin(), c * torch.exp(self.factor[1]) + a * b
+
+    def undo(self, streams, step):
+        self.undos += 1
+        a, b, c = streams
+        b = b - self.factor[0] * a.sin()
+        return a, b, (c - a * b) * torch.exp(-self.factor[1])
+
+
+class Memory(ReversibleLayer):
+    """A stateful layer of a user that is not a coupling."""
+
+    stateful = True
+
+    def run(self, streams, step):
+        (x,), (h,) = streams, step.state
+        step.new_state = (torch.tanh(h) + 0.5,)
+        return (x * (2 + torch.sin(h)),)
+
+    def undo(self, streams, step):
+        (x,), (h,) = streams, step.state
+        step.new_state = (torch.tanh(h) + 0.5,)
+        return (x / (2 + torch.sin(h)),)
+
+
+def three():
+    return tuple(torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+
+
+@pytest.mark.parametrize("wrap", [lambda x: x, Inverse])
+def test_run_and_undo_are_enough_for_gradients(check, wrap):
+    chain, x = ReversibleSequential(wrap(Shear()), Swap(), wrap(Shear())), three()
+    assert torch.autograd.gradcheck(chain, x)
+    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-12)
+
+
+def test_default_rewind_undoes_once_and_runs_once_more():
+    layer = Shear()
+    torch.stack(ReversibleSequential(layer)(*three())).sum().backward()
+    assert (layer.runs, layer.undos) == (2, 1)
+    layer = Shear()
+    torch.stack(ReversibleSequential(Inverse(layer))(*three())).sum().backward()
+    assert (layer.runs, layer.undos) == (1, 2)
+
+
+def test_stateful_layer_of_a_user(check):
+    from revgrad import ChainState
+
+    chain = ReversibleSequential(Memory(), Swap(), Memory())
+    x, h, k = (t.requires_grad_() for t in torch.randn(3, 2, 4, dtype=torch.float64))
+
+    def call(x, h, k):
+        y, new = chain(x, states=ChainState(((h,), (), (k,))))
+        return y, *new.tensors()
+
+    assert torch.autograd.gradcheck(call, (x, h.detach().requires_grad_(), k.detach().requires_grad_()))
+
+
+def test_inverse_swaps_run_and_undo(make):
+    layer = make.coupling("additive").double()
+    x = make.streams(dtype=torch.float64, requires_grad=False)
+    inverse = Inverse(layer)
+    assert all(map(torch.equal, inverse.run(x, Step()), layer.undo(x, Step())))
+    assert all(map(torch.equal, inverse.undo(x, Step()), layer.run(x, Step())))
+    assert list(inverse.parameters()) == list(layer.parameters())
+    assert inverse.updates() == layer.updates() == 1
+    stateful = AdditiveCoupling(make.cell(4, 1), stateful=True, carries=1)
+    assert Inverse(stateful).stateful
+    assert Inverse(stateful).carries == 1
+
+
+def test_layer_without_methods_says_what_is_missing():
+    class Nothing(ReversibleLayer):
+        pass
+
+    with pytest.raises(TypeError, match=r"Nothing does not define run\(streams, step\)"):
+        ReversibleSequential(Nothing())(torch.zeros(1))
+    with pytest.raises(TypeError, match=r"Nothing does not define undo\(streams, step\), its inverse"):
+        ReversibleSequential(Inverse(Nothing()))(torch.zeros(1))
+    assert Nothing().updates() is None
+    assert repr(Nothing()) == "Nothing()"
+
+
+def test_leaf_is_a_fresh_leaf():
+    x = torch.randn(3, requires_grad=True) * 2
+    y = leaf(x)
+    assert y.is_leaf
+    assert y.requires_grad
+    assert y.data_ptr() == x.data_ptr()
+    assert not leaf(torch.arange(3)).requires_grad
+
+
+def test_gradients_take_none_for_zero():
+    x, y = torch.ones(2, requires_grad=True), torch.ones(2, requires_grad=True)
+    constant = torch.ones(2)
+    one = torch.ones(2)
+    assert gradients((3 * x,), (None,), (x, y)) == (None, None)
+    assert gradients((constant,), (one,), (x,)) == (None,)
+    found = gradients((3 * x, constant, 5 * x), (one, one, None), (x, constant, y))
+    assert found[0].tolist() == [3, 3]
+    assert found[1:] == (None, None)
