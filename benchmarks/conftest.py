@@ -5,7 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.reporting import RESULTS, Report, environment
+from benchmarks.reporting import README, RESULTS, Report, environment, include
 
 _REPORTS = pytest.StashKey[list[tuple[str, str]]]()
 
@@ -23,6 +23,7 @@ def publish(pytestconfig: pytest.Config) -> Callable[[Report], None]:
         if report.complete:
             written = ", ".join(path.name for path in report.write(where))
             outcome = f"written to {RESULTS}: {written}"
+            include(README, report.name, next(iter(report.tables.values())).to_markdown())
         else:
             outcome = "not all of it was measured: the written results were left as they are"
         published.append((report.to_markdown(where), outcome))

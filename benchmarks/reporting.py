@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+README = Path(__file__).parents[1] / "README.md"
 
 Row = Mapping[str, Any]
 
@@ -82,6 +83,16 @@ class Report:
             **self.pictures,
         }
         return [write_file(folder / name, content) for name, content in files.items()]
+
+
+def include(page: Path, name: str, text: str) -> bool:
+    """Put a text between the lines `<!-- begin NAME -->` and `<!-- end NAME -->` of a page; False if it has none."""
+    begin, end = f"<!-- begin {name} -->\n", f"<!-- end {name} -->"
+    before, found, rest = page.read_text().partition(begin)
+    if not found or end not in rest:
+        return False
+    write_file(page, f"{before}{begin}{text.strip()}\n{end}{rest.partition(end)[2]}".encode())
+    return True
 
 
 def environment(command: str) -> dict[str, Any]:

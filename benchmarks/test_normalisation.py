@@ -23,7 +23,7 @@ from crevnet.model import CrevNet, ModelConfig
 NORMS = ("group", "batch", "none")
 RATES = (5e-4, 2e-3, 8e-3)
 SEEDS = (0, 1)
-STEPS, BATCH, OBSERVED, SEQUENCES = 150, 8, 5, 64
+STEPS, BATCH, OBSERVED, SEQUENCES = 60, 4, 5, 32
 MODEL: dict[str, Any] = {"image_size": 32, "blocks": (2, 2), "modules": 2, "cell": "stlstm"}
 DATA = DataConfig(image_size=32, digit_size=14, frames=10)
 
