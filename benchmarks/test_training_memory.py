@@ -17,7 +17,7 @@ from crevnet.model import ModelConfig
 
 STEPS = 19
 """Time steps of 10 -> 10 frames with one clip per frame, as DESIGN.md counts them."""
-DEPTH_STEPS = 5
+DEPTH_STEPS = 4
 """Fewer for the growth with depth, where it is the slope that counts."""
 
 REVERSIBLE, CHECKPOINT, STORED = (Variant(mode) for mode in ("reversible", "checkpoint", "stored"))

@@ -1,5 +1,6 @@
 """Command lines over typed signatures: what the entry points share."""
 
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import fields
@@ -35,8 +36,10 @@ def parse_train_config(parser: ArgumentParser, arguments: list[str]) -> TrainCon
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
-    """Write the YAML file that repeats a run with `--config`."""
-    path.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    """Write the YAML file that repeats a run with `--config`, whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
+    os.replace(part, path)
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -3,10 +3,17 @@
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args, get_type_hints
 
 from crevnet.data import DataConfig
+from crevnet.metrics import SSIM_WINDOW
 from crevnet.model import ModelConfig
+
+
+def _check_choice(section: str, config: Any, name: str) -> None:
+    value, choices = getattr(config, name), get_args(get_type_hints(type(config))[name])
+    if value not in choices:
+        raise ValueError(f"{section}.{name} must be one of {list(choices)}, got {value!r}")
 
 
 @dataclass(kw_only=True)
@@ -29,6 +36,7 @@ class OptimiserConfig:
             raise ValueError(f"optimiser.learning_rate must be positive, got {self.learning_rate}")
         if self.warmup_steps < 0 or self.clip_norm < 0:
             raise ValueError("optimiser.warmup_steps and optimiser.clip_norm must not be negative")
+        _check_choice("optimiser", self, "schedule")
 
     def rate(self, step: int, steps: int) -> float:
         """The learning rate of a step, counted from 0."""
@@ -53,6 +61,7 @@ class FeedingConfig:
     """Step at which it has reached 0, `scheduled` only."""
 
     def __post_init__(self) -> None:
+        _check_choice("feeding", self, "kind")
         if self.kind == "scheduled" and not 0 <= self.fall_from < self.fall_to:
             raise ValueError(
                 f"feeding: scheduled needs 0 <= fall_from < fall_to, got fall_from={self.fall_from}, "
@@ -98,6 +107,7 @@ class RunConfig:
                 raise ValueError(f"run.{name} must be at least 1, got {getattr(self, name)}")
         if self.workers < 0 or self.threads < 0:
             raise ValueError("run.workers and run.threads must not be negative")
+        _check_choice("run", self, "precision")
 
 
 @dataclass(kw_only=True)
@@ -131,6 +141,10 @@ class TrainConfig:
         if self.data.image_size != self.model.image_size:
             raise ValueError(
                 f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} differ; set both"
+            )
+        if self.model.image_size < SSIM_WINDOW:
+            raise ValueError(
+                f"model.image_size must be at least {SSIM_WINDOW}, the window of SSIM, got {self.model.image_size}"
             )
         if not self.model.clip <= self.observed < self.data.frames:
             raise ValueError(

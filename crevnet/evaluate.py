@@ -46,6 +46,8 @@ def evaluate(
         device: `auto`, `cpu` or `cuda`.
         output: JSON file to write as well.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageSequence, UnidentifiedImageError
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 
@@ -36,6 +36,8 @@ def read_frames(path: Path, channels: int, image_size: int) -> Tensor:
         raise ValueError(
             f"{path}: frames of shape {frames.shape[1:]} found, the model needs {expected}; resize them first"
         )
+    if len(frames) == 0:
+        raise ValueError(f"{path}: holds no frames")
     return _to_unit_range(frames, path)
 
 
@@ -59,7 +61,9 @@ def _read_array(path: Path) -> np.ndarray:
                 if "frames" not in names and len(names) != 1:
                     raise ValueError(f"holds the arrays {names}; name the frames 'frames'")
                 array = loaded["frames" if "frames" in names else names[0]]
-    except (ValueError, OSError, EOFError) as error:
+        if not isinstance(array, np.ndarray):
+            raise ValueError("holds no array")
+    except Exception as error:  # damage makes the decoders raise almost anything
         raise ValueError(f"{path}: not a readable array file: {error}") from error
     return array[:, None] if array.ndim == 3 else array
 
@@ -68,20 +72,20 @@ def _read_images(path: Path, channels: int) -> np.ndarray:
     mode = {1: "L", 3: "RGB"}.get(channels)
     if mode is None:
         raise ValueError(f"{path}: images have 1 or 3 channels, the model needs {channels}; give an array file")
-    try:
-        if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
-            if not files:
-                raise ValueError(f"{path}: the folder is empty")
-            images = []
-            for file in files:
-                with Image.open(file) as image:
-                    images.append(np.asarray(image.convert(mode)))
-        else:
-            with Image.open(path) as image:
-                images = [np.asarray(frame.convert(mode)) for frame in ImageSequence.Iterator(image)]
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{path}: not a readable image: {error}") from error
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
+        if not files:
+            raise ValueError(f"{path}: the folder is empty")
+    images = []
+    for file in files:
+        try:
+            with Image.open(file) as image:
+                # Of an animation in a folder, the first frame.
+                found = [image] if path.is_dir() else ImageSequence.Iterator(image)
+                images += [np.asarray(frame.convert(mode)) for frame in found]
+        except Exception as error:  # damage makes the decoders raise almost anything
+            raise ValueError(f"{file}: not a readable image: {error}") from error
     if len({image.shape for image in images}) > 1:
         raise ValueError(f"{path}: the images have different sizes")
     stacked = np.stack(images)

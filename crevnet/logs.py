@@ -1,6 +1,7 @@
 """The logs of a run: one CSV file per kind of entry, and TensorBoard. Both go on where an interrupted run stopped."""
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +54,9 @@ class RunLog:
                     for row in list(csv.reader(f))[1:]
                     if len(row) == len(columns) and int(row[0]) < self._first_step
                 ]
+        part = path.with_name(f".{path.name}.part")
+        with part.open("w", newline="") as f:
+            csv.writer(f).writerows([columns, *kept])
+        os.replace(part, path)
         # Line-buffered: what was logged survives a killed process.
-        file = path.open("w", newline="", buffering=1)
-        writer = csv.writer(file)
-        writer.writerows([columns, *kept])
-        return writer
+        return csv.writer(path.open("a", newline="", buffering=1))

@@ -45,6 +45,8 @@ def predict(
     if output.suffix not in (".gif", ".png", ".npz"):
         raise ValueError(f"{output}: the output must be a .gif, .png or .npz file")
     if sequence is None:
+        if not 0 <= index < config.data.test_sequences:
+            raise ValueError(f"index must be 0 to {config.data.test_sequences - 1}, got {index}")
         frames = config.data.build_test().batch([index])
     else:
         frames = read_frames(sequence, config.model.channels, config.model.image_size)[None]

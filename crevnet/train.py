@@ -6,8 +6,8 @@ Without `--config`, a small configuration on embedded digits that takes a few mi
 
 import sys
 
+from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config, train_parser
-from crevnet.data import DataError
 from crevnet.training import TrainingDiverged, train
 
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_train_config(parser, arguments)
     try:
         train(config)
-    except (TrainingDiverged, DataError, ValueError) as error:
+    except (TrainingDiverged, DamagedCheckpoint, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

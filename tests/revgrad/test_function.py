@@ -459,6 +459,17 @@ def test_core_is_checked_where_the_entry_is_frozen(make, check):
         check.loss(outputs).backward()
 
 
+def test_entry_that_does_not_invert_is_seen_where_it_is_evaluated(make, check):
+    core, x = make.chain("additive", 2), make.streams()
+    outputs, _ = unroll(core, [x, None, x], entry=Scale(0.4))
+    with pytest.raises(ReversibilityError, match="an inverse does not invert"):
+        check.loss(outputs).backward()
+    # Nobody wants what lies before the core: the entry is not undone, and its inverse does not matter.
+    x = make.streams(requires_grad=False)
+    outputs, _ = unroll(core, [x, None, x], entry=Scale(0.4))
+    check.loss(outputs).backward()
+
+
 def test_copies_of_a_module_do_not_share_passes(make, check):
     chain, x = make.chain("mixed", 2), make.streams()
     y = chain(*x)

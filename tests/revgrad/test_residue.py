@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from revgrad import Residue, ReversibilityError, StreamError, snap
-from revgrad.residue import GATE_BITS, Grid, entropy_bits, grid_of, quantise_gate
+from revgrad.residue import GATE_BITS, Grid, _cost_table, entropy_bits, grid_of, quantise_gate
 
 TOP = 2**GATE_BITS
 MEAN_GATES = [0.1, 0.5, 0.9, 0.99]
@@ -119,6 +119,29 @@ def test_scale_is_within_one_step_of_the_exact_product_and_unscale_returns_every
         assert torch.equal(residue.unscale(scaled, n), x)
     residue.check_undone_to()
     assert residue.used_bits == 0
+
+
+def test_every_level_of_the_reservoir_spills_and_comes_back():
+    """From each of the 8192 levels, gates of every cost: a spill must happen once, and be undone once."""
+    table = _cost_table(torch.device("cpu"))
+    elements = torch.arange(2**13)
+    residue, tape = Residue(), []
+
+    def scale(numerator):
+        x = grid_values((2**13,), torch.float32, 20.0)
+        tape.append((x, numerator, residue.scale(x, numerator)))
+
+    for bit in (*range(12), 12, 12):  # no gate costs 2^12 levels: twice 2^11
+        n = int((table == 2 ** min(bit, 11)).nonzero()[0])
+        scale(torch.where((elements >> bit & 1).bool(), n, TOP))
+    assert sorted(residue._pools[2**13].level.tolist()) == list(range(2**13))
+    for n in (1, TOP, TOP, 1, 1, 2, TOP - 1, 3, TOP, 1):
+        scale(torch.full((2**13,), n))
+        assert residue._pools[2**13].level.min() >= 0
+        assert residue._pools[2**13].level.max() < 2**13
+    for x, n, scaled in reversed(tape):
+        assert torch.equal(residue.unscale(scaled, n), x)
+    residue.check_undone_to()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -249,7 +249,7 @@ def test_float_gradient_of_ordinary_gates_is_refused_not_wrong(input_gradient):
     chain = gated_chain(16, arithmetic="float")
     x = tuple(torch.randn(256, 64, requires_grad=input_gradient) for _ in range(2))
     y = chain(*x)
-    with pytest.raises(ReversibilityError, match=r"too ill-conditioned for this precision.*arithmetic='exact'"):
+    with pytest.raises(ReversibilityError, match=r"or not precisely enough.*arithmetic='exact'"):
         (y[0].sum() + y[1].square().sum()).backward()
     assert all(p.grad is None for p in chain.parameters())
 

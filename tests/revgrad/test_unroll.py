@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, ChainState, Inverse, ReversibleSequential, StreamError, Swap, unroll
+from revgrad import AdditiveCoupling, ChainState, Inverse, ReversibleSequential, Split, StreamError, Swap, unroll
 from revgrad.unroll import chain_links, describe, is_exact
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -109,6 +109,24 @@ def test_step_without_input_reads_the_steps_own_output(make):
         fed_back, _ = unroll(model.core, [model.inputs[0], (y0[0], y1[0])], model.state, **parts)
     assert torch.equal(fed_back[0], y0)
     assert torch.equal(fed_back[1], y1)
+
+
+@pytest.mark.parametrize("fed", FED)
+@pytest.mark.parametrize("way", WAYS)
+def test_encoder_from_one_stream_to_two_and_back(make, check, way, fed):
+    """Outputs are fewer than the core's streams, as in CrevNet."""
+    entry = ReversibleSequential(Split(2), *(make.coupling("additive", 4, i) for i in range(3)))
+    core = make.recurrent("gated", 3)
+    state = make.state(core, requires_grad=True)
+    x = torch.randn(3, 8, requires_grad=True)
+    leaves = (x, *state.tensors(), *entry.parameters(), *core.parameters())
+    found = []
+    for options in ({"mode": "stored"}, WAYS[way]):
+        inputs = [x * (1 + t) if f else None for t, f in enumerate(FED[fed])]
+        outputs, _ = unroll(core, inputs, state, entry=entry, exit=Inverse(entry), **options)
+        assert [y.shape for y in outputs] == [(len(inputs), 3, 8)]
+        found.append([*outputs, *torch.autograd.grad(check.loss(outputs), leaves)])
+    assert all(map(torch.equal, *found))
 
 
 def test_retain_graph(make, check):

@@ -1,0 +1,92 @@
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from crevnet.logs import RunLog
+
+
+def log_steps(folder, first, steps, kind="train", scale=1.0):
+    log = RunLog(folder, first)
+    for step in steps:
+        log.write(kind, step, {"loss": step * scale, "rate": 0.5})
+    log.close()
+
+
+def board(folder, tag):
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return [(e.step, e.value) for e in events.Scalars(tag)]
+
+
+def test_rows_are_written_with_a_header(tmp_path):
+    log_steps(tmp_path, 1, [1, 2])
+    assert (tmp_path / "train.csv").read_text().split() == ["step,loss,rate", "1,1,0.5", "2,2,0.5"]
+
+
+def test_kinds_have_files_of_their_own(tmp_path):
+    log = RunLog(tmp_path, 1)
+    log.write("train", 1, {"loss": 0.25})
+    log.write("validation", 1, {"mse": 2.0, "ssim": 0.5})
+    log.close()
+    assert log.read("train", "loss") == ([1], [0.25])
+    assert log.read("validation", "ssim") == ([1], [0.5])
+
+
+def test_float32_losses_keep_their_digits(tmp_path):
+    log = RunLog(tmp_path, 1)
+    log.write("train", 1, {"loss": 0.0123456789, "tiny": 1.5e-12})
+    log.close()
+    assert log.read("train", "loss")[1] == [pytest.approx(0.0123456789, rel=1e-7)]
+    assert log.read("train", "tiny")[1] == [1.5e-12]
+
+
+def test_a_row_is_in_the_file_at_once(tmp_path):
+    """What was logged must survive a process that is killed."""
+    log = RunLog(tmp_path, 1)
+    log.write("train", 1, {"loss": 1.0})
+    assert (tmp_path / "train.csv").read_text().split() == ["step,loss", "1,1"]
+    log.close()
+
+
+def test_a_resumption_drops_the_rows_from_its_first_step_on(tmp_path):
+    log_steps(tmp_path, 1, range(1, 8))
+    log_steps(tmp_path, 5, range(5, 10), scale=10)
+    log = RunLog(tmp_path, 100)
+    log.close()
+    assert log.read("train", "loss") == (list(range(1, 10)), [1, 2, 3, 4, 50, 60, 70, 80, 90])
+
+
+def test_tensorboard_shows_no_step_twice_after_a_resumption(tmp_path):
+    log_steps(tmp_path, 1, range(1, 8))
+    log_steps(tmp_path, 5, range(5, 10), scale=10)
+    assert board(tmp_path, "train/loss") == list(zip(range(1, 10), [1, 2, 3, 4, 50, 60, 70, 80, 90], strict=True))
+
+
+def test_a_torn_last_row_is_dropped(tmp_path):
+    (tmp_path / "train.csv").write_text("step,loss,rate\n1,1,0.5\n2,2,0.5\n3")
+    log_steps(tmp_path, 3, [3])
+    assert (tmp_path / "train.csv").read_text().split() == ["step,loss,rate", "1,1,0.5", "2,2,0.5", "3,3,0.5"]
+
+
+def test_a_resumption_that_logs_nothing_leaves_the_file(tmp_path):
+    log_steps(tmp_path, 1, [1, 2])
+    RunLog(tmp_path, 1).close()
+    assert len((tmp_path / "train.csv").read_text().split()) == 3
+
+
+def test_reading_what_was_never_logged(tmp_path):
+    log = RunLog(tmp_path, 0)
+    log.close()
+    assert log.read("train", "loss") == ([], [])
+
+
+def test_a_process_that_dies_while_it_drops_rows_loses_none(tmp_path, monkeypatch):
+    log_steps(tmp_path, 1, [1, 2, 3])
+    before = (tmp_path / "train.csv").read_text()
+
+    def die(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        log_steps(tmp_path, 3, [3])
+    assert (tmp_path / "train.csv").read_text() == before

@@ -1,0 +1,165 @@
+import runpy
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from crevnet.predict import predict
+from crevnet.run import load_run
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+@pytest.fixture
+def sequence(finished_run):
+    """The second sequence of the run's test set, [T, C, H, W]."""
+    return load_run(finished_run, "best", torch.device("cpu")).config.data.build_test().batch([1])[0]
+
+
+@pytest.fixture
+def expected(finished_run, sequence):
+    """What the model predicts from its first three frames."""
+    model = load_run(finished_run, "best", torch.device("cpu")).model
+    return model.predict(sequence[None, :3], 3)[0].clamp(0, 1).numpy()
+
+
+def arrays(path):
+    with np.load(path) as read:
+        return dict(read)
+
+
+# --- what comes out ---
+
+
+def test_arrays_of_a_test_sequence(finished_run, sequence, expected, tmp_path, capsys):
+    predict(finished_run, tmp_path / "new" / "x.npz", index=1, device="cpu")
+    found = arrays(tmp_path / "new" / "x.npz")
+    assert sorted(found) == ["observed", "prediction", "target"]
+    assert np.array_equal(found["observed"], sequence[:3])
+    assert np.array_equal(found["target"], sequence[3:])
+    assert np.array_equal(found["prediction"], expected)
+    assert {a.dtype for a in found.values()} == {np.dtype(np.float32)}
+    assert capsys.readouterr().out == f"3 frames predicted from 3: {tmp_path}/new/x.npz\n"
+
+
+def test_another_number_of_frames(finished_run, sequence, tmp_path):
+    predict(finished_run, tmp_path / "x.npz", index=1, observed=5, steps=4, device="cpu")
+    found = arrays(tmp_path / "x.npz")
+    assert {k: len(v) for k, v in found.items()} == {"observed": 5, "prediction": 4, "target": 1}
+    assert np.array_equal(found["target"], sequence[5:])
+
+
+def test_a_target_only_where_the_sequence_goes_on(finished_run, tmp_path):
+    predict(finished_run, tmp_path / "x.npz", observed=6, steps=2, device="cpu")
+    assert {k: v.shape for k, v in arrays(tmp_path / "x.npz").items()} == {
+        "observed": (6, 1, 16, 16),
+        "prediction": (2, 1, 16, 16),
+    }
+
+
+def test_another_checkpoint(finished_run, expected, tmp_path):
+    predict(finished_run, tmp_path / "x.npz", index=1, checkpoint="28", device="cpu")
+    assert not np.array_equal(arrays(tmp_path / "x.npz")["prediction"], expected)
+
+
+@pytest.mark.parametrize(("observed", "steps"), [(None, None), (6, 2), (4, 5), (2, 1)])
+def test_an_animation_has_a_frame_for_every_time_step(observed, steps, finished_run, tmp_path):
+    predict(finished_run, tmp_path / "x.gif", observed=observed, steps=steps, device="cpu")
+    with Image.open(tmp_path / "x.gif") as image:
+        image.verify()
+    with Image.open(tmp_path / "x.gif") as image:
+        assert image.format == "GIF"
+        assert image.n_frames == (observed or 3) + (steps or 3)
+
+
+@pytest.mark.parametrize(("observed", "steps"), [(None, None), (6, 2)])
+def test_a_picture(observed, steps, finished_run, tmp_path):
+    predict(finished_run, tmp_path / "x.png", observed=observed, steps=steps, device="cpu")
+    with Image.open(tmp_path / "x.png") as image:
+        assert image.format == "PNG"
+        image.load()
+        assert image.width > 64 * ((observed or 3) + (steps or 3))
+        assert len(np.unique(np.asarray(image.convert("L")))) > 10
+
+
+# --- what goes in ---
+
+
+@pytest.mark.parametrize("kind", ["npy", "npz", "gif", "folder"])
+def test_a_sequence_of_ones_own(kind, finished_run, sequence, expected, tmp_path):
+    pixels = (sequence[:, 0] * 255).round().numpy().astype(np.uint8)
+    path = tmp_path / f"own.{kind}"
+    if kind == "npy":
+        np.save(path, sequence.numpy())
+    elif kind == "npz":
+        np.savez(path, frames=pixels, other=np.zeros(3))
+    elif kind == "gif":
+        first, *rest = [Image.fromarray(frame) for frame in pixels]
+        first.save(path, save_all=True, append_images=rest)
+    else:
+        path.mkdir()
+        for i, frame in enumerate(pixels):
+            Image.fromarray(frame).save(path / f"{i}.png")
+    predict(finished_run, tmp_path / "x.npz", sequence=path, device="cpu")
+    found = arrays(tmp_path / "x.npz")
+    assert np.array_equal(found["observed"], sequence[:3])
+    assert np.array_equal(found["target"], sequence[3:])
+    assert np.array_equal(found["prediction"], expected)
+
+
+# --- the command line ---
+
+
+def main(monkeypatch, *options):
+    monkeypatch.setattr(sys, "argv", ["crevnet.predict", *map(str, options)])
+    monkeypatch.delitem(sys.modules, "crevnet.predict")  # as if nobody had imported it
+    runpy.run_module("crevnet.predict", run_name="__main__")
+
+
+def test_the_command_line(finished_run, expected, tmp_path, monkeypatch):
+    main(monkeypatch, finished_run, tmp_path / "x.npz", "--index", 1, "--steps", 2, "--device", "cpu")
+    assert np.array_equal(arrays(tmp_path / "x.npz")["prediction"], expected[:2])
+
+
+@pytest.mark.parametrize(
+    ("output", "options", "message"),
+    [
+        ("x.mp4", [], "x.mp4: the output must be a .gif, .png or .npz file"),
+        ("x.npz", ["--index", 5], "index must be 0 to 4, got 5"),
+        ("x.npz", ["--index", -1], "index must be 0 to 4, got -1"),
+        ("x.npz", ["--observed", 1], "observed must be at least the model's clip (2)"),
+        ("x.npz", ["--observed", 7], "at most the 6 frames of the sequence, got 7"),
+        ("x.npz", ["--steps", 0], "steps must be at least 1, got 0"),
+        ("x.npz", ["--checkpoint", "3"], "no such checkpoint, there are steps"),
+        ("x.npz", ["--sequence", "/nonexistent.npy"], "/nonexistent.npy: no such file or folder"),
+    ],
+)
+def test_mistakes_end_with_a_message_and_write_nothing(output, options, message, finished_run, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, finished_run, tmp_path / output, *options)
+    assert stop.value.code.startswith("error: ")
+    assert message in stop.value.code
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (np.zeros((6, 32, 32), np.uint8), "frames of shape (1, 32, 32) found, the model needs (1, 16, 16)"),
+        (np.zeros((6, 3, 16, 16), np.uint8), "frames of shape (3, 16, 16) found, the model needs (1, 16, 16)"),
+        (np.zeros((2, 16, 16), np.uint8), "at most the 2 frames of the sequence, got 3"),
+        (np.array([{"a": 1}]), "not a readable array file: Object arrays cannot be loaded"),
+        (b"damage", "not a readable array file"),
+    ],
+    ids=["size", "channels", "short", "pickle", "damage"],
+)
+def test_a_sequence_that_does_not_fit_ends_with_a_message(content, message, finished_run, tmp_path, monkeypatch):
+    path = tmp_path / "own.npy"
+    path.write_bytes(content) if isinstance(content, bytes) else np.save(path, content)
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, finished_run, tmp_path / "x.gif", "--sequence", path)
+    assert stop.value.code.startswith("error: ")
+    assert message in stop.value.code
+    assert not (tmp_path / "x.gif").exists()

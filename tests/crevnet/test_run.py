@@ -1,0 +1,98 @@
+import shutil
+
+import pytest
+import torch
+
+from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.command import save_config
+from crevnet.run import find_checkpoint, load_run, select_device
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """A run with three checkpoints of recognisable weights, the second one the best; and those weights."""
+    folder = tmp_path / "run"
+    config = tiny.config(folder)
+    folder.mkdir()
+    save_config(config, folder / "config.yaml")
+    directory = CheckpointDirectory(folder / "checkpoints")
+    saved = {}
+    for step in (5, 10, 15):
+        saved[step] = {k: torch.full_like(v, step) for k, v in config.model.build().state_dict().items()}
+        directory.save(step, saved[step], {}, best=step == 10)
+    return folder, saved
+
+
+@pytest.mark.parametrize(("checkpoint", "step"), [("best", 10), ("last", 15), ("5", 5), ("10", 10), ("00015", 15)])
+def test_a_checkpoint_by_name(checkpoint, step, run, tiny):
+    folder, saved = run
+    loaded = load_run(folder, checkpoint, CPU)
+    assert loaded.step == step
+    assert loaded.config == tiny.config(folder)
+    tiny.assert_equal(loaded.model.state_dict(), saved[step])
+    assert not loaded.model.training
+
+
+def test_the_last_one_is_the_best_where_none_was_validated(run):
+    (run[0] / "checkpoints" / "best.json").unlink()
+    assert load_run(run[0], "best", CPU).step == 15
+
+
+def test_a_run_that_was_moved_is_found(run, tmp_path):
+    shutil.move(run[0], tmp_path / "elsewhere")
+    assert load_run(tmp_path / "elsewhere", "best", CPU).step == 10
+
+
+@pytest.mark.parametrize("name", ["newest", "", "-1", "1.5", "step-00000005"])
+def test_another_name_is_refused(name, run):
+    with pytest.raises(ValueError, match="checkpoint must be 'best', 'last' or the number of a step, got"):
+        load_run(run[0], name, CPU)
+
+
+def test_an_unknown_step_lists_those_that_are_there(run):
+    with pytest.raises(FileNotFoundError, match=r"no such checkpoint, there are steps \[5, 10, 15\]"):
+        load_run(run[0], "7", CPU)
+
+
+def test_a_folder_that_is_no_run(tmp_path):
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(FileNotFoundError, match="is not the folder of a run: it has no config.yaml"):
+            load_run(folder, "best", CPU)
+
+
+def test_a_run_without_a_checkpoint(tiny, tmp_path):
+    save_config(tiny.config(tmp_path), tmp_path / "config.yaml")
+    with pytest.raises(FileNotFoundError, match="has no checkpoint yet"):
+        load_run(tmp_path, "best", CPU)
+    assert find_checkpoint(CheckpointDirectory(tmp_path / "checkpoints"), "last") is None
+
+
+def test_a_damaged_best_checkpoint_is_not_silently_replaced_by_another(run):
+    (run[0] / "checkpoints" / "step-00000010" / "weights.safetensors").write_bytes(b"damage")
+    with pytest.raises(DamagedCheckpoint, match="step-00000010"):
+        load_run(run[0], "best", CPU)
+
+
+def test_weights_that_do_not_fit_the_configuration(run, tiny):
+    save_config(tiny.config(run[0], {"model.modules": 3}), run[0] / "config.yaml")
+    with pytest.raises(RuntimeError, match="Missing key"):
+        load_run(run[0], "best", CPU)
+
+
+def test_devices(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert select_device("auto") == CPU
+    assert select_device("cpu") == CPU
+    for name in ("cuda", "cuda:1"):
+        with pytest.raises(ValueError, match="PyTorch sees no CUDA device here; use device cpu"):
+            select_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert select_device("auto") == torch.device("cuda")
+    assert select_device("cuda:1") == torch.device("cuda", 1)
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises((ValueError, RuntimeError), match="tpu9"):
+        select_device("tpu9")

@@ -1,0 +1,227 @@
+"""The command line of training: what it prints and returns, and real processes that are killed, stopped or several."""
+
+import json
+import signal
+import time
+
+import pytest
+import torch
+
+import crevnet.train
+from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.command import CONFIGS, load_config
+from crevnet.train import main
+from crevnet.training import TrainingDiverged
+
+pytestmark = pytest.mark.usefixtures("single_thread")
+SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
+TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "crevnet.train"]
+DISTRIBUTED = {
+    "batch_size": 4,
+    "steps": 3,
+    "run.checkpoint_every": 1,
+    "run.keep": 9,
+    "run.validation_sequences": 5,  # the processes get different numbers of them
+    "optimiser.clip_norm": 0.05,
+    "feeding.kind": "scheduled",
+    "feeding.fall_to": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def processes(tiny, tmp_path_factory):
+    """What became of four real processes, run side by side: three that get a signal amid their steps, and torchrun.
+
+    By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
+    """
+    base = tmp_path_factory.mktemp("processes")
+    signalled = {number: base / number.name for number in SIGNALS}
+    running = {n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled)) for n, f in signalled.items()}
+    several = tiny.start(*TORCHRUN, *tiny.arguments(base / "torchrun", DISTRIBUTED))
+    try:
+        waiting, deadline = dict(running), time.monotonic() + 300
+        while waiting:
+            for number, process in list(waiting.items()):
+                if max(CheckpointDirectory(signalled[number] / "checkpoints").steps(), default=0) >= 4:
+                    process.send_signal(number)
+                    del waiting[number]
+                assert process.poll() is None or number not in waiting, process.communicate()[1]
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        found = {}
+        for name, process in [*running.items(), ("torchrun", several)]:
+            out, err = process.communicate(timeout=300)
+            folder = signalled.get(name, base / "torchrun")
+            steps = CheckpointDirectory(folder / "checkpoints").steps()
+            found[name] = (folder, process.returncode, out, err, max(steps))
+    finally:
+        for process in (*running.values(), several):
+            process.kill()
+            process.wait()
+    return found
+
+
+# --- killed and stopped ---
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
+def test_a_run_that_was_killed_or_stopped_goes_on_bit_for_bit(number, processes, tiny, finished_run, capsys):
+    folder, _, _, _, step = processes[number]
+    assert 4 <= step < 32
+    assert not (folder / "metrics.json").exists()
+    assert main(tiny.arguments(folder, tiny.scheduled)) == 0
+    assert f"Going on from step {step} in {folder}" in capsys.readouterr().out
+    tiny.assert_equal(tiny.weights(folder, 32), tiny.weights(finished_run, 32))
+    for kind in ("train", "validation"):
+        for name in ("step", *(("loss", "gradient_norm") if kind == "train" else ("mse", "ssim", "psnr"))):
+            assert tiny.column(folder, name, kind) == tiny.column(finished_run, name, kind)
+    one, other = (json.loads((f / "metrics.json").read_text()) for f in (folder, finished_run))
+    assert one["mse"] == other["mse"]
+    assert one["step"] == other["step"]
+    assert one["peak_activation_bytes"] == other["peak_activation_bytes"]
+
+
+def test_kill_leaves_no_time_to_save(processes):
+    folder, status, _, _, step = processes[signal.SIGKILL]
+    assert status == -signal.SIGKILL
+    assert step % 2 == 0
+    assert (folder / "config.yaml").exists()
+
+
+@pytest.mark.parametrize("number", SIGNALS[1:], ids=lambda n: n.name)
+def test_sigterm_and_ctrl_c_save_at_the_current_step_and_end_cleanly(number, processes):
+    folder, status, out, err, step = processes[number]
+    assert status == 0
+    assert f"Interrupted and saved at step {step} in {folder}: the same command goes on from there." in out
+    assert "Traceback" not in err
+    assert "sequences/s" in err  # the progress bar
+    assert "peak activations" in err
+
+
+# --- several processes ---
+
+
+def test_two_processes_make_the_steps_of_one(processes, train_tiny, tiny):
+    """The same global batch, in gradients and in weights; only the order of summation differs."""
+    folder, status, _, err, _ = processes["torchrun"]
+    assert status == 0, err
+    single = train_tiny(DISTRIBUTED)
+    for step in (1, 2, 3):
+        ours, theirs = (tiny.state(f, step)["optimiser"]["state"] for f in (folder, single))
+        # Adam's first moment is (1 - 0.9) times the gradient at first, and then a sum of gradients
+        for moment in ("exp_avg", "exp_avg_sq"):
+            a, b = (torch.cat([s[i][moment].flatten() for i in sorted(s)]) for s in (ours, theirs))
+            assert float((a - b).norm() / b.norm()) < 1e-6
+        ours, theirs = (tiny.weights(f, step) for f in (folder, single))
+        assert ours.keys() == theirs.keys()
+        a, b = (torch.cat([w[name].flatten() for name in sorted(w)]) for w in (ours, theirs))
+        assert float((a - b).norm() / b.norm()) < 1e-6
+    for name in ("loss", "gradient_norm"):
+        a, b = ([float(x) for x in tiny.column(f, name)] for f in (folder, single))
+        assert a == pytest.approx(b, rel=2e-6)
+    for name in ("mse", "ssim", "psnr"):
+        a, b = ([float(x) for x in tiny.column(f, name, "validation")] for f in (folder, single))
+        assert a == pytest.approx(b, rel=1e-5)
+    ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (folder, single))
+    assert ours["sequences"] == theirs["sequences"] == 5
+    assert ours["copy_last_frame"] == pytest.approx(theirs["copy_last_frame"], rel=1e-12)
+    for name in ("mse", "ssim", "psnr"):
+        assert ours["per_frame"][name] == pytest.approx(theirs["per_frame"][name], rel=1e-5)
+
+
+def test_only_one_of_two_processes_writes(processes, tiny):
+    folder, _, out, err, _ = processes["torchrun"]
+    assert tiny.column(folder, "step") == ["1", "2", "3"]
+    assert tiny.column(folder, "step", "validation") == ["3"]
+    assert CheckpointDirectory(folder / "checkpoints").steps() == [1, 2, 3]
+    events = [p.name.split(".")[4:5] for p in (folder / "tensorboard").iterdir()]
+    assert len({tuple(e) for e in events}) == 1  # the process's number is part of the name
+    assert out.count("Run folder: ") == 1
+    assert out.count("copy last frame") == 1
+    assert "Traceback" not in err
+
+
+# --- what it returns and prints ---
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """Configurations that would have been trained, instead of training them."""
+    configs = []
+    monkeypatch.setattr(crevnet.train, "train", configs.append)
+    return configs
+
+
+def test_without_a_configuration_it_is_the_quick_one(trained):
+    assert main([]) == 0
+    assert trained == [load_config(CONFIGS / "quick.yaml")]
+
+
+def test_options_override_the_quick_configuration(trained):
+    assert main(["--steps", "3", "--model.modules=2"]) == 0
+    quick = load_config(CONFIGS / "quick.yaml")
+    assert (trained[0].steps, trained[0].model.modules) == (3, 2)
+    assert trained[0].optimiser == quick.optimiser
+    assert trained[0].model.blocks == quick.model.blocks
+
+
+@pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
+def test_a_configuration_replaces_the_quick_one(form, trained):
+    path = CONFIGS / "moving_mnist_convlstm.yaml"
+    assert main([a.format(path) for a in form] + ["--batch_size=4"]) == 0
+    expected = load_config(path)
+    expected.batch_size = 4
+    assert trained == [expected]
+
+
+def test_a_missing_configuration_ends_with_status_2(trained, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--config=/nonexistent.yaml"])
+    assert stop.value.code == 2
+    assert "/nonexistent.yaml" in capsys.readouterr().err
+    assert trained == []
+
+
+@pytest.mark.parametrize(
+    "error",
+    [TrainingDiverged("step 3"), DamagedCheckpoint("all of them"), ValueError("other"), OSError(28, "disk is full")],
+    ids=lambda error: type(error).__name__,
+)
+def test_what_the_user_can_mend_ends_with_status_1_and_a_message(error, monkeypatch, capsys):
+    def fail(config):
+        raise error
+
+    monkeypatch.setattr(crevnet.train, "train", fail)
+    assert main([]) == 1
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_a_programming_error_keeps_its_traceback(monkeypatch):
+    def fail(config):
+        raise KeyError("oops")
+
+    monkeypatch.setattr(crevnet.train, "train", fail)
+    with pytest.raises(KeyError):
+        main([])
+
+
+def test_mistakes_that_only_training_can_find_end_with_a_message(tiny, finished_run, tmp_path, capsys):
+    other = tiny.arguments(finished_run, tiny.scheduled | {"seed": 5})
+    assert main(other) == 1
+    assert "seed was 0, is 5); choose another run.folder" in capsys.readouterr().err
+    missing = tiny.arguments(tmp_path / "run", {"data.root": tmp_path / "mnist"})
+    assert main(missing) == 1
+    assert str(tmp_path / "mnist") in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    assert main(tiny.arguments(tmp_path / "file", {"steps": 1})) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_the_result_is_printed_beside_the_baseline(tiny, tmp_path, capsys):
+    assert main(tiny.arguments(tmp_path / "run", {"steps": 1})) == 0
+    out = capsys.readouterr().out.splitlines()
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert out[0] == f"Run folder: {tmp_path}/run"
+    rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[3:5]}
+    for name, of in (("CrevNet", metrics), ("copy last frame", metrics["copy_last_frame"])):
+        assert rows[name] == pytest.approx([of[k] for k in ("mse", "ssim", "psnr")], abs=0.006)
