@@ -1,4 +1,6 @@
-"""FLOPs per predicted frame and parameters of the paper's CrevNets: `pytest benchmarks/test_model_size.py --benchmark-only`."""
+"""FLOPs per predicted frame and parameters of the paper's CrevNets: `pytest benchmarks/test_model_size.py --benchmark-
+only`.
+"""
 
 from collections.abc import Iterator
 from typing import Any
@@ -12,7 +14,8 @@ from crevnet.model import ModelConfig
 
 PAPER_GFLOPS = {"convlstm": 0.919, "stlstm": 1.618}
 NOTES = (
-    "One time step while predicting (predictor and decoding pass, no re-encoding), one sequence; FLOPs are twice the multiply-accumulates.",
+    "One time step while predicting (predictor and decoding pass, no re-encoding), one sequence; FLOPs are twice "
+    "the multiply-accumulates.",
     "64 x 64 pixels, one channel, clips of 3 frames, 36-layer autoencoder, 8 modules with 3 x 3 x 3 convolutions, "
     "attention of two 3 x 3 x 3 convolutions; cells as appendix A writes them.",
     "The paper's column is table 1; it gives no parameter counts.",

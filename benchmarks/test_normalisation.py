@@ -1,7 +1,7 @@
 """Which normalisation trains most stably: `pytest benchmarks/test_normalisation.py --benchmark-only`.
 
-The same small CrevNet is trained for a few hundred steps with each normalisation, from low to too high learning rates and from two seeds; it is
-scored on validation digits by free running, as in use.
+The same small CrevNet is trained for a few hundred steps with each normalisation, from low to too high learning
+rates and from two seeds; it is scored on validation digits by free running, as in use.
 """
 
 import itertools
@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from revgrad import ReversibilityError
 from torch.nn.functional import mse_loss
 
 from benchmarks.reporting import Report, Table
@@ -19,6 +18,7 @@ from crevnet.clips import frames_to_clips
 from crevnet.data import DataConfig
 from crevnet.evaluate import score
 from crevnet.model import CrevNet, ModelConfig
+from revgrad import ReversibilityError
 
 NORMS = ("group", "batch", "none")
 RATES = (5e-4, 2e-3, 8e-3)
@@ -28,7 +28,8 @@ MODEL: dict[str, Any] = {"image_size": 32, "blocks": (2, 2), "modules": 2, "cell
 DATA = DataConfig(image_size=32, digit_size=14, frames=10)
 
 NOTES = (
-    "MSE summed over the 32 x 32 frame, mean of 5 frames predicted by free running; validation digits; lower is better.",
+    "MSE summed over the 32 x 32 frame, mean of 5 frames predicted by free running; validation digits; lower is "
+    "better.",
     f"{STEPS} steps of Adam at a constant learning rate, batch {BATCH}, teacher forcing, no gradient clipping.",
     "'diverged': the loss stopped being finite, or a stream left the range of exact arithmetic.",
 )

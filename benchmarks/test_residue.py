@@ -1,22 +1,26 @@
-"""What exactness costs: bits of residue per gated update against the entropy bound: `pytest benchmarks/test_residue.py --benchmark-only`."""
+"""What exactness costs: bits of residue per gated update against the entropy bound: `pytest benchmarks/test_residue.py
+--benchmark-only`.
+"""
 
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from revgrad import Residue, snap
-from revgrad.residue import entropy_bits, quantise_gate
 
 from benchmarks.reporting import Report, Table
+from revgrad import Residue, snap
+from revgrad.residue import entropy_bits, quantise_gate
 
 MEAN_GATES = (0.1, 0.5, 0.9, 0.99)
 MODULES, STEPS, ELEMENTS, SPREAD = 40, 20, 6144, 1.5
 NOTES = (
-    f"{MODULES} gated updates at each of {STEPS} time steps on {ELEMENTS} elements (one stream of the paper's model); gates sigmoid(N(m, {SPREAD})) with m "
+    f"{MODULES} gated updates at each of {STEPS} time steps on {ELEMENTS} elements (one stream of the paper's "
+    f"model); gates sigmoid(N(m, {SPREAD})) with m "
     "set to the mean gate.",
     "The bound is -log2(1 - gate), the information that scaling by the quantised 1 - gate forgets.",
-    "'words and filled' counts spilled words and the filled part of the reservoirs; 'stored' adds their fixed 80 bits per element.",
+    "'words and filled' counts spilled words and the filled part of the reservoirs; 'stored' adds their fixed 80 "
+    "bits per element.",
     "Every run is undone afterwards and compared bit for bit with its start.",
 )
 

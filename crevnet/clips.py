@@ -16,9 +16,8 @@ def frames_to_clips(frames_BTCHW: Tensor, length: int, stacking: Stacking) -> Te
     Args:
         frames_BTCHW: Frames.
         length: K.
-        stacking: `depth` makes time a dimension, `[B, N, C, K, H, W]` (a view: no memory); `channels` puts the
-            frames side by side as
-            channels, `[B, N, K C, H, W]`.
+        stacking: `depth` makes time a dimension, `[B, N, C, K, H, W]` (a view: no memory); `channels` puts the frames
+            side by side as channels, `[B, N, K C, H, W]`.
 
     Raises:
         ValueError: Fewer frames than a clip has.

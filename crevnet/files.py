@@ -14,8 +14,7 @@ def read_frames(path: Path, channels: int, image_size: int) -> Tensor:
 
     Args:
         path: `.npy` or `.npz` (its only array, or the one called `frames`) of shape `[T, H, W]` or `[T, C, H, W]`,
-            uint8 or floats in 0 .. 1; a
-            `.gif`; or a folder of images in the order of their names.
+            uint8 or floats in 0 .. 1; a `.gif`; or a folder of images in the order of their names.
         channels: C that is expected; images are converted to grey (1) or RGB (3).
         image_size: Height and width that are expected.
 

@@ -18,6 +18,7 @@ from revgrad import ChainState, Inverse, Residue, StreamError, unroll
 from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
 from revgrad.program import Program
+from revgrad.replay import Snapshot
 from revgrad.unroll import chain_links, is_exact
 
 
@@ -120,8 +121,7 @@ class CrevNet(nn.Module):
         Args:
             clips: `[B, N, C, K, H, W]` (`[B, N, K C, H, W]` for clips stacked in channels), values in 0 .. 1.
             fed: Per time step, whether the model is given the true clip (teacher forcing) or goes on from its own
-                features
-                (free running); by default the N given clips, then its own.
+                features (free running); by default the N given clips, then its own.
             steps: Number of time steps; by default N.
 
         Returns:
@@ -181,7 +181,8 @@ class CrevNet(nn.Module):
 
         Args:
             clip: `[B, C, K, H, W]` or, stacked in channels, `[B, K C, H, W]`; None goes on from the features of the
-                step before. states: What the step before has left; None at the first step.
+                step before.
+            states: What the step before has left; None at the first step.
 
         Returns:
             The predicted clip, and the states that belong to it.
@@ -221,9 +222,10 @@ class CrevNet(nn.Module):
         self._check(prediction[:, None])
         program = self._program()
         residue = states.residue.clone() if states.residue is not None else None
-        streams = undo_chain(program.exit, (prediction,), [()] * len(program.exit), residue)
-        streams = undo_chain(program.core, streams, states.read, residue)
-        (clip,) = undo_chain(program.entry, streams, [()] * len(program.entry), residue)
+        with Snapshot(program.layers()).frozen_statistics():
+            streams = undo_chain(program.exit, (prediction,), [()] * len(program.exit), residue)
+            streams = undo_chain(program.core, streams, states.read, residue)
+            (clip,) = undo_chain(program.entry, streams, [()] * len(program.entry), residue)
         return clip
 
     def _program(self) -> Program:

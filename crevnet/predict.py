@@ -28,11 +28,9 @@ def predict(
     Args:
         run: Folder of a training run.
         output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays
-            `observed`, `prediction` and,
-            where the sequence goes on, `target`; values in 0 .. 1).
+            `observed`, `prediction` and, where the sequence goes on, `target`; values in 0 .. 1).
         sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`,
-            or a folder of images in the
-            order of their names. By default a sequence of the run's test set.
+            or a folder of images in the order of their names. By default a sequence of the run's test set.
         index: Which sequence of the test set.
         observed: Frames to give to the model; by default as in training, the rest is compared with.
         steps: Frames to predict; by default as in training.

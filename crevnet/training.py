@@ -50,7 +50,9 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
         # Channels-last weights make oneDNN and cuDNN pick kernels that need no reordering.
-        rank, layout = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}[config.model.stacking]
+        rank, layout = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}[
+            config.model.stacking
+        ]
         self.raw_model = config.model.build()
         for p in self.raw_model.parameters():
             if p.ndim == rank:  # not ConvLSTM's peephole, which is no convolution's

@@ -28,14 +28,12 @@ class Coupling(ReversibleLayer):
 
     Args:
         transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source,
-            state)` with a
-            tuple of tensors, returns `(message, new_state)`.
+            state)` with a tuple of tensors, returns `(message, new_state)`.
         source: Index of the stream that is read.
         target: Index of the stream that is updated.
         stateful: Whether the transform takes and returns a conditioning state.
         carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag
-            memory)
-            instead of the same layer at the next time step.
+            memory) instead of the same layer at the next time step.
 
     Raises:
         StreamError: Source and target are the same stream.

@@ -87,8 +87,7 @@ def check_invertible(
         states: Conditioning states, if it is stateful.
         arithmetic: `exact` or `float`; by default the module's own, or `auto`.
         tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for
-            float32, 1e-9 for
-            float64 and 5e-2 for less.
+            float32, 1e-9 for float64 and 5e-2 for less.
     """
     links = chain_links(module)
     chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")

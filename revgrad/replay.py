@@ -95,8 +95,7 @@ class Snapshot:
 
         Args:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
-                parameters fire
-                once, on the final gradient.
+                parameters fire once, on the final gradient.
         """
         with ExitStack() as stack:
             for slot in self.slots:

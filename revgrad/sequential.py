@@ -34,8 +34,7 @@ class ReversibleSequential(ReversibleLayer):
     Args:
         layers: Reversible layers or chains of them.
         mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same
-            results from the
-            same weights. May be changed at any time.
+            results from the same weights. May be changed at any time.
         arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated
             coupling.
 
@@ -68,8 +67,7 @@ class ReversibleSequential(ReversibleLayer):
             streams: The input streams.
             states: Conditioning states, one tuple per layer.
             residue: Collects what exact gated merges forget, for `inverse`; only without gradients, since a backward
-                pass
-                keeps its own.
+                pass keeps its own.
 
         Returns:
             The output streams (a lone one bare), and with `states` the pair of them and the new states.

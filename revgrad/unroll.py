@@ -39,17 +39,14 @@ def unroll(
     Args:
         core: The layers that have states. The state that they leave at one time step they read at the next.
         inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output
-            of the step before,
-            without exit and entry (section 2.1: the exit undoes the entry).
+            of the step before, without exit and entry (section 2.1: the exit undoes the entry).
         state: The first step's conditioning state; required if a layer is stateful.
         entry: Layers applied to a given input.
         exit: Layers applied to the core's output; normally the inverse of the entry.
         mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible`
-            recomputes
-            from the outputs and keeps only outputs, states and residue.
+            recomputes from the outputs and keeps only outputs, states and residue.
         arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
-            as they
-            come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
+            as they come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core.
 

@@ -24,8 +24,8 @@ def pixel_unshuffle(x: Tensor, factor: int) -> Tensor:
             "pad or resize the frames to a multiple of the factor"
         )
     if x.ndim == 4:
-        return rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=factor, j=factor)
-    return rearrange(x, "b c t (h i) (w j) -> b (c i j) t h w", i=factor, j=factor)
+        return rearrange(x, "b c (h i) (w j) -> b (c i j) h w", i=factor, j=factor).contiguous()
+    return rearrange(x, "b c t (h i) (w j) -> b (c i j) t h w", i=factor, j=factor).contiguous()
 
 
 def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
@@ -39,5 +39,5 @@ def pixel_shuffle(x: Tensor, factor: int) -> Tensor:
     if factor < 1 or x.shape[1] % factor**2:
         raise ValueError(f"pixel_shuffle: {x.shape[1]} channels are not a multiple of {factor} x {factor}")
     if x.ndim == 4:
-        return rearrange(x, "b (c i j) h w -> b c (h i) (w j)", i=factor, j=factor)
-    return rearrange(x, "b (c i j) t h w -> b c t (h i) (w j)", i=factor, j=factor)
+        return rearrange(x, "b (c i j) h w -> b c (h i) (w j)", i=factor, j=factor).contiguous()
+    return rearrange(x, "b (c i j) t h w -> b c t (h i) (w j)", i=factor, j=factor).contiguous()

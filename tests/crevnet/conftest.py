@@ -44,9 +44,9 @@ SCHEDULED = {
     "optimiser.clip_norm": 1.0,
     "feeding.kind": "scheduled",
     "feeding.fall_from": 2,
-    "feeding.fall_to": 30,
+    "feeding.fall_to": 20,
     "run.validate_every": 10,
-    "steps": 32,
+    "steps": 24,
 }
 """Everything that changes over a run does, so that a resumption has everything to get wrong."""
 

@@ -13,7 +13,9 @@ BOTH = pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def usual():
     """A usual behaviour that can be watched: the default one of SIGTERM would end the tests."""
     received = []
-    before = {n: signal.signal(n, lambda number, frame: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        n: signal.signal(n, lambda number, frame: received.append(number)) for n in (signal.SIGINT, signal.SIGTERM)
+    }
     yield received
     for number, handler in before.items():
         signal.signal(number, handler)

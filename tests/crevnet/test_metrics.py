@@ -30,10 +30,7 @@ def each_frame(function, prediction, target):
     prediction = np.clip(prediction.double().numpy(), 0, 1)
     target = target.double().numpy()
     return np.array(
-        [
-            [function(p, t) for p, t in zip(ps, ts, strict=True)]
-            for ps, ts in zip(prediction, target, strict=True)
-        ]
+        [[function(p, t) for p, t in zip(ps, ts, strict=True)] for ps, ts in zip(prediction, target, strict=True)]
     )
 
 
@@ -82,9 +79,7 @@ def test_hand_computed_values():
     target = torch.zeros(1, 2, 1, 16, 16)
     prediction = torch.stack([torch.full((1, 16, 16), 0.5), torch.full((1, 16, 16), 0.1)])[None]
     torch.testing.assert_close(mse_per_frame(prediction, target), torch.tensor([[64.0, 2.56]]).double())
-    torch.testing.assert_close(
-        psnr_per_frame(prediction, target), torch.tensor([[20 * math.log10(2), 20.0]]).double()
-    )
+    torch.testing.assert_close(psnr_per_frame(prediction, target), torch.tensor([[20 * math.log10(2), 20.0]]).double())
 
 
 def test_perfect_prediction():
@@ -183,9 +178,7 @@ def test_accumulated_means_match_the_per_frame_metrics():
 @pytest.mark.parametrize("sizes", [[7], [1, 6], [1] * 7, [3, 3, 1]])
 def test_the_result_does_not_depend_on_batching(sizes):
     prediction, target = frames((7, 4, 1, 12, 12), 1), frames((7, 4, 1, 12, 12), 2)
-    assert_same(
-        accumulate(prediction, target, sizes).compute(), accumulate(prediction, target, [4, 3]).compute()
-    )
+    assert_same(accumulate(prediction, target, sizes).compute(), accumulate(prediction, target, [4, 3]).compute())
 
 
 def reduce_all(ranks):

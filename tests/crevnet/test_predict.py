@@ -60,7 +60,7 @@ def test_a_target_only_where_the_sequence_goes_on(finished_run, tmp_path):
 
 
 def test_another_checkpoint(finished_run, expected, tmp_path):
-    predict(finished_run, tmp_path / "x.npz", index=1, checkpoint="28", device="cpu")
+    predict(finished_run, tmp_path / "x.npz", index=1, checkpoint="22", device="cpu")
     assert not np.array_equal(arrays(tmp_path / "x.npz")["prediction"], expected)
 
 

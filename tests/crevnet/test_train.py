@@ -67,11 +67,11 @@ def processes(tiny, tmp_path_factory):
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda n: n.name)
 def test_a_run_that_was_killed_or_stopped_goes_on_bit_for_bit(number, processes, tiny, finished_run, capsys):
     folder, _, _, _, step = processes[number]
-    assert 4 <= step < 32
+    assert 4 <= step < 24
     assert not (folder / "metrics.json").exists()
     assert main(tiny.arguments(folder, tiny.scheduled)) == 0
     assert f"Going on from step {step} in {folder}" in capsys.readouterr().out
-    tiny.assert_equal(tiny.weights(folder, 32), tiny.weights(finished_run, 32))
+    tiny.assert_equal(tiny.weights(folder, 24), tiny.weights(finished_run, 24))
     for kind in ("train", "validation"):
         for name in ("step", *(("loss", "gradient_norm") if kind == "train" else ("mse", "ssim", "psnr"))):
             assert tiny.column(folder, name, kind) == tiny.column(finished_run, name, kind)
@@ -101,11 +101,12 @@ def test_sigterm_and_ctrl_c_save_at_the_current_step_and_end_cleanly(number, pro
 # --- several processes ---
 
 
-def test_two_processes_make_the_steps_of_one(processes, train_tiny, tiny):
+def test_two_processes_make_the_steps_of_one(processes, tmp_path, tiny):
     """The same global batch, in gradients and in weights; only the order of summation differs."""
     folder, status, _, err, _ = processes["torchrun"]
     assert status == 0, err
-    single = train_tiny(DISTRIBUTED)
+    single = tmp_path / "single"
+    assert main(tiny.arguments(single, DISTRIBUTED)) == 0
     for step in (1, 2, 3):
         ours, theirs = (tiny.state(f, step)["optimiser"]["state"] for f in (folder, single))
         # Adam's first moment is (1 - 0.9) times the gradient at first, and then a sum of gradients

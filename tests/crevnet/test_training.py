@@ -6,7 +6,6 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from PIL import Image
-from revgrad import ReversibilityError
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -14,6 +13,7 @@ import crevnet.training
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import load_config
 from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, run_folder, summary, train
+from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -51,9 +51,9 @@ def test_metrics_are_written_with_everything_that_is_promised(finished_run):
     }  # fmt: skip
     assert set(metrics["copy_last_frame"]) == {"mse", "ssim", "psnr"}
     assert {k: len(v) for k, v in metrics["per_frame"].items()} == {"mse": 3, "ssim": 3, "psnr": 3}
-    assert (metrics["sequences"], metrics["steps"], metrics["data_range"]) == (5, 32, 1.0)
+    assert (metrics["sequences"], metrics["steps"], metrics["data_range"]) == (5, 24, 1.0)
     assert metrics["digits"] == "embedded in scikit-learn"
-    weights = load_file(finished_run / "checkpoints" / "step-00000032" / "weights.safetensors")
+    weights = load_file(finished_run / "checkpoints" / "step-00000024" / "weights.safetensors")
     assert metrics["parameters"] == sum(x.numel() for x in weights.values())
     assert metrics["seconds"] > 0
     assert metrics["peak_activation_bytes"] > 0
@@ -63,11 +63,11 @@ def test_metrics_are_written_with_everything_that_is_promised(finished_run):
 def test_the_weights_that_are_reported_are_the_best_by_validation(finished_run, tiny):
     steps = [int(s) for s in tiny.column(finished_run, "step", "validation")]
     errors = [float(e) for e in tiny.column(finished_run, "mse", "validation")]
-    assert steps == [10, 20, 30, 32]
+    assert steps == [10, 20, 24]
     best = steps[errors.index(min(errors))]
     assert json.loads((finished_run / "metrics.json").read_text())["step"] == best
     assert CheckpointDirectory(finished_run / "checkpoints").best().step == best
-    assert tiny.state(finished_run, 32)["best_mse"] == pytest.approx(min(errors), rel=1e-6)
+    assert tiny.state(finished_run, 24)["best_mse"] == pytest.approx(min(errors), rel=1e-6)
 
 
 def test_pictures_are_written_and_whole(finished_run):
@@ -90,10 +90,10 @@ def test_a_test_set_smaller_than_the_picture_grid(train_tiny):
 
 
 def test_every_step_is_logged_once_with_its_learning_rate(finished_run, tiny):
-    assert [int(s) for s in tiny.column(finished_run, "step")] == list(range(1, 33))
+    assert [int(s) for s in tiny.column(finished_run, "step")] == list(range(1, 25))
     optimiser = load_config(finished_run / "config.yaml").optimiser
     rates = [float(r) for r in tiny.column(finished_run, "learning_rate")]
-    assert rates == pytest.approx([optimiser.rate(step, 32) for step in range(32)], rel=1e-6)
+    assert rates == pytest.approx([optimiser.rate(step, 24) for step in range(24)], rel=1e-6)
     assert rates[0] < rates[2] == 5e-3 > rates[-1]
 
 
@@ -102,7 +102,7 @@ def test_tensorboard_has_what_the_csv_files_have(finished_run, tiny):
     events.Reload()
     losses = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("train/loss")]
     assert losses == list(enumerate(map(float, tiny.column(finished_run, "loss")), start=1))
-    assert [e.step for e in events.Scalars("validation/mse")] == [10, 20, 30, 32]
+    assert [e.step for e in events.Scalars("validation/mse")] == [10, 20, 24]
 
 
 def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
@@ -126,9 +126,9 @@ def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
     ids=lambda options: "-".join(map(str, options.values())),
 )
 def test_training_decreases_the_loss(options, trainer):
-    trainer = trainer(options | {"optimiser.learning_rate": 5e-3})
+    trainer = trainer(options | {"optimiser.learning_rate": 1e-2})
     batch = training_batch(trainer)
-    losses = [trainer._train_step(batch)[0] for _ in range(12)]
+    losses = [trainer._train_step(batch)[0] for _ in range(8)]
     assert losses[-1] < 0.85 * losses[0]
 
 
@@ -168,30 +168,29 @@ def test_the_first_steps_are_adam_on_the_mean_squared_error(trainer, tiny):
 
 
 def test_the_written_configuration_repeats_the_run_bit_for_bit(train_tiny, tiny, tmp_path):
-    options = tiny.scheduled | {"steps": 6, "feeding.fall_to": 6, "run.validate_every": 4}
+    options = tiny.scheduled | {"steps": 4, "feeding.fall_to": 4, "run.validate_every": 3}
     first = train_tiny(options)
     config = load_config(first / "config.yaml")
     assert config == tiny.config(first, options)
     config.run.folder = tmp_path / "again"
     torch.manual_seed(99)  # what was drawn before must not matter
     train(config)
-    tiny.assert_equal(tiny.weights(tmp_path / "again", 6), tiny.weights(first, 6))
+    tiny.assert_equal(tiny.weights(tmp_path / "again", 4), tiny.weights(first, 4))
     assert tiny.column(tmp_path / "again", "loss") == tiny.column(first, "loss")
     same = ("mse", "ssim", "psnr", "per_frame", "copy_last_frame", "peak_activation_bytes")
     first_metrics, again = (json.loads((f / "metrics.json").read_text()) for f in (first, tmp_path / "again"))
     assert [again[k] for k in same] == [first_metrics[k] for k in same]
 
 
-@pytest.mark.parametrize("option", [{"seed": 1}, {"data.seed": 1}])
-def test_another_seed_is_another_run(option, train_tiny, tiny):
-    one, other = (tiny.weights(train_tiny({"steps": 1} | o), 1) for o in ({}, option))
-    assert any(not torch.equal(one[k], other[k]) for k in one)
+def test_another_seed_is_another_run(trainer):
+    made = [trainer(options) for options in ({}, {"seed": 1}, {"data.seed": 1})]
+    assert len({t._train_step(training_batch(t))[0] for t in made}) == 3
 
 
 def test_how_often_it_looks_up_does_not_change_the_weights(train_tiny, tiny):
     often = {"run.checkpoint_every": 1, "run.validate_every": 1, "run.log_every": 1}
     seldom = {"run.checkpoint_every": 100, "run.validate_every": 100, "run.log_every": 100}
-    one, other = (tiny.weights(train_tiny({"steps": 4} | o), 4) for o in (often, seldom))
+    one, other = (tiny.weights(train_tiny({"steps": 3} | o), 3) for o in (often, seldom))
     tiny.assert_equal(one, other)
 
 
@@ -199,16 +198,16 @@ def test_how_often_it_looks_up_does_not_change_the_weights(train_tiny, tiny):
 
 
 def test_a_longer_run_in_the_same_folder_goes_on_and_is_the_run_in_one_go(train_tiny, tiny, capsys):
-    options = {"feeding.kind": "scheduled", "feeding.fall_to": 9, "run.keep": 9}
-    straight = train_tiny(options | {"steps": 7})
+    options = {"feeding.kind": "scheduled", "feeding.fall_to": 6, "run.keep": 9}
+    straight = train_tiny(options | {"steps": 5})
     folder = train_tiny(options | {"steps": 3})
     capsys.readouterr()
-    train_tiny(options | {"steps": 7}, folder)
+    train_tiny(options | {"steps": 5}, folder)
     assert f"Going on from step 3 in {folder}" in capsys.readouterr().out
-    tiny.assert_equal(tiny.weights(folder, 7), tiny.weights(straight, 7))
-    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 8))
+    tiny.assert_equal(tiny.weights(folder, 5), tiny.weights(straight, 5))
+    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 6))
     assert tiny.column(folder, "loss") == tiny.column(straight, "loss")
-    one, other = (tiny.state(f, 7)["optimiser"]["state"] for f in (folder, straight))
+    one, other = (tiny.state(f, 5)["optimiser"]["state"] for f in (folder, straight))
     for i in one:
         tiny.assert_equal(one[i], other[i])
 
@@ -223,22 +222,24 @@ def test_a_finished_run_is_only_measured_again(train_tiny, tiny):
     assert (folder / "metrics.json").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(train_tiny, tiny, finished_run, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(
+    train_tiny, tiny, finished_run, tmp_path
+):
     """The run in one go, cut back to its last checkpoints; the newest of them is damaged."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
     for name in ("metrics.json", "predictions.png"):
         (folder / name).unlink()
-    shutil.rmtree(folder / "checkpoints" / "step-00000032")
+    shutil.rmtree(folder / "checkpoints" / "step-00000024")
     (folder / "checkpoints" / "best.json").unlink()  # it may name the one that was just removed
-    damaged = folder / "checkpoints" / "step-00000030" / "weights.safetensors"
+    damaged = folder / "checkpoints" / "step-00000022" / "weights.safetensors"
     data = bytearray(damaged.read_bytes())
     data[-3] ^= 1
     damaged.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"passing over a damaged checkpoint.*step-00000030/weights.safetensors"):
+    with pytest.warns(RuntimeWarning, match=r"passing over a damaged checkpoint.*step-00000022/weights.safetensors"):
         train_tiny(tiny.scheduled, folder, pictures=True)
-    tiny.assert_equal(tiny.weights(folder, 32), tiny.weights(finished_run, 32))
-    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 33))
+    tiny.assert_equal(tiny.weights(folder, 24), tiny.weights(finished_run, 24))
+    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 25))
     assert tiny.column(folder, "loss") == tiny.column(finished_run, "loss")
     assert (folder / "metrics.json").exists()
     assert (folder / "predictions.png").exists()

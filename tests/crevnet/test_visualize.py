@@ -43,10 +43,7 @@ def read(path):
 
 def read_gif(path):
     with Image.open(path) as image:
-        frames = [
-            (np.array(frame.convert("RGB")), frame.info["duration"])
-            for frame in ImageSequence.Iterator(image)
-        ]
+        frames = [(np.array(frame.convert("RGB")), frame.info["duration"]) for frame in ImageSequence.Iterator(image)]
         return [pixels for pixels, _ in frames], [duration for _, duration in frames]
 
 
@@ -327,6 +324,4 @@ def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
         f"v.loss_curve([1], [1.0], path={str(tmp_path / 'a.png')!r});"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run(
-        [sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True, timeout=60
-    )
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True, timeout=60)

@@ -50,18 +50,14 @@ DAMAGED_GZIP[len(DAMAGED_GZIP) // 2] ^= 0xFF
         pytest.param(GOOD[:3], "truncated: 3 bytes", id="no magic"),
         pytest.param(GOOD[:10], "IDX header takes 16 bytes, found 10", id="half a header"),
         pytest.param(GOOD[:-1], "truncated: the header promises 24 bytes, found 23", id="last byte gone"),
-        pytest.param(
-            GOOD + b"\n", "trailing bytes: the header promises 24 bytes, found 25", id="one too many"
-        ),
+        pytest.param(GOOD + b"\n", "trailing bytes: the header promises 24 bytes, found 25", id="one too many"),
         pytest.param(b"<html></html>", "not an IDX file: it starts with 3c68746d", id="web page"),
         pytest.param(b"\0\0\x08\0" + b"x", "not an IDX file", id="no dimensions"),
         pytest.param(b"\0\0\x0d\x01" + GOOD[4:], "IDX type 0x0d", id="floats"),
         pytest.param(gzip.compress(GOOD)[:-9], "damaged gzip", id="gzip cut off"),
         pytest.param(bytes(DAMAGED_GZIP), "damaged gzip", id="gzip bit rot"),
         pytest.param(gzip.compress(GOOD) + b"junk", "damaged gzip", id="gzip with junk after"),
-        pytest.param(
-            b"\0\0\x08\x80" + struct.pack(">128I", *[0] * 128), "impossible shape", id="128 dimensions"
-        ),
+        pytest.param(b"\0\0\x08\x80" + struct.pack(">128I", *[0] * 128), "impossible shape", id="128 dimensions"),
     ],
 )
 def test_damaged_files_are_named_with_problem_and_fix(tmp_path, content, message):

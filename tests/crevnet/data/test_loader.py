@@ -28,9 +28,7 @@ def test_ranks_together_see_the_batches_of_one_process(share, world_size, start,
     batch_size = share * world_size
     window = {"start_step": start, "steps": start + count}
     alone = list(StepSampler(batch_size, **window))
-    ranks = [
-        list(StepSampler(batch_size, **window, rank=r, world_size=world_size)) for r in range(world_size)
-    ]
+    ranks = [list(StepSampler(batch_size, **window, rank=r, world_size=world_size)) for r in range(world_size)]
     assert alone == [list(range(s * batch_size, (s + 1) * batch_size)) for s in range(start, start + count)]
     assert [list(chain(*parts)) for parts in zip(*ranks, strict=True)] == alone
 
@@ -39,9 +37,7 @@ def test_ranks_together_see_the_batches_of_one_process(share, world_size, start,
 @given(st.integers(0, 10), st.integers(0, 10))
 def test_resuming_continues_where_the_run_stopped(stop, more):
     whole = list(StepSampler(4, steps=stop + more))
-    assert whole == list(StepSampler(4, steps=stop)) + list(
-        StepSampler(4, start_step=stop, steps=stop + more)
-    )
+    assert whole == list(StepSampler(4, steps=stop)) + list(StepSampler(4, start_step=stop, steps=stop + more))
 
 
 def test_without_steps_there_is_no_end_and_each_iteration_starts_over():
@@ -54,9 +50,7 @@ def test_without_steps_there_is_no_end_and_each_iteration_starts_over():
 def test_batches_are_those_of_the_dataset(workers):
     data = dataset()
     batches = train_batches(data, 4, start_step=5, steps=8, rank=1, world_size=2, workers=workers)
-    assert torch.equal(
-        torch.stack(list(batches)), torch.stack([data.batch([4 * s + 2, 4 * s + 3]) for s in (5, 6, 7)])
-    )
+    assert torch.equal(torch.stack(list(batches)), torch.stack([data.batch([4 * s + 2, 4 * s + 3]) for s in (5, 6, 7)]))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

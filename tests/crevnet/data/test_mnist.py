@@ -31,9 +31,7 @@ TINY = {
 
 
 def publish(monkeypatch: pytest.MonkeyPatch, files: dict[str, bytes]) -> None:
-    monkeypatch.setattr(
-        mnist, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in files.items()}
-    )
+    monkeypatch.setattr(mnist, "MD5", {name: hashlib.md5(content).hexdigest() for name, content in files.items()})
 
 
 def write(folder: Path, files: dict[str, bytes], compressed: bool = True) -> None:

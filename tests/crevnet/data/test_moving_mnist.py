@@ -99,9 +99,7 @@ def test_a_sequence_does_not_depend_on_its_batch(num_digits, indices):
 @settings(deadline=None)
 @given(st.integers(1, 4), st.integers(0, 2**64 - 1), st.integers(0, 2**30))
 def test_pixels_are_grey_levels_and_every_frame_shows_the_digits(num_digits, seed, first):
-    dataset = MovingMNIST(
-        DIGITS, num_digits=num_digits, image_size=14, digit_size=5, frames=4, seed=seed, size=2**31
-    )
+    dataset = MovingMNIST(DIGITS, num_digits=num_digits, image_size=14, digit_size=5, frames=4, seed=seed, size=2**31)
     batch = dataset.batch(range(first, first + 5))
     levels = batch.double() * 255
     assert (levels - levels.round()).abs().max() < 1e-4
@@ -188,9 +186,7 @@ def test_iteration_ends_and_pickling_keeps_the_sequences():
     assert torch.equal(pickle.loads(pickle.dumps(dataset))[2], dataset[2])
 
 
-@pytest.mark.parametrize(
-    "kind", [list, tuple, np.array, torch.tensor, lambda indices: np.array(indices, np.uint8)]
-)
+@pytest.mark.parametrize("kind", [list, tuple, np.array, torch.tensor, lambda indices: np.array(indices, np.uint8)])
 def test_kinds_of_indices(kind):
     assert torch.equal(small().batch(kind([4, 1])), small().batch([4, 1]))
 

@@ -21,9 +21,7 @@ def test_last_part_of_every_label_is_held_out_in_file_order():
 
 
 @settings(deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=2, max_size=60), st.floats(0.2, 0.8)
-)
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 12)), min_size=2, max_size=60), st.floats(0.2, 0.8))
 def test_sides_are_disjoint_complete_and_stratified(material, fraction):
     labels, pictures = (np.array(values, np.uint8) for values in zip(*material, strict=True))
     digits = DigitImages(pictures[:, None, None], labels, "repeated")
@@ -32,9 +30,7 @@ def test_sides_are_disjoint_complete_and_stratified(material, fraction):
     except ValueError:
         assume(False)
     assert not set(kept.images.flat) & set(held.images.flat)
-    both = sorted(
-        [*zip(kept.images.flat, kept.labels, strict=True), *zip(held.images.flat, held.labels, strict=True)]
-    )
+    both = sorted([*zip(kept.images.flat, kept.labels, strict=True), *zip(held.images.flat, held.labels, strict=True)])
     assert both == sorted(zip(pictures, labels, strict=True))
     first_label = {}
     for label, picture in material:

@@ -37,8 +37,7 @@ def test_runs_equal_single_rows_far_out(first, count):
 def test_rows_seeds_and_streams_all_differ():
     indices = np.arange(100)
     tables = [
-        indexed_uniforms(indices, 8, seed=seed, stream=stream)
-        for seed, stream in [(0, 0), (0, 1), (1, 0), (1, 1)]
+        indexed_uniforms(indices, 8, seed=seed, stream=stream) for seed, stream in [(0, 0), (0, 1), (1, 0), (1, 1)]
     ]
     assert len(np.unique(np.concatenate([table.ravel() for table in tables]))) == 4 * 100 * 8
 
