@@ -41,22 +41,26 @@ def training_peak(config: ModelConfig, batch: int, steps: int) -> int:
 
 
 def states_mb(config: ModelConfig, steps: int) -> float:
-    """Recurrent states per sample that are alive when the backward pass needs most of them.
+    """Recurrent states per sample that are kept when the backward pass needs most of them.
 
-    Every module reads its own states (h and c) and, with ST-LSTM, the memory m that is handed from module to
-    module. Where only every n-th state is kept, these are the states at the starts of segments of n steps and
-    all those of the current segment.
+    At every step a module reads its own states (h and c) and, with ST-LSTM, the memory m that is handed from module to
+    module. The states before the first step are one tensor of zeros. Where only every n-th state is kept, there are the
+    states at the starts of the segments of n steps before, and all those of one segment.
     """
-    own, carried = 2, 1 if config.cell == "stlstm" else 0
-    n = config.keep_states_every
-    per_step = config.modules * (own + carried)
-    if n == 1:
-        return steps * per_step * _feature_elements(config) * _FLOAT / MB
-    at_start = config.modules * own + carried
-    segments = math.ceil(steps / n)
-    lengths = [min(n, steps - i * n) for i in range(segments)]
-    tensors = max(i * at_start + length * per_step for i, length in enumerate(lengths))
-    return tensors * _feature_elements(config) * _FLOAT / MB
+    own, carried = _states_per_step(config)
+    n = steps if config.keep_states_every == 1 else config.keep_states_every
+    first = 1 + (min(n, steps) - 1) * own + min(n, steps) * carried
+    kept = [first]
+    for i in range(1, math.ceil(steps / n)):
+        before = (i - 1) * (own + min(carried, 1))
+        kept.append(1 + before + min(n, steps - i * n) * (own + carried))
+    return max(kept) * _feature_bytes(config) / MB
+
+
+def state_gradients_mb(config: ModelConfig) -> float:
+    """Gradients of the states that one time step hands to the next, per sample."""
+    own, carried = _states_per_step(config)
+    return (own + min(carried, 1)) * _feature_bytes(config) / MB
 
 
 def predictions_mb(config: ModelConfig, steps: int) -> float:
@@ -76,14 +80,19 @@ def residue_mb(config: ModelConfig, steps: int) -> float:
     kept = state.residue.bits / 8
     n = config.keep_states_every
     if n > 1:
-        reservoirs = _RESERVOIR * _feature_elements(config)
+        reservoirs = _RESERVOIR * _feature_bytes(config) // _FLOAT
         kept = math.ceil(steps / n) * reservoirs + (kept - reservoirs) * n / steps
     return kept / MB
 
 
-def _feature_elements(config: ModelConfig) -> int:
-    """Elements of one of the predictor's two streams, per sample: together they are the clip, rearranged."""
-    return config.channels * config.clip * config.image_size**2 // 2
+def _states_per_step(config: ModelConfig) -> tuple[int, int]:
+    """Tensors that the modules read at a time step: their own, and those handed from one to the next."""
+    return 2 * config.modules, config.modules if config.cell == "stlstm" else 0
+
+
+def _feature_bytes(config: ModelConfig) -> int:
+    """Size of one of the predictor's two streams, and of a state, per sample: the two are the clip, rearranged."""
+    return config.channels * config.clip * config.image_size**2 // 2 * _FLOAT
 
 
 @contextmanager

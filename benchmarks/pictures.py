@@ -6,7 +6,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, NullLocator
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
 
 _STYLES = {
     "stored": {"color": "#8a8a99", "marker": "s"},
@@ -18,19 +18,20 @@ _TEXT, _GRID = "#3c3c46", "#e4e4ea"
 Rows = Sequence[Mapping[str, Any]]
 
 
-def memory_against_depth(modules: Rows, blocks: Rows) -> bytes:
+def memory_against_depth(modules: Rows, blocks: Rows, subtitle: str) -> bytes:
     """Draw memory per sample of the three modes, and the recurrent states alone, as a PNG.
 
     Args:
         modules: Rows with `modules`, `mode`, `mb_per_sample` and, for the reversible mode, `states_mb`.
         blocks: The same with `blocks`.
+        subtitle: What was measured.
     """
     figure = Figure(figsize=(10, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, modules, "modules", "reversible predictive modules")
     _draw(right, blocks, "blocks", "autoencoder blocks (of three convolutions)")
     left.set_ylabel("training memory per sample (MB)", color=_TEXT)
-    figure.suptitle("Memory of a training step against depth", fontsize=13, color=_TEXT)
+    figure.suptitle(f"Training memory against depth\n{subtitle}", fontsize=11, color=_TEXT)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
     buffer = io.BytesIO()
@@ -60,9 +61,11 @@ def _draw(axes: Axes, rows: Rows, key: str, label: str) -> None:
     axes.xaxis.set_major_locator(FixedLocator(x))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(label, color=_TEXT)
     axes.margins(x=0.12)
-    axes.grid(True, which="both", axis="y", color=_GRID, linewidth=0.7)
+    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_TEXT)

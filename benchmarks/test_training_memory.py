@@ -42,8 +42,8 @@ BOUNDS = {
 MODULES = (4, 8, 16, 32)
 BLOCKS = ((4, 5, 3), (8, 10, 6), (16, 20, 12))
 PAPER = ModelConfig()
-WORKING_SET = 1.0
-"""MB per sample that a reversible step may hold beyond states, predictions, their gradients and residue."""
+WORKING_SET = 0.8
+"""MB per sample for the graph of the one layer that is being differentiated."""
 
 NOTES = (
     "MB per sample: peak of live tensor bytes from the start of the forward to the end of the backward pass, "
@@ -52,8 +52,9 @@ NOTES = (
     f"Paper's Moving MNIST configuration (float32, 3D clips, {STEPS} time steps), random weights and frames, "
     "cycle collector off.",
     "States and predictions (with their gradients) follow from the configuration; residue is counted on the "
-    "forward pass. The rest is what was measured beyond them: graph and gradients of the one module that is "
-    "being differentiated.",
+    "forward pass. The rest is what was measured beyond them: the graph of the one layer that is being "
+    "differentiated, or the gradients of one step's states, whichever is larger.",
+    "The states before the first step are one tensor of zeros; counted as full states, states are 11.2 and 7.5 MB.",
     "Table 1 of the paper gives 195 MB with ST-LSTM and 130 MB with ConvLSTM.",
     f"Growth with depth: ST-LSTM, {DEPTH_STEPS} time steps, exact arithmetic.",
 )
@@ -101,8 +102,9 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         "cell_against_depth": PAPER.cell,
     }
     pictures = {}
+    subtitle = f"CrevNet with ST-LSTM, 64 x 64 pixels, {DEPTH_STEPS} time steps, same weights in all three modes"
     if complete:
-        pictures["memory_against_depth.png"] = memory_against_depth(rows["modules"], rows["blocks"])
+        pictures["memory_against_depth.png"] = memory_against_depth(rows["modules"], rows["blocks"], subtitle)
     publish(Report("training_memory", "Training memory", tables, configuration, NOTES, pictures, complete))
 
 
@@ -150,7 +152,7 @@ def test_against_modules(benchmark, results, modules, variant):
     row = once(benchmark, measured, PAPER.cell, variant, DEPTH_STEPS, modules, PAPER.blocks)
     results["modules"].append({"modules": modules, "mode": variant.mode, **row})
     if variant is REVERSIBLE:
-        assert row["rest_mb"] < WORKING_SET
+        assert 0 <= row["rest_mb"] <= rest_bound(modules)
 
 
 @pytest.mark.parametrize("variant", [STORED, CHECKPOINT, REVERSIBLE], ids=str)
@@ -159,7 +161,12 @@ def test_against_blocks(benchmark, results, blocks, variant):
     row = once(benchmark, measured, PAPER.cell, variant, DEPTH_STEPS, PAPER.modules, blocks)
     results["blocks"].append({"blocks": sum(blocks), "mode": variant.mode, **row})
     if variant is REVERSIBLE:
-        assert row["rest_mb"] < WORKING_SET
+        assert 0 <= row["rest_mb"] <= rest_bound(PAPER.modules)
+
+
+def rest_bound(modules: int) -> float:
+    """MB per sample that a reversible step may hold beyond states, predictions, their gradients and residue."""
+    return max(WORKING_SET, memory.state_gradients_mb(ModelConfig(modules=modules)))
 
 
 def once(benchmark, function, *arguments):

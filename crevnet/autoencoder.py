@@ -32,7 +32,7 @@ def two_way_autoencoder(
     *,
     blocks: Sequence[int] = (4, 5, 3),
     bottleneck: int = 2,
-    norm: Normalisation = "group",
+    norm: Normalisation = "none",
 ) -> ReversibleSequential:
     """Build the encoder; its `Inverse` is the decoder.
 
@@ -45,7 +45,7 @@ def two_way_autoencoder(
         dimensions: 3 for clips with time as a dimension, 2 for frames.
         blocks: Number of blocks per stage; a stage halves height and width.
         bottleneck: By how much the inner convolutions are narrower.
-        norm: Normalisation in front of every convolution but the first.
+        norm: Normalisation in front of every convolution but the first; convolutions have a bias only without.
     """
     layers: list[ReversibleLayer] = []
     done = 0

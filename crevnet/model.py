@@ -44,8 +44,9 @@ class ModelConfig:
     """By how much the inner convolutions of a block are narrower."""
     modules: int = 8
     """Reversible predictive modules."""
-    norm: Normalisation = "group"
-    """Normalisation in the autoencoder's blocks: `group`, `batch` (as in the original code for Moving MNIST) or `none`.
+    norm: Normalisation = "none"
+    """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch` (as
+    in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
     """
     mode: Literal["reversible", "checkpoint", "stored"] = "reversible"
     """What is kept for the backward pass; the results are the same."""

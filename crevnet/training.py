@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.seed import seed_everything
 from torch import Tensor
 from torch.nn.functional import mse_loss
@@ -24,7 +25,7 @@ from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.interrupt import Interrupt
 from crevnet.logs import RunLog
-from crevnet.run import find_checkpoint
+from crevnet.run import find_checkpoint, select_device
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
 from revgrad import LiveMemory, ReversibilityError
 
@@ -50,9 +51,8 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
         # Channels-last weights make oneDNN and cuDNN pick kernels that need no reordering.
-        rank, layout = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}[
-            config.model.stacking
-        ]
+        layouts = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}
+        rank, layout = layouts[config.model.stacking]
         self.raw_model = config.model.build()
         for p in self.raw_model.parameters():
             if p.ndim == rank:  # not ConvLSTM's peephole, which is no convolution's
@@ -324,23 +324,40 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
         raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
 
 
-def train(config: TrainConfig) -> dict[str, Any] | None:
-    """Run a training to its end, or until interrupted (then None)."""
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if config.batch_size % int(os.environ.get("WORLD_SIZE", "1")):
-        raise ValueError(
-            f"batch_size {config.batch_size} is not a multiple of the {os.environ['WORLD_SIZE']} processes"
-        )
+class Autocast(MixedPrecision):
+    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
+
+    def convert_input(self, data: Any) -> Any:
+        """The data as they are."""
+        return data
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Device, precision and process group as configured, and as torchrun says.
+
+    Raises:
+        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
+    """
+    world, processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
+    device = select_device(config.run.device).type
     fabric = Fabric(
-        accelerator="cuda" if config.run.device.startswith("cuda") else config.run.device,
+        accelerator=device,
         devices=processes,
-        num_nodes=int(os.environ.get("WORLD_SIZE", "1")) // processes,
+        num_nodes=world // processes,
         strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
-        precision=config.run.precision,
+        plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
     )
     fabric.launch()
+    return fabric
+
+
+def train(config: TrainConfig) -> dict[str, Any] | None:
+    """Run a training to its end, or until interrupted (then None)."""
+    fabric = launch(config)
     folder = fabric.broadcast(run_folder(config))
     check_same_run(config, folder)
     fabric.barrier()

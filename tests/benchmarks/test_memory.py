@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, states_mb, training_peak
+from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, state_gradients_mb, states_mb, training_peak
 from benchmarks.training import Variant
 from crevnet.model import ModelConfig
 
@@ -9,15 +9,20 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 SMALL = {"image_size": 16, "blocks": (1, 1, 1), "modules": 2, "clip": 2}
 
 
-@pytest.mark.parametrize(("cell", "states"), [("stlstm", 11.2), ("convlstm", 7.5)])
-def test_states_of_the_paper(cell, states):
-    assert round(states_mb(ModelConfig(cell=cell), steps=19), 1) == states
+@pytest.mark.parametrize(("cell", "tensors"), [("stlstm", 18 * 16 + 19 * 8 + 1), ("convlstm", 18 * 16 + 1)])
+def test_states_are_those_of_every_step_and_one_tensor_of_zeros(cell, tensors):
+    assert states_mb(ModelConfig(cell=cell), steps=19) == pytest.approx(tensors * 6144 * 4 / 1e6)
 
 
-@pytest.mark.parametrize(("cell", "tensors"), [("stlstm", 3 * 17 + 4 * 24), ("convlstm", 3 * 16 + 4 * 16)])
+@pytest.mark.parametrize(("cell", "tensors"), [("stlstm", 1 + 2 * 17 + 4 * 24), ("convlstm", 1 + 2 * 16 + 4 * 16)])
 def test_states_kept_every_fourth_step_are_segment_starts_and_one_segment(cell, tensors):
     config = ModelConfig(cell=cell, keep_states_every=4)
     assert states_mb(config, steps=19) == pytest.approx(tensors * 6144 * 4 / 1e6)
+
+
+def test_state_gradients_are_those_of_one_step():
+    assert state_gradients_mb(ModelConfig(cell="stlstm")) == pytest.approx(17 * 6144 * 4 / 1e6)
+    assert state_gradients_mb(ModelConfig(cell="convlstm")) == pytest.approx(16 * 6144 * 4 / 1e6)
 
 
 def test_predictions_count_with_their_gradients():

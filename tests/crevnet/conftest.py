@@ -123,7 +123,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a run from start to end in one go, with everything that changes over a run; not to be written to."""
+    """The folder of a run in one go, in which everything changes that may change over a run; not to be written to."""
     folder = tmp_path_factory.mktemp("finished") / "run"
     threads = torch.get_num_threads()
     try:

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -47,7 +48,7 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
     ],
 )
 def test_values_out_of_range_are_named_with_what_was_given(make, message):
-    with pytest.raises(ValueError) as error:  # noqa: PT011: the message is compared below, as it is and not as a pattern
+    with pytest.raises(ValueError) as error:  # noqa: PT011 (the message is compared below)
         make()
     assert message in str(error.value)
 
@@ -101,7 +102,7 @@ def test_cosine_falls_from_the_learning_rate_to_almost_zero():
     assert rates[0] == 2.0
     assert rates[50] == pytest.approx(1.0)
     assert rates[25] == pytest.approx(1 + math.sqrt(0.5))
-    assert all(a > b > 0 for a, b in zip(rates, rates[1:], strict=False))
+    assert all(a > b > 0 for a, b in itertools.pairwise(rates))
     assert rates[-1] == pytest.approx(1 + math.cos(math.pi * 0.99))
 
 

@@ -118,7 +118,7 @@ def test_the_channels_of_colour_images_stay_in_order(tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    with pytest.raises(FileNotFoundError, match="a.npy: no such file"):
+    with pytest.raises(FileNotFoundError, match=r"a\.npy: no such file"):
         read_frames(tmp_path / "a.npy", 1, 16)
 
 
@@ -229,7 +229,7 @@ def test_damage_of_any_kind_is_refused_with_the_name_or_reads_as_frames(kind, tm
         try:
             read = read_frames(path, 1, 16)
         except ValueError as error:
-            assert str(path) in str(error)  # noqa: PT017: reading what is left is right as well
+            assert str(path) in str(error)  # noqa: PT017 (reading what is left is right as well)
             refusals += 1
         else:
             assert read.shape[1:] == (1, 16, 16)

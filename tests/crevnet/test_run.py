@@ -58,7 +58,7 @@ def test_an_unknown_step_lists_those_that_are_there(run):
 
 def test_a_folder_that_is_no_run(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match="is not the folder of a run: it has no config.yaml"):
+        with pytest.raises(FileNotFoundError, match=r"is not the folder of a run: it has no config\.yaml"):
             load_run(folder, "best", CPU)
 
 

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from lightning_fabric import Fabric
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import crevnet.training
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import load_config
-from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, run_folder, summary, train
+from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, launch, run_folder, summary, train
 from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -24,9 +23,7 @@ def trainer(tiny, tmp_path):
 
     def make(options=None, folder=None):
         config = tiny.config(folder or tmp_path / "run", options)
-        fabric = Fabric(accelerator="cpu", devices=1)
-        fabric.launch()
-        return Trainer(config, fabric, config.run.folder)
+        return Trainer(config, launch(config), config.run.folder)
 
     return make
 
@@ -122,6 +119,7 @@ def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
         {"model.cell": "convlstm", "model.stacking": "channels", "model.norm": "batch"},
         {"feeding.kind": "free", "model.keep_states_every": 2},
         {"model.mode": "checkpoint", "model.arithmetic": "float"},
+        {"run.precision": "bf16-mixed", "model.cell": "stlstm"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -222,9 +220,7 @@ def test_a_finished_run_is_only_measured_again(train_tiny, tiny):
     assert (folder / "metrics.json").exists()
 
 
-def test_a_damaged_checkpoint_is_passed_over_loudly_and_the_result_is_the_same(
-    train_tiny, tiny, finished_run, tmp_path
-):
+def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_same_result(train_tiny, tiny, finished_run, tmp_path):
     """The run in one go, cut back to its last checkpoints; the newest of them is damaged."""
     folder = tmp_path / "run"
     shutil.copytree(finished_run, folder)
@@ -250,7 +246,7 @@ def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(train_tiny):
     for weights in folder.glob("checkpoints/step-*/weights.safetensors"):
         weights.write_bytes(b"damage")
     before = snapshot(folder / "checkpoints")
-    with pytest.warns(RuntimeWarning), pytest.raises(DamagedCheckpoint, match="all checkpoints in .* are damaged"):
+    with pytest.warns(RuntimeWarning), pytest.raises(DamagedCheckpoint, match=r"all checkpoints in .* are damaged"):
         train_tiny({"steps": 4}, folder)
     assert snapshot(folder / "checkpoints") == before
 
@@ -428,7 +424,45 @@ def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
     tiny.assert_equal(one.raw_model.state_dict(), other.raw_model.state_dict())
 
 
+# --- precision ---
+
+
+def test_in_mixed_precision_convolutions_are_bfloat16_and_streams_float32(trainer):
+    trainer = trainer({"run.precision": "bf16-mixed"})
+    seen = {}
+    for name, module in trainer.raw_model.named_modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.register_forward_hook(
+                lambda module, given, out: seen.setdefault("convolution", set()).add(out.dtype)
+            )
+        if type(module).__name__ == "ConvLSTMCell":
+            module.register_forward_hook(
+                lambda module, given, out: seen.setdefault("stream", set()).add(given[0].dtype)
+            )
+    loss, norm = trainer._train_step(training_batch(trainer))
+    assert seen == {"convolution": {torch.bfloat16}, "stream": {torch.float32}}
+    assert {p.dtype for p in trainer.raw_model.parameters()} == {torch.float32}
+    assert math.isfinite(loss)
+    assert math.isfinite(norm)
+
+
+def test_mixed_precision_computes_almost_the_same(trainer, tmp_path):
+    full, mixed = (
+        made._train_step(training_batch(made))
+        for made in (trainer({"run.precision": p}, tmp_path / p) for p in ("32-true", "bf16-mixed"))
+    )
+    assert mixed != full
+    assert mixed == pytest.approx(full, rel=0.02)
+
+
 # --- processes ---
+
+
+def test_a_device_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA device here"):
+        train(tiny.config(tmp_path / "run", {"run.device": "cuda"}))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):

@@ -369,6 +369,24 @@ def test_transform_that_is_not_deterministic(make, check, kind, arithmetic):
     assert all(p.grad is None for p in chain.parameters())
 
 
+def test_gates_that_drift_without_a_trace_in_the_streams_are_seen_in_the_residue(make):
+    """Nothing is lost of a zero, whatever the gate: only the level of the reservoir tells one gate from another."""
+
+    class Gate(nn.Module):
+        def __init__(self, drift):
+            super().__init__()
+            self.drift, self.calls = drift, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return 0.01 * x + self.drift * self.calls, torch.zeros_like(x)
+
+    x = torch.randn(3, 4, requires_grad=True), torch.zeros(3, 4)
+    ReversibleSequential(GatedCoupling(Gate(0.0)))(*x)[1].sum().backward()
+    with pytest.raises(ReversibilityError, match="the residue is not used up"):
+        ReversibleSequential(GatedCoupling(Gate(-0.1)))(*x)[1].sum().backward()
+
+
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])
 def test_transform_that_changes_a_buffer(make, arithmetic):
     class Counting(nn.Module):
