@@ -142,6 +142,7 @@ def rewind_chain(
     replaying: Around,
     indices_of: Callable[[ReversibleLayer], list[int]],
     into: ChainGradients,
+    joining: Grads = (),
 ) -> tuple[Streams, Grads]:
     """Recover the chain's input and the gradients with respect to it, one layer's graph alive at a time.
 
@@ -154,7 +155,11 @@ def rewind_chain(
         replaying: Context manager for the second evaluation of each layer, given its position.
         indices_of: Which of `into.parameters` a layer has.
         into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
+        joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon
+            as its stream has been rewound to the input, which is the order in which stored autograd adds.
     """
+    first = first_updates(links, len(joining))
+    grads = _join(grads, joining, first, len(links))
     for i in reversed(range(len(links))):
         name, layer = links[i]
         step = Step(
@@ -167,7 +172,7 @@ def rewind_chain(
         state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
         indices = indices_of(layer)
         back = layer.rewind(streams, grads, step, state_grads, [into.parameters[j] for j in indices])
-        streams, grads = back.streams, back.grads
+        streams, grads = back.streams, _join(back.grads, joining, first, i)
         into.add(indices, back.parameter_grads)
         if layer.stateful:
             cut = len(back.state_grads) - layer.carries
@@ -175,11 +180,29 @@ def rewind_chain(
     return streams, grads
 
 
+def first_updates(links: tuple[Link, ...], count: int) -> list[int]:
+    """Per input stream, the position of the first layer that changes it; the number of layers where none does."""
+    first = [len(links)] * count
+    for i in reversed(range(len(links))):
+        stream = links[i].layer.updates()
+        if stream is None:
+            first = [i] * count
+        elif stream < count:
+            first[stream] = i
+    return first
+
+
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     """The sum of two gradients, None being zero."""
     if a is None or b is None:
         return a if b is None else b
     return a + b
+
+
+def _join(grads: Grads, joining: Grads, first: list[int], position: int) -> Grads:
+    if position not in first:
+        return grads
+    return tuple(add(joining[s], g) if first[s] == position else g for s, g in enumerate(grads))
 
 
 def _joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:

@@ -59,6 +59,10 @@ class Coupling(ReversibleLayer):
         self.stateful = stateful
         self.carries = carries
 
+    def updates(self) -> int:
+        """The target."""
+        return self.target
+
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Float arithmetic: the updated target. Differentiable."""
         raise TypeError(f"{type(self).__name__} does not define merge(target, *message)")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad.chain import ChainGradients, ChainState, Read, add, fingerprint, rewind_chain
+from revgrad.chain import ChainGradients, ChainState, Read, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Grads, Streams, leaf
 from revgrad.program import Program
@@ -209,12 +209,17 @@ class _Backward:
         """Gradients of the given inputs in their order, if wanted; all others end up in `self.gradients`."""
         input_grads: list[Grads] = []
         feedback: Grads = ()
+        untouched = [i == len(self.program.exit) for i in first_updates(self.program.exit, len(grads))]
         while self.tape.segments:
             segment = self.tape.segments.pop()  # with it goes the last reference to its states
             residue = self._recompute(segment) if self.program.keep_states_every > 1 else self.tape.residue
             for t in range(segment.last, segment.first - 1, -1):
                 streams = tuple(y[t] for y in outputs)
-                feedback = self._step(t, streams, tuple(None if g is None else g[t] for g in grads), feedback, residue)
+                # Where an output is the core's own, untouched by the exit, its gradient has joined the next step's.
+                own = _at(t, grads, [not (feedback and same) for same in untouched])
+                # Where it touches none, its outputs are as many as the core's streams; else there is nothing to join.
+                earlier = _at(t - 1, grads, untouched) if any(untouched) and not self.program.fed[t] else ()
+                feedback = self._step(t, streams, own, feedback, earlier, residue)
                 if self.program.fed[t]:
                     if self.inputs_wanted:
                         input_grads.append(feedback)
@@ -223,7 +228,9 @@ class _Backward:
                 residue.check_undone_to(segment.residue)
         return [g for grads in reversed(input_grads) for g in grads]
 
-    def _step(self, t: int, streams: Streams, grads: Grads, feedback: Grads, residue: Residue | None) -> Grads:
+    def _step(
+        self, t: int, streams: Streams, grads: Grads, feedback: Grads, earlier: Grads, residue: Residue | None
+    ) -> Grads:
         """One time step backwards: from the gradients of its output to those of its input.
 
         Args:
@@ -231,12 +238,11 @@ class _Backward:
             streams: Its outputs.
             grads: Gradients with respect to them.
             feedback: Gradients of the core's output that come from the next step.
+            earlier: Gradients of the core's input that come from the output of the step before.
             residue: None in float arithmetic.
         """
-        streams, grads = self._rewind(t, 2, streams, grads, None)
-        if feedback:
-            grads = tuple(map(add, feedback, grads))
-        streams, grads = self._rewind(t, 1, streams, grads, residue)
+        streams, grads = self._rewind(t, 2, streams, grads, None, feedback)
+        streams, grads = self._rewind(t, 1, streams, grads, residue, earlier)
         self._compare(streams, self.tape.fingerprints[t, 1])
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
             streams, grads = self._rewind(t, 0, streams, grads, None)
@@ -244,7 +250,7 @@ class _Backward:
         return grads
 
     def _rewind(
-        self, t: int, part: int, streams: Streams, grads: Grads, residue: Residue | None
+        self, t: int, part: int, streams: Streams, grads: Grads, residue: Residue | None, joining: Grads = ()
     ) -> tuple[Streams, Grads]:
         links = (self.program.entry, self.program.core, self.program.exit)[part]
         if self.program.exact and residue is None:
@@ -252,7 +258,7 @@ class _Backward:
         around = self.program.around(t, part, self.snapshot.replaying)
         reads = self.tape.read.pop((t, part), [])
         into, indices_of = self.gradients, self.snapshot.indices_of
-        return rewind_chain(links, streams, grads, reads, residue, around, indices_of, into)
+        return rewind_chain(links, streams, grads, reads, residue, around, indices_of, into, joining)
 
     def _recompute(self, segment: Segment) -> Residue | None:
         """Run a segment again from its start, this time keeping the states that are read."""
@@ -291,6 +297,11 @@ class _Backward:
                 "so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
                 "revgrad.check_invertible(module, inputs) names the layer; arithmetic='exact' or mode='stored' avoid it"
             )
+
+
+def _at(t: int, grads: Grads, wanted: list[bool]) -> Grads:
+    """The wanted gradients of one time step, None for the others."""
+    return tuple(g[t] if g is not None and w else None for g, w in zip(grads, wanted, strict=True))
 
 
 def _group(program: Program, per_step: int, tensors: tuple[Tensor, ...]) -> list[Streams | None]:

@@ -56,6 +56,10 @@ class ReversibleLayer(nn.Module):
     """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step.
     """
 
+    def updates(self) -> int | None:
+        """Index of the only stream that the layer changes; None where it may change any."""
+        return None
+
     def run(self, streams: Streams, step: Step) -> Streams:
         """Apply the layer; differentiable. Reads `step.state`, sets `step.new_state`."""
         raise TypeError(f"{type(self).__name__} does not define run(streams, step)")
@@ -95,6 +99,10 @@ class Inverse(ReversibleLayer):
         self.layer = layer
         self.stateful = layer.stateful
         self.carries = layer.carries
+
+    def updates(self) -> int | None:
+        """What the inner layer updates."""
+        return self.layer.updates()
 
     def run(self, streams: Streams, step: Step) -> Streams:
         """Undo the inner layer."""

@@ -429,16 +429,12 @@ def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
 
 def test_in_mixed_precision_convolutions_are_bfloat16_and_streams_float32(trainer):
     trainer = trainer({"run.precision": "bf16-mixed"})
-    seen = {}
-    for name, module in trainer.raw_model.named_modules():
+    seen = {"convolution": set(), "stream": set()}
+    for module in trainer.raw_model.modules():
         if isinstance(module, torch.nn.Conv3d):
-            module.register_forward_hook(
-                lambda module, given, out: seen.setdefault("convolution", set()).add(out.dtype)
-            )
+            module.register_forward_hook(lambda module, given, out: seen["convolution"].add(out.dtype))
         if type(module).__name__ == "ConvLSTMCell":
-            module.register_forward_hook(
-                lambda module, given, out: seen.setdefault("stream", set()).add(given[0].dtype)
-            )
+            module.register_forward_hook(lambda module, given, out: seen["stream"].add(given[0].dtype))
     loss, norm = trainer._train_step(training_batch(trainer))
     assert seen == {"convolution": {torch.bfloat16}, "stream": {torch.float32}}
     assert {p.dtype for p in trainer.raw_model.parameters()} == {torch.float32}

@@ -1,8 +1,8 @@
 import pytest
 import torch
 
-from revgrad import ChainState, StreamError, Swap
-from revgrad.chain import ChainGradients, Link, add, fingerprint, run_chain, stateless, undo_chain
+from revgrad import AdditiveCoupling, ChainState, Inverse, Split, StreamError, Swap
+from revgrad.chain import ChainGradients, Link, add, fingerprint, first_updates, run_chain, stateless, undo_chain
 from revgrad.unroll import chain_links
 
 
@@ -61,6 +61,15 @@ def test_parameter_gradients_add_up_without_touching_what_was_given():
     into.add([0], (third,))
     assert into.total[0].tolist() == [7, 7]
     assert [t.tolist() for t in (first, second, third)] == [[1, 1], [2, 2], [4, 4]]
+
+
+def test_first_updates(make):
+    a, b = AdditiveCoupling(make.net(4)), AdditiveCoupling(make.net(4), 1, 2)
+    assert first_updates(chain_links([a, b]), 4) == [2, 0, 1, 2]
+    assert first_updates(chain_links([a, Inverse(b), Swap()]), 4) == [2, 0, 1, 2]
+    assert first_updates(chain_links([Split(2), a]), 1) == [0]
+    assert first_updates(chain_links([a]), 1) == [1]
+    assert first_updates((), 2) == [0, 0]
 
 
 def test_add_takes_none_for_zero():

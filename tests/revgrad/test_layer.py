@@ -82,6 +82,7 @@ def test_inverse_swaps_run_and_undo(make):
     assert all(map(torch.equal, inverse.run(x, Step()), layer.undo(x, Step())))
     assert all(map(torch.equal, inverse.undo(x, Step()), layer.run(x, Step())))
     assert list(inverse.parameters()) == list(layer.parameters())
+    assert inverse.updates() == layer.updates() == 1
     stateful = AdditiveCoupling(make.cell(4, 1), stateful=True, carries=1)
     assert Inverse(stateful).stateful
     assert Inverse(stateful).carries == 1
@@ -95,6 +96,7 @@ def test_layer_without_methods_says_what_is_missing():
         ReversibleSequential(Nothing())(torch.zeros(1))
     with pytest.raises(TypeError, match=r"Nothing does not define undo\(streams, step\), its inverse"):
         ReversibleSequential(Inverse(Nothing()))(torch.zeros(1))
+    assert Nothing().updates() is None
     assert repr(Nothing()) == "Nothing()"
 
 
