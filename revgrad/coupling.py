@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
-from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams, gradients, leaf
+from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams, check_closed, gradients, leaf
 from revgrad.residue import Residue, grid_of, quantised_rest, to_numerator
 
 Message = Tensor | tuple[Tensor, ...]
@@ -58,6 +58,7 @@ class Coupling(ReversibleLayer):
         self.target = target
         self.stateful = stateful
         self.carries = carries
+        self._closed = False
 
     def updates(self) -> int:
         """The target."""
@@ -123,6 +124,9 @@ class Coupling(ReversibleLayer):
         with torch.enable_grad(), step.replay():
             message, new_state = self._message(source, streams[self.target], states, step.name)
         step.new_state = tuple(s.detach() for s in new_state)
+        if not self._closed:
+            check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
+            self._closed = True
         values = tuple(m.detach() for m in message)
         with torch.no_grad():
             before = self._updated(streams[self.target], values, step.residue, undo=not undo)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from revgrad.errors import ReversibilityError
 from revgrad.residue import Residue
 
 Streams = tuple[Tensor, ...]
@@ -138,6 +139,35 @@ def gradients(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs:
     return tuple(next(found) if x.requires_grad else None for x in inputs)
 
 
+def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+    """Raise if what a layer has computed depends on a tensor that would get no gradient.
+
+    Args:
+        name: How the error calls the layer.
+        outputs: What was computed, with its graph.
+        known: The tensors that are differentiated with respect to.
+
+    Raises:
+        ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state or parameter.
+    """
+    expected = {id(x) for x in known}
+    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None and id(variable) not in expected:
+            raise ReversibilityError(
+                f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but is "
+                "neither its input nor its state nor a parameter of its module, so that its gradient would be lost: make it a "
+                "parameter, pass it as state, or detach it"
+            )
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+
+
 Run = Callable[[Streams, Step], Streams]
 
 
@@ -154,6 +184,7 @@ def _rewind(
     again = Step(name=step.name, state=states, residue=residue)
     with torch.enable_grad(), step.replay():
         outputs = run(inputs, again)
+    check_closed(step.name, (*outputs, *again.new_state), (*inputs, *states, *wrt))
     found = gradients((*outputs, *again.new_state), (*grads, *state_grads), (*inputs, *states, *wrt))
     n, m = len(inputs), len(states)
     return Rewound(tuple(x.detach() for x in inputs), found[:n], found[n : n + m], found[n + m :])

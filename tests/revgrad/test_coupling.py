@@ -313,3 +313,23 @@ def test_message_that_is_not_finite_names_the_layer(make, which, bad, mode):
         return
     with pytest.raises(ReversibilityError, match=r"layer 1 \(GatedCoupling\): the stream is not finite"):
         chain(*make.streams())
+
+
+@pytest.mark.parametrize("computed", [False, True])
+def test_a_tensor_from_outside_raises_instead_of_losing_its_gradient(computed):
+    outside = torch.ones(4, requires_grad=True)
+    weight = outside.exp() if computed else outside
+
+    class Closure(nn.Module):
+        def forward(self, x):
+            return x * weight
+
+    chain = ReversibleSequential(AdditiveCoupling(Closure()))
+    x = torch.randn(2, 4, requires_grad=True)
+    with pytest.raises(
+        ReversibilityError, match=r"layer 0 \(AdditiveCoupling\): the transform reads a tensor of shape \(4,\)"
+    ):
+        chain(x, x)[1].sum().backward()
+    chain.mode = "stored"
+    chain(x, x)[1].sum().backward()
+    assert outside.grad is not None
