@@ -20,7 +20,7 @@ from crevnet.model import CrevNet, ModelConfig
 STEPS = 4
 """Fewer than the paper's 19: both sides of a ratio grow alike."""
 BATCHES = (1, 4)
-"""The paper trains with 16. With a single sequence the overhead per operator, which does not grow with the batch, weighs most."""
+"""The paper trains with 16. With one sequence the overhead per operator, which grows with no batch, weighs most."""
 ROUNDS = 6
 TARGET = 1.40
 

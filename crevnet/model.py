@@ -45,8 +45,8 @@ class ModelConfig:
     modules: int = 8
     """Reversible predictive modules."""
     norm: Normalisation = "none"
-    """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch` (as
-    in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
+    """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch`
+    (as in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
     """
     mode: Literal["reversible", "checkpoint", "stored"] = "reversible"
     """What is kept for the backward pass; the results are the same."""

@@ -158,9 +158,9 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
         variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
             raise ReversibilityError(
-                f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but is "
-                "neither its input nor its state nor a parameter of its module, so that its gradient would be lost: make it a "
-                "parameter, pass it as state, or detach it"
+                f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
+                "is neither its input nor its state nor a parameter of its module, so that its gradient would be lost: "
+                "make it a parameter, pass it as state, or detach it"
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
