@@ -66,5 +66,5 @@ def as_plain(value: Any) -> Any:
 
 
 def _build(parser: ArgumentParser, options: Namespace) -> TrainConfig:
-    made = parser.instantiate_classes(options)
+    made = parser.instantiate(options)
     return TrainConfig(**{f.name: made[f.name] for f in fields(TrainConfig)})

@@ -358,6 +358,15 @@ def launch(config: TrainConfig) -> Fabric:
 def train(config: TrainConfig) -> dict[str, Any] | None:
     """Run a training to its end, or until interrupted (then None)."""
     fabric = launch(config)
+    try:
+        return _train(config, fabric)
+    finally:
+        # A process that ends with its group still alive may abort in the group's threads.
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
     folder = fabric.broadcast(run_folder(config))
     check_same_run(config, folder)
     fabric.barrier()
@@ -374,6 +383,7 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
         return None
     result = trainer.finish()
     fabric.print(summary(result, folder))
+    fabric.barrier()
     return result
 
 
