@@ -158,7 +158,7 @@ class Trainer:
             "seconds": self.seconds,
             "peak_activation_bytes": self.peak_activation_bytes,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
-            "digits": str(config.data.root or "embedded in scikit-learn"),
+            "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
             "data_range": 1.0,
         }
         if self.main:
