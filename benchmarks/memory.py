@@ -9,7 +9,7 @@ from functools import cache
 import torch
 
 from benchmarks.training import Variant, random_clips, training_step
-from crevnet.model import ModelConfig
+from crevnet.model import CrevNetConfig
 from revgrad import LiveMemory
 
 MB = 1e6
@@ -21,12 +21,12 @@ _SEED = 0
 @cache
 def marginal_mb(cell: str, modules: int, blocks: tuple[int, ...], variant: Variant, steps: int) -> float:
     """Memory that one more sample takes: the peak of a training step with batch 2 minus that with batch 1."""
-    config = variant.of(ModelConfig(cell=cell, modules=modules, blocks=blocks))
+    config = variant.of(CrevNetConfig(cell=cell, modules=modules, blocks=blocks))
     training_peak(config, 1, steps=1)  # tables and modules that are loaded once must not count
     return (training_peak(config, 2, steps) - training_peak(config, 1, steps)) / MB
 
 
-def training_peak(config: ModelConfig, batch: int, steps: int) -> int:
+def training_peak(config: CrevNetConfig, batch: int, steps: int) -> int:
     """Most bytes alive from the start of the forward to the end of the backward pass.
 
     Weights, their gradients and the frames were there before and do not count.
@@ -40,7 +40,7 @@ def training_peak(config: ModelConfig, batch: int, steps: int) -> int:
     return memory.peak
 
 
-def states_mb(config: ModelConfig, steps: int) -> float:
+def states_mb(config: CrevNetConfig, steps: int) -> float:
     """Recurrent states per sample that are kept when the backward pass needs most of them.
 
     At every step a module reads its own states (h and c) and, with ST-LSTM, the memory m that is handed from module to
@@ -57,18 +57,18 @@ def states_mb(config: ModelConfig, steps: int) -> float:
     return max(kept) * _feature_bytes(config) / MB
 
 
-def state_gradients_mb(config: ModelConfig) -> float:
+def state_gradients_mb(config: CrevNetConfig) -> float:
     """Gradients of the states that one time step hands to the next, per sample."""
     own, carried = _states_per_step(config)
     return (own + min(carried, 1)) * _feature_bytes(config) / MB
 
 
-def predictions_mb(config: ModelConfig, steps: int) -> float:
+def predictions_mb(config: CrevNetConfig, steps: int) -> float:
     """The predicted clips and their gradients, per sample."""
     return 2 * steps * config.channels * config.clip * config.image_size**2 * _FLOAT / MB
 
 
-def residue_mb(config: ModelConfig, steps: int) -> float:
+def residue_mb(config: CrevNetConfig, steps: int) -> float:
     """What exact arithmetic keeps per sample, of the forward pass that is measured; 0 in float arithmetic."""
     if config.arithmetic == "float":
         return 0.0
@@ -85,12 +85,12 @@ def residue_mb(config: ModelConfig, steps: int) -> float:
     return kept / MB
 
 
-def _states_per_step(config: ModelConfig) -> tuple[int, int]:
+def _states_per_step(config: CrevNetConfig) -> tuple[int, int]:
     """Tensors that the modules read at a time step: their own, and those handed from one to the next."""
     return 2 * config.modules, config.modules if config.cell == "stlstm" else 0
 
 
-def _feature_bytes(config: ModelConfig) -> int:
+def _feature_bytes(config: CrevNetConfig) -> int:
     """Size of one of the predictor's two streams, and of a state, per sample: the two are the clip, rearranged."""
     return config.channels * config.clip * config.image_size**2 // 2 * _FLOAT
 

@@ -10,7 +10,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.reporting import Report, Table
-from crevnet.model import ModelConfig
+from crevnet.model import CrevNetConfig
 
 PAPER_GFLOPS = {"convlstm": 0.919, "stlstm": 1.618}
 NOTES = (
@@ -34,12 +34,12 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
         "parameters": "parameters, millions",
     }
     tables = {"rows": Table("FLOPs per frame while predicting", columns, rows, decimals=3)}
-    publish(Report("model_size", "Model size", tables, {"model": str(ModelConfig())}, NOTES, complete=len(rows) == 2))
+    publish(Report("model_size", "Model size", tables, {"model": str(CrevNetConfig())}, NOTES, complete=len(rows) == 2))
 
 
 @pytest.mark.parametrize("cell", PAPER_GFLOPS)
 def test_model_size(benchmark, results, cell):
-    model = ModelConfig(cell=cell).build().eval()
+    model = CrevNetConfig(cell=cell).build().eval()
     _, states = model.step(torch.rand(1, 1, 3, 64, 64))
     with FlopCounterMode(display=False) as counter:
         model.step(None, states)

@@ -17,7 +17,7 @@ from benchmarks.reporting import Report, Table
 from crevnet.clips import frames_to_clips
 from crevnet.data import DataConfig
 from crevnet.evaluate import score
-from crevnet.model import CrevNet, ModelConfig
+from crevnet.model import CrevNet, CrevNetConfig
 from revgrad import ReversibilityError
 
 NORMS = ("group", "batch", "none")
@@ -56,7 +56,7 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
 @pytest.mark.parametrize(("norm", "rate", "seed"), itertools.product(NORMS, RATES, SEEDS))
 def test_normalisation(benchmark, results, norm, rate, seed):
     torch.manual_seed(seed)
-    model = ModelConfig(norm=norm, **MODEL).build()
+    model = CrevNetConfig(norm=norm, **MODEL).build()
     row: dict[str, Any] = {
         "norm": norm,
         "rate": f"{rate:g}",

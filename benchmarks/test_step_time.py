@@ -15,7 +15,7 @@ import torch
 
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.training import CELLS, Variant, random_clips, training_step
-from crevnet.model import CrevNet, ModelConfig
+from crevnet.model import CrevNet, CrevNetConfig
 
 STEPS = 4
 """Fewer than the paper's 19: both sides of a ratio grow alike."""
@@ -67,7 +67,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         ),
     }
     configuration = {
-        "model": str(ModelConfig()),
+        "model": str(CrevNetConfig()),
         "dtype": "float32",
         "cells": CELLS,
         "batches": BATCHES,
@@ -82,7 +82,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
 @pytest.mark.parametrize("cell", CELLS)
 def test_step_time(benchmark, results, cell, batch):
     torch.manual_seed(0)
-    config = ModelConfig(cell=cell)
+    config = CrevNetConfig(cell=cell)
     model, clips = config.build(), random_clips(config, batch, STEPS)
     rounds: list[dict[Variant, float]] = []
 

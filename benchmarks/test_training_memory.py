@@ -13,7 +13,7 @@ from benchmarks import memory
 from benchmarks.pictures import memory_against_depth
 from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, Variant
-from crevnet.model import ModelConfig
+from crevnet.model import CrevNetConfig
 
 STEPS = 19
 """Time steps of 10 -> 10 frames with one clip per frame, as DESIGN.md counts them."""
@@ -41,7 +41,7 @@ BOUNDS = {
 
 MODULES = (4, 8, 16, 32)
 BLOCKS = ((4, 5, 3), (8, 10, 6), (16, 20, 12))
-PAPER = ModelConfig()
+PAPER = CrevNetConfig()
 WORKING_SET = 0.8
 """MB per sample for the graph of the one layer that is being differentiated."""
 
@@ -113,7 +113,7 @@ def measured(cell: str, variant: Variant, steps: int, modules: int, blocks: tupl
     total = memory.marginal_mb(cell, modules, blocks, variant, steps)
     row: dict[str, float] = {"mb_per_sample": total}
     if variant.mode == "reversible":
-        config = variant.of(ModelConfig(cell=cell, modules=modules, blocks=blocks))
+        config = variant.of(CrevNetConfig(cell=cell, modules=modules, blocks=blocks))
         row |= {
             "states_mb": memory.states_mb(config, steps),
             "predictions_mb": memory.predictions_mb(config, steps),
@@ -166,7 +166,7 @@ def test_against_blocks(benchmark, results, blocks, variant):
 
 def rest_bound(modules: int) -> float:
     """MB per sample that a reversible step may hold beyond states, predictions, their gradients and residue."""
-    return max(WORKING_SET, memory.state_gradients_mb(ModelConfig(modules=modules)))
+    return max(WORKING_SET, memory.state_gradients_mb(CrevNetConfig(modules=modules)))
 
 
 def once(benchmark, function, *arguments):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from crevnet.clips import frames_to_clips
-from crevnet.model import CrevNet, ModelConfig
+from crevnet.model import CrevNet, CrevNetConfig
 
 CELLS = ("stlstm", "convlstm")
 
@@ -25,12 +25,12 @@ class Variant:
         every = f", states every {self.keep_states_every} steps" if self.keep_states_every > 1 else ""
         return f"{self.mode} {self.arithmetic}{every}"
 
-    def of(self, config: ModelConfig) -> ModelConfig:
+    def of(self, config: CrevNetConfig) -> CrevNetConfig:
         """The configuration with this variant's settings."""
         return replace(config, mode=self.mode, arithmetic=self.arithmetic, keep_states_every=self.keep_states_every)
 
 
-def random_clips(config: ModelConfig, batch: int, steps: int) -> Tensor:
+def random_clips(config: CrevNetConfig, batch: int, steps: int) -> Tensor:
     """Clips for so many time steps and their targets, `[batch, steps + 1, C, K, H, W]`."""
     size = config.image_size
     frames = torch.rand(batch, steps + config.clip, config.channels, size, size)

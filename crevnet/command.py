@@ -12,27 +12,75 @@ from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settin
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.config import TrainConfig
+from crevnet.models import MODELS
 
 CONFIGS = Path(__file__).parent / "configs"
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def train_parser(program: str, description: str) -> ArgumentParser:
-    """A parser whose options are the fields of `TrainConfig`, from a YAML file and the command line."""
+def train_parser(program: str, description: str, model: str = "crevnet") -> ArgumentParser:
+    """A parser whose options are the fields of `TrainConfig`, from a YAML file and the command line.
+
+    Args:
+        program: What the user calls.
+        description: What it does.
+        model: Whose options `--model.*` are: a name in `MODELS`.
+    """
     parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it.")
-    parser.add_class_arguments(TrainConfig)
+    parser.add_class_arguments(MODELS[model], "model")
+    parser.add_class_arguments(TrainConfig, skip={"model"})
     return parser
 
 
-def parse_train_config(parser: ArgumentParser, arguments: list[str]) -> TrainConfig:
-    """Parse arguments into a checked configuration; a value out of range ends the program with a message."""
+def parse_train_config(program: str, description: str, arguments: list[str]) -> TrainConfig:
+    """Parse arguments into a checked configuration; a value out of range ends the program with a message.
+
+    `--model NAME` chooses among the models; of a YAML file for another model only what all models share is used.
+    """
+    try:
+        name, arguments = choose_model(arguments)
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        train_parser(program, description).error(str(error))
+    parser = train_parser(program, description, name)
     options = parser.parse_args(arguments)
     try:
         return _build(parser, options)
     except (ValueError, TypeError) as error:
         parser.error(str(error))
+
+
+def choose_model(arguments: list[str]) -> tuple[str, list[str]]:
+    """The model that a command line names, and the arguments for the parser of that model.
+
+    Raises:
+        ValueError: No such model.
+    """
+    rest: list[str] = []
+    name = ""
+    files: list[tuple[int, dict[str, Any]]] = []
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option not in ("--model", "--model.name", "--config"):
+            rest.append(word)
+            continue
+        value = value if equals else next(words, "")
+        if option == "--config":
+            files.append((len(rest), _read_yaml(value)))
+            rest.append("")
+        else:
+            name = _known_model(value)
+    if not name:
+        name = _known_model(([_named(content) for _, content in files] or ["crevnet"])[-1])
+    for place, content in files:
+        if _named(content) != name:
+            shared = content.get("model") or {}
+            content["model"] = {k: shared[k] for k in ("channels", "image_size") if k in shared}
+        content["model"] = {**(content.get("model") or {}), "name": name}
+        rest[place] = f"--config={yaml.safe_dump(content)}"
+    return name, [*rest, f"--model.name={name}"]
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -44,7 +92,7 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def load_config(path: Path) -> TrainConfig:
     """Read a configuration written by `save_config`."""
-    parser = train_parser("config", "")
+    parser = train_parser("config", "", _known_model(_named(_read_yaml(path))))
     return _build(parser, parser.parse_path(path))
 
 
@@ -63,6 +111,23 @@ def as_plain(value: Any) -> Any:
     if isinstance(value, (tuple, list)):
         return [as_plain(v) for v in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _read_yaml(path: Path | str) -> dict[str, Any]:
+    content = yaml.safe_load(Path(path).read_text())
+    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict | None):
+        raise ValueError(f"{path} is not the configuration of a training run: it must hold sections such as model:")
+    return content
+
+
+def _named(content: dict[str, Any]) -> str:
+    return str((content.get("model") or {}).get("name", "crevnet"))
+
+
+def _known_model(name: str) -> str:
+    if name not in MODELS:
+        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+    return name
 
 
 def _build(parser: ArgumentParser, options: Namespace) -> TrainConfig:

@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from crevnet.data import DataConfig
 from crevnet.metrics import SSIM_WINDOW
-from crevnet.model import ModelConfig
+from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoConfig
 
 
 def _check_choice(section: str, config: Any, name: str) -> None:
@@ -114,8 +115,8 @@ class RunConfig:
 class TrainConfig:
     """A training run. The defaults are the paper's Moving MNIST setting."""
 
-    model: ModelConfig = field(default_factory=ModelConfig)
-    """The network."""
+    model: VideoConfig = field(default_factory=CrevNetConfig)
+    """The network: the configuration of one of `crevnet.models.MODELS`."""
     data: DataConfig = field(default_factory=DataConfig)
     """The sequences."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)

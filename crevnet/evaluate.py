@@ -16,8 +16,8 @@ from tqdm import tqdm
 from crevnet.command import run_command
 from crevnet.data import MovingMNIST
 from crevnet.metrics import VideoMetrics, copy_last_frame
-from crevnet.model import CrevNet
 from crevnet.run import load_run, select_device
+from crevnet.video_model import VideoModel
 
 
 def evaluate(
@@ -66,7 +66,7 @@ def evaluate(
 
 @torch.no_grad()
 def score(
-    model: CrevNet,
+    model: VideoModel,
     dataset: MovingMNIST,
     observed: int,
     *,

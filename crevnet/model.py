@@ -4,17 +4,18 @@ autoencoder.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args, get_type_hints
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from crevnet.autoencoder import two_way_autoencoder
 from crevnet.cells import CELLS
-from crevnet.clips import Stacking, frames_to_clips, newest_frames
+from crevnet.clips import Stacking
 from crevnet.convolution import Normalisation
 from crevnet.predictor import reversible_predictor
-from revgrad import ChainState, Inverse, Residue, StreamError, unroll
+from crevnet.video_model import VideoConfig, VideoModel
+from revgrad import ChainState, Inverse, Residue, unroll
 from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
 from revgrad.program import Program
@@ -23,21 +24,19 @@ from revgrad.unroll import chain_links, is_exact
 
 
 @dataclass(kw_only=True)
-class ModelConfig:
+class CrevNetConfig(VideoConfig):
     """Configuration of a CrevNet. The defaults are the paper's Moving MNIST setting with ST-LSTM (section 3.1)."""
 
-    cell: Literal["convlstm", "stlstm"] = "stlstm"
-    """Recurrent cell of the predictive modules."""
-    channels: int = 1
-    """Channels of a frame."""
-    image_size: int = 64
-    """Height and width of a frame in pixels; a multiple of 2 to the number of stages."""
+    name: Literal["crevnet"] = "crevnet"
+    """Which model this is."""
     clip: int = 3
     """Frames per time step."""
     stacking: Stacking = "depth"
     """`depth`: clips are three-dimensional, with 3D convolutions; `channels`: the frames of a clip are channels, with
     2D convolutions.
     """
+    cell: Literal["convlstm", "stlstm"] = "stlstm"
+    """Recurrent cell of the predictive modules."""
     blocks: tuple[int, ...] = (4, 5, 3)
     """Autoencoder blocks (of three convolutions) per stage."""
     bottleneck: int = 2
@@ -59,6 +58,7 @@ class ModelConfig:
     """
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fold = 2 ** len(self.blocks)
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"model.blocks must name at least one block per stage, got {self.blocks}")
@@ -67,13 +67,6 @@ class ModelConfig:
                 f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} "
                 f"stages fold it"
             )
-        hints = get_type_hints(type(self))
-        for name in ("cell", "stacking", "norm", "mode", "arithmetic"):
-            if getattr(self, name) not in (choices := get_args(hints[name])):
-                raise ValueError(f"model.{name} must be one of {list(choices)}, got {getattr(self, name)!r}")
-        for name in ("channels", "image_size", "clip", "modules", "bottleneck", "keep_states_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, got {getattr(self, name)}")
 
     def build(self) -> "CrevNet":
         """The model, with random weights."""
@@ -94,7 +87,7 @@ class StepState:
     """What exact arithmetic has forgotten up to and including this step; None in float arithmetic."""
 
 
-class CrevNet(nn.Module):
+class CrevNet(VideoModel):
     """The conditionally reversible network: `x'_t = E^-1(P(E(x_(t-1)) | x_(0:t-2)))` (eq. 4).
 
     Attributes:
@@ -102,9 +95,9 @@ class CrevNet(nn.Module):
         predictor: P, a reversible chain with recurrent states.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+    def __init__(self, config: CrevNetConfig) -> None:
+        super().__init__(config)
+        self.config: CrevNetConfig = config
         dimensions = 3 if config.stacking == "depth" else 2
         channels = config.channels if config.stacking == "depth" else config.channels * config.clip
         stages = len(config.blocks)
@@ -117,29 +110,8 @@ class CrevNet(nn.Module):
         self.predictor = reversible_predictor(config.cell, config.modules, self.width, self.size)
 
     def forward(self, clips: Tensor, fed: Sequence[bool] | None = None, steps: int | None = None) -> Tensor:
-        """Predict the following clip at every time step.
-
-        Args:
-            clips: `[B, N, C, K, H, W]` (`[B, N, K C, H, W]` for clips stacked in channels), values in 0 .. 1.
-            fed: Per time step, whether the model is given the true clip (teacher forcing) or goes on from its own
-                features (free running); by default the N given clips, then its own.
-            steps: Number of time steps; by default N.
-
-        Returns:
-            Predictions like the clips, `[B, steps, ...]`: prediction t is of clip t + 1.
-
-        Raises:
-            ValueError: Shapes that do not fit the model, more clips wanted than given, nothing fed at the first step.
-        """
-        self._check(clips)
-        given = clips.shape[1]
-        steps = given if steps is None else steps
-        fed = [t < given for t in range(steps)] if fed is None else list(fed)
-        if len(fed) != steps or any(f and t >= given for t, f in enumerate(fed)) or not fed or not fed[0]:
-            raise ValueError(
-                f"fed must say for each of {steps} steps whether one of the {given} clips is given, the first one "
-                f"always"
-            )
+        """As in `VideoModel`; where nothing is fed, the predictor goes on from its own features (figure 1)."""
+        fed = self.feeding(clips, fed, steps)
         outputs, _ = unroll(
             self.predictor,
             [clips[:, t] if f else None for t, f in enumerate(fed)],
@@ -151,24 +123,6 @@ class CrevNet(nn.Module):
             keep_states_every=self.config.keep_states_every,
         )
         return outputs[0].transpose(0, 1)
-
-    @torch.no_grad()
-    def predict(self, frames: Tensor, steps: int) -> Tensor:
-        """Predict the frames that follow, without re-encoding any prediction (figure 1).
-
-        Args:
-            frames: Observed frames `[B, T, C, H, W]`, values in 0 .. 1; at least one clip.
-            steps: Number of frames to predict.
-
-        Returns:
-            `[B, steps, C, H, W]`.
-        """
-        clips = frames_to_clips(frames, self.config.clip, self.config.stacking)
-        observed = clips.shape[1]
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        predicted = self(clips, steps=observed + steps - 1)[:, observed - 1 :]
-        return newest_frames(predicted, self.config.channels, self.config.stacking)
 
     def initial_state(self, like: Tensor) -> ChainState:
         """Zero states for a batch of clips (one tensor of zeros, shared)."""
@@ -190,7 +144,7 @@ class CrevNet(nn.Module):
         """
         program = self._program()
         if clip is not None:
-            self._check(clip[:, None])
+            self.check_clip(clip)
         elif states is None:
             raise ValueError("step: the first time step needs a clip")
         residue = None
@@ -220,7 +174,7 @@ class CrevNet(nn.Module):
             prediction: The predicted clip that `step` returned.
             states: The states that `step` returned with it.
         """
-        self._check(prediction[:, None])
+        self.check_clip(prediction)
         program = self._program()
         residue = states.residue.clone() if states.residue is not None else None
         with Snapshot(program.layers()).frozen_statistics():
@@ -232,12 +186,3 @@ class CrevNet(nn.Module):
     def _program(self) -> Program:
         entry, core, leave = map(chain_links, (self.autoencoder, self.predictor, Inverse(self.autoencoder)))
         return Program(entry, core, leave, (True,), is_exact(self.config.arithmetic, core))
-
-    def _check(self, clips: Tensor) -> None:
-        c = self.config
-        frame = (c.image_size, c.image_size)
-        expected = (c.channels, c.clip, *frame) if c.stacking == "depth" else (c.channels * c.clip, *frame)
-        if clips.shape[2:] != expected:
-            raise StreamError(
-                f"CrevNet: clips of shape {tuple(clips.shape[2:])} given, but the model is built for {expected}"
-            )

@@ -8,7 +8,7 @@ import torch
 from crevnet.checkpoint import Checkpoint, CheckpointDirectory
 from crevnet.command import load_config
 from crevnet.config import TrainConfig
-from crevnet.model import CrevNet
+from crevnet.video_model import VideoModel
 
 
 @dataclass
@@ -16,7 +16,7 @@ class LoadedRun:
     """A trained model and where it comes from."""
 
     config: TrainConfig
-    model: CrevNet
+    model: VideoModel
     step: int
 
 

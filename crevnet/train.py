@@ -1,4 +1,4 @@
-"""`python -m crevnet.train`: train CrevNet on Moving MNIST through the reversible engine.
+"""`python -m crevnet.train`: train CrevNet, or with `--model NAME` another video predictor, on Moving MNIST.
 
 Without `--config`, a small configuration on embedded digits that takes a few minutes on two cores
 (`configs/quick.yaml`). Other options override it: `python -m crevnet.train --steps 100`.
@@ -7,17 +7,21 @@ Without `--config`, a small configuration on embedded digits that takes a few mi
 import sys
 
 from crevnet.checkpoint import DamagedCheckpoint
-from crevnet.command import CONFIGS, parse_train_config, train_parser
+from crevnet.command import CONFIGS, parse_train_config
+from crevnet.models import MODELS
 from crevnet.training import TrainingDiverged, train
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Parse, train, report; the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = train_parser("python -m crevnet.train", "Train CrevNet on Moving MNIST.")
     if not any(a == "--config" or a.startswith("--config=") for a in arguments):
         arguments = [f"--config={CONFIGS / 'quick.yaml'}", *arguments]
-    config = parse_train_config(parser, arguments)
+    config = parse_train_config(
+        "python -m crevnet.train",
+        f"Train a video predictor on Moving MNIST. --model NAME chooses it: {', '.join(MODELS)}.",
+        arguments,
+    )
     try:
         train(config)
     except (TrainingDiverged, DamagedCheckpoint, OSError, ValueError) as error:

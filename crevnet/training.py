@@ -13,8 +13,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.seed import seed_everything
-from torch import Tensor
-from torch.nn.functional import mse_loss
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from crevnet.checkpoint import CheckpointDirectory
@@ -50,16 +49,12 @@ class Trainer:
         self.main = fabric.global_rank == 0
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
-        # Channels-last weights make oneDNN and cuDNN pick kernels that need no reordering.
-        layouts = {"depth": (5, torch.channels_last_3d), "channels": (4, torch.channels_last)}
-        rank, layout = layouts[config.model.stacking]
         self.raw_model = config.model.build()
-        for p in self.raw_model.parameters():
-            if p.ndim == rank:  # not ConvLSTM's peephole, which is no convolution's
-                p.data = p.data.contiguous(memory_format=layout)
+        use_channels_last(self.raw_model)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
         self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
+        self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")
         self.step = 0
         self.seconds = 0.0
@@ -202,9 +197,8 @@ class Trainer:
         return loss, norm
 
     def _backward(self, clips: Tensor, fed: list[bool]) -> float:
-        prediction = self.model(clips[:, :-1], fed=fed)
-        # PyTorch's CPU loss keeps storage as large as its input alive behind the scalar; a copy lets it go.
-        loss = mse_loss(prediction, clips[:, 1:]).clone()
+        with self.fabric.autocast():  # which Fabric enters by itself around `forward` only
+            loss = self.model.loss(clips, fed)
         self.fabric.backward(loss)
         return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
 
@@ -288,6 +282,15 @@ class Trainer:
         if self.fabric.world_size == 1:
             return flag
         return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
+
+
+def use_channels_last(model: nn.Module) -> None:
+    """Lay the weights of convolutions out so that oneDNN and cuDNN pick kernels that need no reordering."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+        elif isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
 
 
 def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
@@ -382,19 +385,19 @@ def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
     if not trainer.fit():
         return None
     result = trainer.finish()
-    fabric.print(summary(result, folder))
+    fabric.print(summary(config.model.name, result, folder))
     fabric.barrier()
     return result
 
 
-def summary(result: dict[str, Any], folder: Path) -> str:
-    """The closing table: ours beside the copy-last-frame baseline."""
+def summary(name: str, result: dict[str, Any], folder: Path) -> str:
+    """The closing table: the model beside the copy-last-frame baseline."""
     copied = result["copy_last_frame"]
     lines = [
         f"Test digits never seen in training, {result['sequences']} sequences (MSE summed over the frame; SSIM, "
         f"PSNR for values in 0 .. 1):",
         f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
-        f"{'CrevNet':18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
+        f"{name:18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
         f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",
         f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
     ]

@@ -7,7 +7,7 @@ from jsonargparse import ArgumentParser
 from crevnet.command import CONFIGS, load_config, parse_train_config, save_config, train_parser
 from crevnet.config import FeedingConfig, OptimiserConfig, RunConfig, TrainConfig
 from crevnet.data import DataConfig
-from crevnet.model import ModelConfig
+from crevnet.model import CrevNetConfig
 
 PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
 
@@ -40,7 +40,7 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
         (lambda: TrainConfig(batch_size=0), "got 300000 and 0"),
         (lambda: TrainConfig(data=DataConfig(image_size=32)), "data.image_size 32 and model.image_size 64 differ"),
         (
-            lambda: TrainConfig(data=DataConfig(image_size=8, digit_size=4), model=ModelConfig(image_size=8)),
+            lambda: TrainConfig(data=DataConfig(image_size=8, digit_size=4), model=CrevNetConfig(image_size=8)),
             "model.image_size must be at least 11, the window of SSIM, got 8",
         ),
         (lambda: TrainConfig(observed=2), "observed must be at least model.clip (3) and below data.frames (20), got 2"),
@@ -66,7 +66,7 @@ def test_values_out_of_range_are_named_with_what_was_given(make, message):
 )
 def test_a_command_line_out_of_range_ends_with_status_2_and_the_reason(argument, message, tiny, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse_train_config(train_parser("test", ""), [*tiny.arguments(None), argument])
+        parse_train_config("test", "", [*tiny.arguments(None), argument])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -80,7 +80,7 @@ def test_limits_that_are_allowed():
 
 def test_the_command_line_makes_the_configuration_of_its_options(tiny, tmp_path):
     options = tiny.scheduled | {"optimiser.betas": [0.5, 0.75], "data.root": tmp_path}
-    found = parse_train_config(train_parser("test", ""), tiny.arguments(tmp_path / "run", options))
+    found = parse_train_config("test", "", tiny.arguments(tmp_path / "run", options))
     assert found == tiny.config(tmp_path / "run", options)
 
 
@@ -158,7 +158,7 @@ def test_the_defaults_are_written_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_is_shipped_loads(path):
-    config = parse_train_config(train_parser("test", ""), [f"--config={path}"])
+    config = parse_train_config("test", "", [f"--config={path}"])
     assert config.predicted >= 1
     assert config.data.image_size == config.model.image_size
 
@@ -170,7 +170,7 @@ def test_all_shipped_configurations_were_found():
 @pytest.mark.parametrize("name", PAPER)
 def test_the_papers_numbers(name):
     config = load_config(CONFIGS / f"{name}.yaml")
-    assert config.model == ModelConfig(
+    assert config.model == CrevNetConfig(
         cell=name.rpartition("_")[2], channels=1, image_size=64, clip=3, stacking="depth", blocks=(4, 5, 3), modules=8
     )
     assert 3 * sum(config.model.blocks) == 36  # three convolutions per block
@@ -190,7 +190,7 @@ def test_the_papers_setting_with_st_lstm_is_the_default_but_for_how_often_it_val
 
 def test_options_after_a_file_override_it():
     config = parse_train_config(
-        train_parser("test", ""), [f"--config={CONFIGS / 'quick.yaml'}", "--steps=7", "--optimiser.betas=[0.5,0.9]"]
+        "test", "", [f"--config={CONFIGS / 'quick.yaml'}", "--steps=7", "--optimiser.betas=[0.5,0.9]"]
     )
     assert (config.steps, config.optimiser.betas) == (7, (0.5, 0.9))
     assert config.model.blocks == load_config(CONFIGS / "quick.yaml").model.blocks

@@ -224,5 +224,5 @@ def test_the_result_is_printed_beside_the_baseline(tiny, tmp_path, capsys):
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert out[0] == f"Run folder: {tmp_path}/run"
     rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[3:5]}
-    for name, of in (("CrevNet", metrics), ("copy last frame", metrics["copy_last_frame"])):
+    for name, of in (("crevnet", metrics), ("copy last frame", metrics["copy_last_frame"])):
         assert rows[name] == pytest.approx([of[k] for k in ("mse", "ssim", "psnr")], abs=0.006)

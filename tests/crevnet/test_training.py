@@ -8,7 +8,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import crevnet.training
+import crevnet.video_model
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import load_config
 from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, launch, run_folder, summary, train
@@ -341,8 +341,8 @@ def test_a_weight_that_is_nan_stops_the_run_and_names_the_step(trainer):
 
 def test_a_loss_that_is_not_finite_is_named(trainer, monkeypatch):
     trainer = trainer({"steps": 9})
-    usual = crevnet.training.mse_loss
-    monkeypatch.setattr(crevnet.training, "mse_loss", lambda *args: usual(*args) * math.nan)
+    usual = crevnet.video_model.mse_loss
+    monkeypatch.setattr(crevnet.video_model, "mse_loss", lambda *args: usual(*args) * math.nan)
     with pytest.raises(TrainingDiverged, match="step 1: the loss is nan; the last checkpoint is untouched"):
         trainer.fit()
     assert not list(trainer.folder.glob("checkpoints/step-*"))
@@ -479,9 +479,9 @@ def test_only_rank_0_writes(trainer, monkeypatch):
 
 def test_the_summary_has_both_lines_and_their_ratio(tmp_path):
     result = {"mse": 30.0, "ssim": 0.8, "psnr": 20.0, "sequences": 7}
-    text = summary(result | {"copy_last_frame": {"mse": 60.0, "ssim": 0.5, "psnr": 15.0}}, tmp_path)
+    text = summary("predrnn", result | {"copy_last_frame": {"mse": 60.0, "ssim": 0.5, "psnr": 15.0}}, tmp_path)
     assert "7 sequences" in text
-    assert "30.00   0.8000    20.00" in text
+    assert "predrnn               30.00   0.8000    20.00" in text
     assert "60.00   0.5000    15.00" in text
     assert "MSE is 0.50 of copying" in text
     assert str(tmp_path) in text
