@@ -158,9 +158,10 @@ class RecurrentModel(VideoModel):
 
     def forward(self, clips: Tensor, fed: Sequence[bool] | None = None, steps: int | None = None) -> Tensor:
         """As in `VideoModel`."""
+        plan = self.feeding(clips, fed, steps)
         predictions: list[Tensor] = []
         state = self.initial_state(clips[:, 0])
-        for t, given in enumerate(self.feeding(clips, fed, steps)):
+        for t, given in enumerate(plan):
             prediction, state = self.step(clips[:, t] if given else predictions[-1], state)
             predictions.append(prediction)
         return torch.stack(predictions, dim=1)

@@ -278,11 +278,14 @@ class GatedCoupling(Coupling):
 
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
         """In one pass, with the gate that the forward pass used."""
+        if not exact:
+            grad_a, grad_x, grad_h = weighted_sum_backward(message[0], target, message[1], grad)
+            return grad_x, grad_a, grad_h
         a, h = (m.to(target.dtype) for m in message)
         s = torch.sigmoid(a)
-        gate = _float_gate(quantised_rest(s)) if exact else s
-        grad_a, grad_x, grad_h = weighted_sum_backward(gate, s * (1 - s), target, h, grad)
-        return grad_x, grad_a.to(message[0].dtype), grad_h.to(message[1].dtype)
+        grad_h = grad * _float_gate(quantised_rest(s))
+        grad_a = (h - target) * grad * (s * (1 - s))
+        return grad - grad_h, grad_a.to(message[0].dtype), grad_h.to(message[1].dtype)
 
 
 def _gate_and_shift(target: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:

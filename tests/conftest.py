@@ -1,10 +1,14 @@
 """What all tests share: a fixed seed, one thread where bits are compared, and tiny transforms and chains."""
 
 import copy
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before any kernel is defined
 from hypothesis import settings
 from torch import nn
 

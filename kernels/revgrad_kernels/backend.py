@@ -1,0 +1,103 @@
+"""Which code computes an operator: a Triton kernel or the plain-PyTorch reference. Decided here and nowhere else.
+
+`auto` is Triton for CUDA tensors and the reference for all others; `REVGRAD_KERNELS` in the environment changes what
+`auto` means. With `TRITON_INTERPRET=1`, set before Python starts, Triton's interpreter runs the kernels on the CPU,
+slowly: for tests.
+"""
+
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+
+class _Absent:
+    """Stands in for Triton where kernels are written down: every attribute and every call is itself."""
+
+    def __getattr__(self, name: str) -> "_Absent":
+        return self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> "_Absent":
+        return self
+
+
+triton: Any
+tl: Any
+try:
+    import triton  # type: ignore[no-redef]
+    import triton.language as tl  # type: ignore[no-redef]
+
+    HAS_TRITON = True
+except ImportError:  # there are no wheels outside Linux
+    triton = tl = _Absent()
+    HAS_TRITON = False
+
+Backend = Literal["auto", "triton", "reference"]
+
+INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
+AUTO: str = os.environ.get("REVGRAD_KERNELS", "auto")
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot compute this."""
+
+
+def fused(backend: str, *tensors: Tensor) -> bool:
+    """Whether Triton computes, as asked for in the call or else in the environment.
+
+    Args:
+        backend: `auto`, `triton` or `reference`.
+        tensors: All inputs of the operator.
+
+    Raises:
+        BackendError: Triton was asked for and cannot run here, or the tensors are on several devices.
+        ValueError: No such backend.
+    """
+    wanted = AUTO if backend == "auto" else backend
+    if wanted not in get_args(Backend):
+        where = "REVGRAD_KERNELS" if backend == "auto" else "backend"
+        raise ValueError(f"{where} must be one of {', '.join(get_args(Backend))}, got {wanted!r}")
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise BackendError(f"all tensors must be on one device, got {', '.join(sorted(map(str, devices)))}")
+    if wanted == "reference":
+        return False
+    runs = can_run(tensors[0].device)
+    if wanted == "triton" and not runs:
+        reason = "it needs a CUDA device" if HAS_TRITON else "it is not installed"
+        raise BackendError(
+            f"Triton cannot compute on {tensors[0].device}: {reason}; choose backend 'auto' or 'reference'"
+        )
+    return runs and (wanted == "triton" or tensors[0].is_cuda)
+
+
+def can_run(device: torch.device) -> bool:
+    """Whether Triton kernels run on tensors of this device."""
+    return HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
+
+
+def refuse_second_derivative(operator: Any) -> None:
+    """Make the gradient of a backward operator an error that says what to do."""
+
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        name = operator._qualname
+        raise BackendError(f"{name} has no derivative in Triton: for second derivatives choose 'reference'")
+
+    operator.register_autograd(backward)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def arithmetic(*tensors: Tensor) -> Any:
+    """The dtype that a kernel computes in: float64 if any input is, else float32."""
+    return tl.float64 if any(t.dtype == torch.float64 for t in tensors) else tl.float32
+
+
+def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+    """As `arithmetic`, for the reference."""
+    return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

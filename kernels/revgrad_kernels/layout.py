@@ -1,0 +1,122 @@
+"""Memory layouts that the kernels understand, and how work is cut into tiles.
+
+A tensor `[B, C, ...]` is canonical if it is contiguous or channels-last. Either way it is a matrix without gaps whose
+rows, or whose columns, are channels.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from revgrad_kernels.backend import INTERPRETED, tl, triton
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+_SMALLEST_TILE = 1024
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Whether a tensor without gaps keeps its channels last, and is not contiguous as well."""
+    layout = _CHANNELS_LAST.get(x.ndim)
+    return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+
+
+def canonical(x: Tensor) -> Tensor:
+    """The tensor itself if it is contiguous or channels-last, else a contiguous copy."""
+    return x if is_channels_last(x) else x.contiguous()
+
+
+def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
+    """`t`, of the rank of the canonical `x`, in its memory layout; a copy only if it must be."""
+    return t.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if is_channels_last(x) else t.contiguous()
+
+
+def expanded(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
+    """The tensors, each broadcast to the shape of `x`; their gradients are summed as they should be.
+
+    Raises:
+        ValueError: One does not broadcast to it; names operator and argument.
+    """
+    for name, t in tensors.items():
+        padded = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
+        if len(padded) != x.ndim or any(n not in (1, wanted) for n, wanted in zip(padded, x.shape, strict=True)):
+            raise ValueError(f"{operator}: {name} {tuple(t.shape)} does not broadcast to {tuple(x.shape)}")
+    return tuple(t if t.shape == x.shape else t.expand_as(x) for t in tensors.values())
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A canonical tensor as rows and columns."""
+
+    rows: int
+    columns: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a tile: a power of two, never more than a tile has elements."""
+        return min(triton.next_power_of_2(self.columns), _SMALLEST_TILE)
+
+    def grid(self, meta: dict[str, Any]) -> tuple[int]:
+        """Number of programs, given the elements of a tile as `TILE`."""
+        return (triton.cdiv(self.rows, meta["TILE"] // self.width) * triton.cdiv(self.columns, self.width),)
+
+
+def elements(x: Tensor) -> Matrix:
+    """Where channels do not matter: one element a row."""
+    return Matrix(x.numel(), 1)
+
+
+def channels(x: Tensor) -> Matrix:
+    """`[B, C, ...]` with one channel a row if contiguous (row r is channel r mod C), one a column if channels-last."""
+    columns = x.shape[1] if channels_are_columns(x) else math.prod(x.shape[2:])
+    return Matrix(x.numel() // max(1, columns), columns)
+
+
+def channels_are_columns(x: Tensor) -> bool:
+    """Which of the two `channels` makes of a canonical tensor."""
+    return is_channels_last(x) or x.ndim == 2
+
+
+def samples(x: Tensor) -> Matrix:
+    """`[B, C, ...]` with rows in which the channels are together: a sample if contiguous, a pixel if channels-last.
+
+    Side by side in a row of a tensor with n C channels lie n groups of as many columns as this matrix has.
+    """
+    columns = x.shape[1] if is_channels_last(x) else math.prod(x.shape[1:])
+    return Matrix(x.numel() // max(1, columns), columns)
+
+
+@triton.jit
+def tile(rows, columns, TILE: tl.constexpr, WIDTH: tl.constexpr):
+    """The rows `[TILE / WIDTH, 1]`, columns `[1, WIDTH]` and mask of this program, in 64 bits."""
+    HEIGHT: tl.constexpr = TILE // WIDTH
+    across = tl.cdiv(columns, WIDTH)
+    program = tl.program_id(0).to(tl.int64)
+    row = (program // across) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
+    column = (program % across) * WIDTH + tl.arange(0, WIDTH)[None, :]
+    return row, column, (row < rows) & (column < columns)
+
+
+def size_class(numel: int) -> int:
+    """Tensors of one class share a tuning: 0 is launch-bound, 1 fits the cache of a GPU, 2 streams from memory."""
+    return (numel > 2**16) + (numel > 2**22)
+
+
+def configurations() -> list[Any]:
+    """What a pointwise kernel is tuned over: elements of a tile, and warps.
+
+    4 warps with 1024 elements are 8 elements a thread, two 16-byte loads in float32: the least that keeps a memory
+    bus busy. Larger tiles spend less on indices and more on registers. Not yet measured on a GPU.
+    """
+    sizes = [(_SMALLEST_TILE, 4)] if INTERPRETED else [(_SMALLEST_TILE, 4), (2048, 8), (4096, 8)]
+    return [triton.Config({"TILE": size}, num_warps=warps) for size, warps in sizes]
+
+
+def tuned(kernel: Any) -> Any:
+    """The kernel, tuned once per class of sizes and dtype; the choice is kept on disk, so later runs do not tune.
+
+    The kernel must take `size`, a `size_class`, and write each output wholly whatever the tile.
+    """
+    return triton.autotune(configs=configurations(), key=["size"], cache_results=True)(kernel)
