@@ -41,7 +41,7 @@ def parse_train_config(program: str, description: str, arguments: list[str]) -> 
     """
     try:
         name, arguments = choose_model(arguments)
-    except (ValueError, OSError, yaml.YAMLError) as error:
+    except (ValueError, OSError) as error:
         train_parser(program, description).error(str(error))
     parser = train_parser(program, description, name)
     options = parser.parse_args(arguments)
@@ -54,8 +54,11 @@ def parse_train_config(program: str, description: str, arguments: list[str]) -> 
 def choose_model(arguments: list[str]) -> tuple[str, list[str]]:
     """The model that a command line names, and the arguments for the parser of that model.
 
+    The last `--model` says it, else the last YAML file with a section on the model, which without a name is CrevNet's.
+
     Raises:
-        ValueError: No such model.
+        ValueError: No such model, or a file is not YAML.
+        OSError: A file cannot be read.
     """
     rest: list[str] = []
     name = ""
@@ -66,14 +69,16 @@ def choose_model(arguments: list[str]) -> tuple[str, list[str]]:
         if option not in ("--model", "--model.name", "--config"):
             rest.append(word)
             continue
-        value = value if equals else next(words, "")
-        if option == "--config":
-            files.append((len(rest), _read_yaml(value)))
+        given = value if equals else next(words, None)
+        if given is None:
+            rest.append(word)  # the parser says what is missing
+        elif option == "--config":
+            files.append((len(rest), _read_yaml(given)))
             rest.append("")
         else:
-            name = _known_model(value)
+            name = _known_model(given)
     if not name:
-        name = _known_model(([_named(content) for _, content in files] or ["crevnet"])[-1])
+        name = _known_model((["crevnet"] + [_named(content) for _, content in files if content.get("model")])[-1])
     for place, content in files:
         if _named(content) != name:
             shared = content.get("model") or {}
@@ -114,7 +119,10 @@ def as_plain(value: Any) -> Any:
 
 
 def _read_yaml(path: Path | str) -> dict[str, Any]:
-    content = yaml.safe_load(Path(path).read_text())
+    try:
+        content = yaml.safe_load(Path(path).read_text())
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not a YAML file: {error}") from error
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict | None):
         raise ValueError(f"{path} is not the configuration of a training run: it must hold sections such as model:")
     return content
