@@ -4,48 +4,56 @@ from collections.abc import Sequence
 
 import torch
 from revgrad_kernels import pixel_shuffle, pixel_unshuffle
+from revgrad_kernels.pixel_shuffle import Order
 from torch import Tensor
 
 from revgrad.errors import StreamError
-from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams
+from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Run, Step, Streams
 
 
 class Bijection(ReversibleLayer):
     """A permutation of values. Its Jacobian is orthogonal: gradients go back by the inverse itself."""
 
-    def rewind(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""
-        return Rewound(self.undo(streams, step), self.undo(_dense(streams, grads), step), (), (None,) * len(wrt))
+        return _rearrange(self.undo, flow, step, wrt)
 
-    def rewind_undo(
-        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
-    ) -> Rewound:
+    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, in the other direction."""
-        return Rewound(self.run(streams, step), self.run(_dense(streams, grads), step), (), (None,) * len(wrt))
+        return _rearrange(self.run, flow, step, wrt)
 
 
-def _dense(streams: Streams, grads: Grads) -> Streams:
-    return tuple(torch.zeros_like(x) if g is None else g for x, g in zip(streams, grads, strict=True))
+def _rearrange(move: Run, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
+    grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
+    flow.streams[:] = move(tuple(flow.streams), step)
+    flow.grads[:] = move(grads, step)
+    return Rewound((), (None,) * len(wrt))
 
 
 class PixelUnshuffle(Bijection):
-    """Fold space into channels in all streams: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1)."""
+    """Fold space into channels in all streams: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1).
 
-    def __init__(self, factor: int = 2) -> None:
+    Args:
+        factor: n.
+        order: Of the output channels, `pytorch` or `irevnet`; see `revgrad_kernels.pixel_shuffle`.
+    """
+
+    def __init__(self, factor: int = 2, order: Order = "pytorch") -> None:
         super().__init__()
         self.factor = factor
+        self.order = order
 
     def run(self, streams: Streams, step: Step) -> Streams:
         """Space to channels."""
-        return tuple(pixel_unshuffle(x, self.factor) for x in streams)
+        return tuple(pixel_unshuffle(x, self.factor, order=self.order) for x in streams)
 
     def undo(self, streams: Streams, step: Step) -> Streams:
         """Channels to space."""
-        return tuple(pixel_shuffle(x, self.factor) for x in streams)
+        return tuple(pixel_shuffle(x, self.factor, order=self.order) for x in streams)
 
     def extra_repr(self) -> str:
-        """The factor."""
-        return f"factor={self.factor}"
+        """Factor and order."""
+        return f"factor={self.factor}, order={self.order!r}"
 
 
 class PixelShuffle(PixelUnshuffle):

@@ -1,16 +1,16 @@
 """Running, undoing and rewinding a list of layers: the inner loops of every mode."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from revgrad.errors import StreamError
-from revgrad.layer import Grads, ReversibleLayer, State, Step, Streams
+from revgrad.layer import Flow, Grads, ReversibleLayer, State, Step, Streams
 from revgrad.residue import Residue
 
 
@@ -132,52 +132,60 @@ class ChainGradients:
             else:
                 self.total[i], self._owned[i] = total + grad, True
 
+    def take(self, indices: Sequence[int]) -> Grads:
+        """Give away the sums of these parameters, which are complete."""
+        taken = tuple(self.total[i] for i in indices)
+        for i in indices:
+            self.total[i] = None
+        return taken
+
 
 def rewind_chain(
     links: tuple[Link, ...],
-    streams: Streams,
-    grads: Grads,
+    flow: Flow,
     reads: list[Read],
     residue: Residue | None,
+    around: Around,
     replaying: Around,
     indices_of: Callable[[ReversibleLayer], list[int]],
     into: ChainGradients,
     joining: Grads = (),
-) -> tuple[Streams, Grads]:
+) -> Iterator[int]:
     """Recover the chain's input and the gradients with respect to it, one layer's graph alive at a time.
 
     Args:
         links: The layers.
-        streams: Outputs of the chain.
-        grads: Gradients with respect to them.
-        reads: What each layer has read.
+        flow: Outputs of the chain and gradients with respect to them; becomes its inputs and theirs.
+        reads: What each layer has read; is used up.
         residue: None in float arithmetic.
+        around: Context manager around each layer, given its position.
         replaying: Context manager for the second evaluation of each layer, given its position.
         indices_of: Which of `into.parameters` a layer has.
         into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
         joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon
             as its stream has been rewound to the input, which is the order in which stored autograd adds.
+
+    Yields:
+        The position of each layer that has been rewound.
     """
     first = first_updates(links, len(joining))
-    grads = _join(grads, joining, first, len(links))
+    _join(flow, joining, first, len(links))
     for i in reversed(range(len(links))):
         name, layer = links[i]
-        step = Step(
-            name=name,
-            state=reads[i].state,
-            strides=reads[i].strides,
-            residue=residue,
-            replay=lambda i=i: replaying(i),  # type: ignore[misc]
-        )
+        read = reads.pop()
+        step = Step(name=name, state=read.state, strides=read.strides, residue=residue, replay=partial(replaying, i))
         state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
         indices = indices_of(layer)
-        back = layer.rewind(streams, grads, step, state_grads, [into.parameters[j] for j in indices])
-        streams, grads = back.streams, _join(back.grads, joining, first, i)
+        with around(i):
+            back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
+        _join(flow, joining, first, i)
         into.add(indices, back.parameter_grads)
         if layer.stateful:
             cut = len(back.state_grads) - layer.carries
             into.states[i], into.carry = back.state_grads[:cut], back.state_grads[cut:]
-    return streams, grads
+        # What a paused rewind still names would stay alive.
+        del read, step, state_grads, back
+        yield i
 
 
 def first_updates(links: tuple[Link, ...], count: int) -> list[int]:
@@ -199,10 +207,10 @@ def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     return a + b
 
 
-def _join(grads: Grads, joining: Grads, first: list[int], position: int) -> Grads:
-    if position not in first:
-        return grads
-    return tuple(add(joining[s], g) if first[s] == position else g for s, g in enumerate(grads))
+def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:
+    for s, at in enumerate(first):
+        if at == position:
+            flow.grads[s] = add(joining[s], flow.grads[s])
 
 
 def _joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
@@ -224,22 +232,29 @@ def fingerprint(streams: Streams) -> Tensor:
     """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the
     sum of squares.
 
-    Computed in float64 on pieces of fixed size, so that checking a large stream takes no memory. Equal streams give
-    equal fingerprints, bit for bit.
+    Computed in float64 on pieces of fixed size, so that checking a large stream takes little memory. Equal streams
+    give equal fingerprints, bit for bit.
     """
-    parts = []
-    for x in streams:
-        weighted, plain, squares = x.new_zeros(3, dtype=torch.float64).unbind()
-        for piece in x.detach().flatten().split(_PIECE):
-            values = piece.to(torch.float64, copy=True)  # a view may be unaligned, and the sum in another order
-            weighted += torch.dot(values, _weights(x.device)[: len(values)])
-            plain += values.sum()
-            squares += torch.dot(values, values)
-        parts += [weighted, plain / max(1, x.numel()) ** 0.5, squares]
-    return torch.stack(parts)
+    return torch.cat([_fingerprint(x.detach()) for x in streams])
 
 
-_PIECE = 16384
+def _fingerprint(x: Tensor) -> Tensor:
+    flat = x.flatten()
+    # Always read from the same buffer: a view may be unaligned, and the sum then in another order.
+    buffer = x.new_empty(min(_PIECE, len(flat)), dtype=torch.float64)
+    weights = _weights(x.device)
+    sums = []
+    for piece in flat.split(_PIECE):
+        if len(piece) < _PIECE:
+            buffer, weights = buffer[: len(piece)], weights[: len(piece)]
+        values = buffer.copy_(piece)
+        sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
+    weighted, plain, squares = torch.stack(sums).view(-1, 3).sum(0).unbind()
+    return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])
+
+
+_PIECE = 65536
+"""Half a megabyte in float64: it stays in the cache, and the operators' overhead is spread over it."""
 
 
 @cache

@@ -9,16 +9,35 @@ therefore evaluates the transform exactly once, on the very input that the forwa
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from revgrad_kernels import weighted_sum, weighted_sum_backward, weighted_sum_inverse
+from revgrad_kernels import (
+    exact_additive,
+    exact_additive_inverse,
+    exact_weighted_sum_backward,
+    weighted_sum,
+    weighted_sum_backward,
+    weighted_sum_inverse,
+)
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
-from revgrad.layer import Grads, ReversibleLayer, Rewound, Step, Streams, check_closed, gradients, leaf
-from revgrad.residue import Residue, grid_of, quantised_rest, to_numerator
+from revgrad.layer import (
+    Flow,
+    Grads,
+    ReversibleLayer,
+    Rewound,
+    Step,
+    Streams,
+    check_closed,
+    edge,
+    gradients,
+    leaf,
+)
+from revgrad.residue import Residue
 
 Message = Tensor | tuple[Tensor, ...]
 
@@ -96,15 +115,13 @@ class Coupling(ReversibleLayer):
         """Restore the target."""
         return self._update(streams, step, undo=True)
 
-    def rewind(self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Restore the target and pull the gradients back, with one evaluation of the transform."""
-        return self._rewind(streams, grads, step, state_grads, wrt, undo=False)
+        return self._rewind(flow, step, state_grads, wrt, undo=False)
 
-    def rewind_undo(
-        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
-    ) -> Rewound:
+    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, for an application of `undo`."""
-        return self._rewind(streams, grads, step, state_grads, wrt, undo=True)
+        return self._rewind(flow, step, state_grads, wrt, undo=True)
 
     def _update(self, streams: Streams, step: Step, *, undo: bool) -> Streams:
         self._check_streams(streams, step)
@@ -116,35 +133,38 @@ class Coupling(ReversibleLayer):
             step.residue.watch(step.name, updated)
         return _replace(streams, self.target, updated)
 
-    def _rewind(
-        self, streams: Streams, grads: Grads, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool
-    ) -> Rewound:
-        source = leaf(_laid_out(streams[self.source], step.strides))
+    def _rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool) -> Rewound:
+        streams, grads = flow.streams, flow.grads
+        # A copy in the layout of the forward pass takes the stream's place: there are never both.
+        streams[self.source] = _laid_out(streams[self.source], step.strides)
+        source = leaf(streams[self.source])
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
             message, new_state = self._message(source, streams[self.target], states, step.name)
-        step.new_state = tuple(s.detach() for s in new_state)
         if not self._closed:
             check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
             self._closed = True
+        # From here on the graph alone decides which messages and states stay alive, and until when.
+        outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)
+        del message, new_state
         with torch.no_grad():
-            before = self._updated(streams[self.target], values, step.residue, undo=not undo)
+            streams[self.target] = self._updated(streams[self.target], values, step.residue, undo=not undo)
         grad = grads[self.target]
-        target_grad: Tensor | None = None
-        message_grads: Grads = (None,) * len(message)
+        message_grads: Grads = (None,) * len(values)
         if grad is not None:
             vjp = self.unmerge_vjp if undo else self.merge_vjp
             with _no_autocast(grad):
-                target_grad, *rest = vjp(grad, step.residue is not None, before, *values)
+                grads[self.target], *rest = vjp(grad, step.residue is not None, streams[self.target], *values)
             message_grads = tuple(rest)
         del values, grad
         # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
-        outputs = (*message, *new_state, source)
-        found = gradients(outputs, (*message_grads, *state_grads, grads[self.source]), (source, *states, *wrt))
+        found = gradients(
+            (*outputs, source), (*message_grads, *state_grads, grads[self.source]), (source, *states, *wrt)
+        )
+        grads[self.source] = found[0]
         n = 1 + len(states)
-        new_grads = _replace(_replace(grads, self.target, target_grad), self.source, found[0])
-        return Rewound(_replace(streams, self.target, before), new_grads, found[1:n], found[n:])
+        return Rewound(found[1:n], found[n:])
 
     def _message(self, source: Tensor, target: Tensor, state: Streams, name: str) -> tuple[Streams, Streams]:
         """Evaluate the transform and check what it returns."""
@@ -184,9 +204,11 @@ class Coupling(ReversibleLayer):
     def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with _no_autocast(target):
             if residue is None:
-                message = tuple(m.to(target.dtype) for m in message)
+                message = tuple([m.to(target.dtype) for m in message])
                 return self.unmerge(target, *message) if undo else self.merge(target, *message)
-            return _ExactUpdate.apply(self, undo, residue, target, *message)
+            if torch.is_grad_enabled():
+                return _ExactUpdate.apply(self, undo, residue, target, *message)
+            return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(self.source, self.target):
@@ -216,11 +238,11 @@ class AdditiveCoupling(Coupling):
 
     def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
         """Add the message rounded to the grid; nothing is forgotten."""
-        return grid_of(target).snap(message[0].to(target.dtype)).add_(target)
+        return exact_additive(target, message[0])
 
     def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
         """Subtract the message rounded to the grid."""
-        return merged - grid_of(merged).snap(message[0].to(merged.dtype))
+        return exact_additive_inverse(merged, message[0])
 
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
         """The same gradient for both."""
@@ -267,35 +289,20 @@ class GatedCoupling(Coupling):
         return weighted_sum_inverse(a, merged, h)
 
     def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
-        """Scale the target exactly, then add `g h` rounded to the grid."""
-        numerator, shift = _gate_and_shift(target, *message)
-        return residue.scale(target, numerator).add_(shift)
+        """Scale the target exactly and add `g h` rounded to the grid."""
+        a, h = message
+        return residue.merge(a, target, h)
 
     def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
         """Subtract `g h`, then undo the scaling."""
-        numerator, shift = _gate_and_shift(merged, *message)
-        return residue.unscale(merged - shift, numerator)
+        a, h = message
+        return residue.unmerge(a, merged, h)
 
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
         """In one pass, with the gate that the forward pass used."""
-        if not exact:
-            grad_a, grad_x, grad_h = weighted_sum_backward(message[0], target, message[1], grad)
-            return grad_x, grad_a, grad_h
-        a, h = (m.to(target.dtype) for m in message)
-        s = torch.sigmoid(a)
-        grad_h = grad * _float_gate(quantised_rest(s))
-        grad_a = (h - target) * grad * (s * (1 - s))
-        return grad - grad_h, grad_a.to(message[0].dtype), grad_h.to(message[1].dtype)
-
-
-def _gate_and_shift(target: Tensor, a: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The quantised `1 - g` as a numerator, and `g h` on the grid."""
-    rest = quantised_rest(torch.sigmoid(a.to(target.dtype)))
-    return to_numerator(rest), grid_of(target).snap(_float_gate(rest).mul_(h))
-
-
-def _float_gate(rest: Tensor) -> Tensor:
-    return 1 - rest * 2.0**-16
+        backward = exact_weighted_sum_backward if exact else weighted_sum_backward
+        grad_a, grad_x, grad_h = backward(message[0], target, message[1], grad)
+        return grad_x, grad_a, grad_h
 
 
 class _ExactUpdate(torch.autograd.Function):
@@ -324,13 +331,16 @@ def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
     return gradients((out,), (grad,), leaves)
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
+def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
-    return torch.autocast(x.device.type, enabled=False)
+    kind = x.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _dense(x: Tensor) -> Tensor:
     """A copy without gaps of a view with gaps (a chunk of channels): what a layout can be restored from."""
+    if x.is_contiguous():
+        return x
     span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     return x if span == x.numel() else x.contiguous()
 

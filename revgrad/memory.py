@@ -16,18 +16,26 @@ class LiveMemory(TorchDispatchMode):
     operator (a convolution's reordered weights) is not seen. Under autograd the backward pass is counted too, if it
     is called inside the context.
 
+    Args:
+        resized: Whether to look for storages that are resized by hand, as some libraries do to free what is still
+            referred to. It takes a look at every storage before every operator.
+
     Attributes:
         live: Bytes alive now.
         peak: Largest value of `live` so far; `reset_peak` starts over.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, resized: bool = False) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
+        self.resized = resized
         self._sizes: dict[int, int] = {}
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if self.resized:
+            self._look_again()
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
@@ -40,11 +48,21 @@ class LiveMemory(TorchDispatchMode):
         if key in self._sizes or key in before:
             return
         self._sizes[key] = storage.nbytes()
+        self._storages[key] = weakref.ref(storage)
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
         weakref.finalize(storage, self._free, key).atexit = False
 
+    def _look_again(self) -> None:
+        for key, ref in self._storages.items():
+            storage = ref()
+            if storage is not None and storage.nbytes() != self._sizes[key]:
+                self.live += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+
     def _free(self, key: int) -> None:
+        self._storages.pop(key, None)
         self.live -= self._sizes.pop(key, 0)
 
     def reset_peak(self) -> None:

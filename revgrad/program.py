@@ -51,7 +51,8 @@ class Program:
         """The context of one part of a step, by position."""
         if context is None:
             return no_context
-        return lambda position: context(self.application(t, part, position))
+        first = self.application(t, part, 0)
+        return lambda position: context(first + position)
 
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
         """Put a given input on the grid, where exact."""

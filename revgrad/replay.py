@@ -6,7 +6,9 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,49 +18,72 @@ from revgrad.errors import ReversibilityError
 from revgrad.layer import ReversibleLayer
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """A place in a module that holds a parameter. A shared parameter has several."""
 
     module: nn.Module
     name: str
-    index: int
+    parameter: int
     """Which of the parameters it holds."""
+
+
+_CPU = torch.device("cpu")
+
+
+@dataclass
+class Scope:
+    """The modules of one layer, or of several, each of them once."""
+
+    slots: list[Slot] = field(default_factory=list)
+    modules: list[nn.Module] = field(default_factory=list)
+    training: list[bool] = field(default_factory=list)
+    """Of each module, whether the forward pass was in train mode."""
+    norms: list[_NormBase] = field(default_factory=list)
+
+    def add(self, module: nn.Module, slots: list[Slot]) -> None:
+        """Take a module in."""
+        self.slots += slots
+        self.modules.append(module)
+        self.training.append(module.training)
+        if isinstance(module, _NormBase):
+            self.norms.append(module)
+
+    @cached_property
+    def indices(self) -> list[int]:
+        """Which parameters there are, each once."""
+        return list(dict.fromkeys([slot.parameter for slot in self.slots]))
 
 
 class Snapshot:
     """What the forward pass of some layers depends on, taken when it starts."""
 
     def __init__(self, layers: Iterable[ReversibleLayer]) -> None:
-        self.modules: list[nn.Module] = []
         self.parameters: list[nn.Parameter] = []
-        self.slots: list[Slot] = []
+        self._everything = Scope()
         self._indices: dict[int, int] = {}
-        self._of_layer: dict[int, list[int]] = {}
+        self._scopes: dict[int, Scope] = {}
         seen: set[int] = set()
         for layer in layers:
-            mine: dict[int, None] = {}
-            for module in layer.modules():
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        mine[self._index(parameter)] = None
-                        if id(module) not in seen:
-                            self.slots.append(Slot(module, name, self._index(parameter)))
+            if id(layer) in self._scopes:
+                continue
+            scope = self._scopes[id(layer)] = Scope()
+            for module in _modules(layer):
+                slots = [Slot(module, k, self._index(p)) for k, p in module._parameters.items() if p is not None]
+                scope.add(module, slots)
                 if id(module) not in seen:
                     seen.add(id(module))
-                    self.modules.append(module)
-            self._of_layer[id(layer)] = list(mine)
-        self._training = [m.training for m in self.modules]
+                    self._everything.add(module, slots)
+        self.slots, self.modules = self._everything.slots, self._everything.modules
         self._buffers = [(m, name, b, b._version) for m in self.modules for name, b in _plain_buffers(m)]
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
         ]
-        self._random_states: dict[int, list[tuple[torch.device, Tensor]]] = {}
+        self._random_states: dict[int, dict[torch.device, Tensor]] = {}
 
     def indices_of(self, layer: ReversibleLayer) -> list[int]:
         """Which parameters a layer has."""
-        return self._of_layer[id(layer)]
+        return self._scopes[id(layer)].indices
 
     def _index(self, parameter: nn.Parameter) -> int:
         index = self._indices.setdefault(id(parameter), len(self.parameters))
@@ -71,7 +96,7 @@ class Snapshot:
         """Around the first evaluation: keep the random state it started from, if it drew anything."""
         before = _random_states(device)
         yield
-        if any(not torch.equal(a, b) for (_, a), (_, b) in zip(before, _random_states(device), strict=True)):
+        if not all(map(torch.equal, before.values(), _random_states(device).values())):
             self._random_states[application] = before
 
     def check_buffers(self) -> None:
@@ -90,53 +115,90 @@ class Snapshot:
                 )
 
     @contextmanager
-    def replaying_all(self, parameters: Sequence[Tensor]) -> Iterator[None]:
-        """Around a whole backward pass: parameters, modes and statistics as in the forward pass; restored afterwards.
+    def standing_in(self, parameters: Sequence[Tensor], layer: ReversibleLayer | None = None) -> Iterator[None]:
+        """Around a second evaluation: parameters, modes and statistics as in the forward pass; restored afterwards.
 
         Args:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
                 parameters fire once, on the final gradient.
+            layer: The layer that is evaluated; by default all of them.
         """
-        with ExitStack() as stack:
-            for slot in self.slots:
-                stack.callback(slot.module._parameters.__setitem__, slot.name, slot.module._parameters[slot.name])
-                slot.module._parameters[slot.name] = parameters[slot.index]  # type: ignore[assignment]
-            for module, training in zip(self.modules, self._training, strict=True):
-                if module.training != training:
-                    stack.callback(setattr, module, "training", module.training)
-                    module.training = training
-            stack.enter_context(self.frozen_statistics())
-            yield
+        scope = self._everything if layer is None else self._scopes[id(layer)]
+        before = [slot.module._parameters[slot.name] for slot in scope.slots]
+        modes = [module.training for module in scope.modules]
+        try:
+            _put(scope.slots, [parameters[slot.parameter] for slot in scope.slots])
+            _switch(scope.modules, scope.training)
+            with _frozen(scope.norms):
+                yield
+        finally:
+            _put(scope.slots, before)
+            _switch(scope.modules, modes)
 
-    @contextmanager
-    def frozen_statistics(self) -> Iterator[None]:
-        """Around a second evaluation: running statistics of normalisation layers stay where they are.
-
-        In training mode the output depends on batch statistics alone, so the second evaluation moves copies.
-        """
-        with ExitStack() as stack:
-            for module in self.modules:
-                if isinstance(module, _NormBase) and module.training and module.track_running_stats:
-                    stack.callback(module._buffers.update, dict(module._buffers))
-                    module._buffers.update({k: b if b is None else b.clone() for k, b in module._buffers.items()})
-            yield
+    def frozen_statistics(self) -> AbstractContextManager[None]:
+        """Around a second evaluation: running statistics of normalisation layers stay where they are."""
+        return _frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: its recomputation must not move the statistics either."""
         return nullcontext(), self.frozen_statistics()
 
-    @contextmanager
-    def replaying(self, application: int) -> Iterator[None]:
+    def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
-        with ExitStack() as stack:
-            for kind, enabled, dtype in self._autocast:
-                if enabled or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            if states := self._random_states.get(application):
-                for device, state in states:
-                    stack.callback(_set_random_state, device, _get_random_state(device))
-                    _set_random_state(device, state)
-            yield
+        states = self._random_states.get(application, {})
+        autocast = [
+            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+            for kind, enabled, dtype in self._autocast
+            if enabled or torch.is_autocast_enabled(kind)
+        ]
+        return _replaying(autocast, states) if autocast or states else nullcontext()
+
+
+@contextmanager
+def _replaying(autocast: list[torch.autocast], states: dict[torch.device, Tensor]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in autocast:
+            stack.enter_context(context)
+        for device, state in states.items():
+            stack.callback(_set_random_state, device, _random_states(device)[device])
+            _set_random_state(device, state)
+        yield
+
+
+def _modules(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` gives, without making up names; it is needed in every forward pass."""
+    found: dict[nn.Module, None] = {}
+    rest: list[nn.Module | None] = [root]
+    while rest:
+        module = rest.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            rest += reversed(module._modules.values())
+    return list(found)
+
+
+def _put(slots: list[Slot], parameters: Sequence[Tensor | None]) -> None:
+    for slot, parameter in zip(slots, parameters, strict=True):
+        slot.module._parameters[slot.name] = parameter  # type: ignore[assignment]
+
+
+def _switch(modules: list[nn.Module], modes: list[bool]) -> None:
+    for module, training in zip(modules, modes, strict=True):
+        if module.training != training:
+            module.training = training
+
+
+@contextmanager
+def _frozen(norms: list[_NormBase]) -> Iterator[None]:
+    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
+    try:
+        for buffers, statistics in before:
+            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
+        yield
+    finally:
+        for buffers, statistics in before:
+            buffers.update(statistics)
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -148,13 +210,11 @@ def _autocast_devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def _random_states(device: torch.device) -> list[tuple[torch.device, Tensor]]:
-    devices = [torch.device("cpu")] + ([device] if device.type == "cuda" else [])
-    return [(d, _get_random_state(d)) for d in devices]
-
-
-def _get_random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
+def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
+    states = {_CPU: torch.get_rng_state()}
+    if device.type == "cuda":
+        states[device] = torch.cuda.get_rng_state(device)
+    return states
 
 
 def _set_random_state(device: torch.device, state: Tensor) -> None:

@@ -8,20 +8,24 @@ has to be saved. Leaving the representable range raises; it never wraps around.
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 import torch
-from revgrad_kernels import forget, recall
+from revgrad_kernels import exact_weighted_sum, exact_weighted_sum_inverse, exact_weighted_sum_refill
+from revgrad_kernels.exact_additive import FRACTION_BITS
+from revgrad_kernels.reservoir import (
+    GATE_BITS,
+    LEVELS_PER_BIT,
+    WORD_BITS,
+    pop,
+    push,
+    quantised_rest,
+    refill_of,
+    to_numerator,
+)
+from revgrad_kernels.reservoir import level_costs as _cost_table
 from torch import Tensor
 
 from revgrad.errors import ReversibilityError, StreamError
-
-GATE_BITS = 16
-"""Gates are multiples of 2^-16: as fine as the default grid of the streams."""
-
-_WORD_BITS = 16
-_LEVELS_PER_BIT = 512
-_FULL = _WORD_BITS * _LEVELS_PER_BIT
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,11 @@ class Grid:
 
     def snap(self, x: Tensor) -> Tensor:
         """Round to the nearest grid value (a scaling by powers of two is exact in floating point)."""
-        return torch.round(x * 2.0**self.fraction_bits).mul_(2.0**-self.fraction_bits)
+        return self.steps(x).mul_(2.0**-self.fraction_bits)
+
+    def steps(self, x: Tensor) -> Tensor:
+        """The nearest grid value in grid steps, in memory of its own."""
+        return (x * 2.0**self.fraction_bits).round_()
 
     def to_integers(self, x: Tensor) -> Tensor:
         """Grid values as int64."""
@@ -50,7 +58,10 @@ class Grid:
 
 
 # float64 stays below 2^46 units so that a product with a 16-bit gate fits in 63 bits.
-_GRIDS = {torch.float32: Grid(16, 8), torch.float64: Grid(32, 14)}
+_GRIDS = {
+    torch.float32: Grid(FRACTION_BITS[torch.float32], 8),
+    torch.float64: Grid(FRACTION_BITS[torch.float64], 14),
+}
 
 
 def grid_of(x: Tensor) -> Grid:
@@ -84,28 +95,8 @@ class _Snap(torch.autograd.Function):
         return grad
 
 
-@cache
-def _cost_table(device: torch.device) -> Tensor:
-    """Levels by which a factor `n / 2^16` raises a reservoir, for n in 0 .. 2^16: never less than `log2(2^16 / n)`
-    bits.
-
-    The 0.05 covers the reservoir's rounding: R' < R (2^16 / n) (1 + n / 2^30) while the reservoir holds 30 bits and
-    more.
-    """
-    n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
-    cost = torch.ceil((GATE_BITS - torch.log2(n)) * _LEVELS_PER_BIT + 0.05)
-    cost[0] = _FULL  # exact without the 0.05, as nothing is rounded; a spill must always bring the level below _FULL
-    cost[-1] = 0
-    return torch.cat([torch.zeros(1, dtype=torch.float64), cost]).to(torch.int16).to(device)
-
-
 class _Pool:
-    """One reservoir per element, and the words spilled from it.
-
-    An element at `level` holds an integer below `2^(30 + level / 512)`. At level 16 x 512 its low 16 bits are
-    spilled as one word. The level follows from the gates alone, so that undoing an update knows, without any flag,
-    whether the update spilled: it did if taking back its cost would lead below zero.
-    """
+    """One reservoir per element with its level (see `revgrad_kernels.exact_weighted_sum`), and the words spilled."""
 
     def __init__(self, value: Tensor, level: Tensor, words: list[Tensor] | None) -> None:
         self.value = value
@@ -120,39 +111,26 @@ class _Pool:
     def clone(self, *, words: bool) -> "_Pool":
         return _Pool(self.value, self.level, list(self.words or ()) if words else [])
 
-    def push(self, x: Tensor, numerator: Tensor) -> Tensor:
-        scaled, self.value = forget(x, numerator, self.value, GATE_BITS)
-        self.level = self.level + _cost_table(x.device)[numerator]
-        full = self.level >= _FULL
-        spilled = self.value[full]
+    def keep(self, value: Tensor, level: Tensor, word: Tensor, spilled: Tensor) -> None:
+        """Take over what an update left: new reservoirs and levels, and a word of each element that spilled."""
+        self.value, self.level = value, level
         if self.words is not None:
-            # int16 keeps the low word as two's complement; popping masks it back.
-            self.words.append(spilled.to(torch.int16))
-        if len(spilled):
-            self.value[full] = spilled >> _WORD_BITS  # both were made above: nobody else holds them
-            self.level -= full.to(torch.int16) * _FULL
-        return scaled
+            self.words.append(word[spilled])
 
-    def pop(self, scaled: Tensor, numerator: Tensor) -> Tensor:
+    def undo(self, level: Tensor, refill: Tensor) -> tuple[Tensor, Tensor]:
+        """Go back to the levels before the last update; returns its words, each at its element, and where they are."""
         if not self.words:
             raise ReversibilityError(
                 "the residue is exhausted: this merge was not made with this residue, or it has been undone already"
             )
-        word = self.words.pop()
-        level = self.level - _cost_table(scaled.device)[numerator]
-        empty = level < 0
-        if int(empty.sum()) != len(word):
+        words = self.words.pop()
+        if int(refill.count_nonzero()) != len(words):
             raise ReversibilityError(
                 "the residue does not fit the gates: the recomputed gates differ from those of the forward pass "
                 "(a transform that is not deterministic, or other states than in the forward pass)"
             )
-        if len(word):
-            self.value = self.value.clone()
-            self.value[empty] = (self.value[empty] << _WORD_BITS) | (word.to(torch.int64) & (2**_WORD_BITS - 1))
-            level += empty.to(torch.int16) * _FULL
         self.level = level
-        x, self.value = recall(scaled, numerator, self.value, GATE_BITS)
-        return x
+        return torch.zeros_like(level).masked_scatter_(refill, words), refill
 
 
 class Residue:
@@ -173,7 +151,8 @@ class Residue:
     def watch(self, name: str, x: Tensor) -> None:
         """Note the largest magnitude of a stream; `check_range` judges all notes at once."""
         if x.numel():
-            self._peaks.append((name, x.detach().abs().amax() / grid_of(x).limit))
+            low, high = torch.aminmax(x.detach())
+            self._peaks.append((name, torch.maximum(-low, high) / grid_of(x).limit))
 
     def check_range(self) -> None:
         """Raise if a watched stream left the grid.
@@ -199,6 +178,30 @@ class Residue:
             "scale the input, normalise inside the transform or lower the learning rate; or choose arithmetic='float'"
         )
 
+    def merge(self, logits: Tensor, x: Tensor, h: Tensor) -> Tensor:
+        """The weighted sum `(1 - g) x + g h` of grid values `x`, `g = sigmoid(logits)`, with `1 - g` and `g h` rounded.
+
+        Args:
+            logits: Shape of `x` or broadcastable to it.
+            x: Grid values, any shape.
+            h: As `logits`.
+        """
+        pool = self._pool(x)
+        y, *after = exact_weighted_sum(logits, x, h, pool.value, pool.level, _cost_table(x.device))
+        pool.keep(*after)
+        return y
+
+    def unmerge(self, logits: Tensor, y: Tensor, h: Tensor) -> Tensor:
+        """Undo the last `merge` of this size, bit for bit.
+
+        Raises:
+            ReversibilityError: There is nothing to undo, or the gates are not those of the forward pass.
+        """
+        pool = self._pool_to_undo(y)
+        word, refill = pool.undo(*exact_weighted_sum_refill(logits, y, pool.level, _cost_table(y.device)))
+        x, pool.value = exact_weighted_sum_inverse(logits, y, h, pool.value, word, refill)
+        return x
+
     def scale(self, x: Tensor, numerator: Tensor) -> Tensor:
         """Scale grid values by `numerator / 2^16`; the result is off the exact product by less than one grid step.
 
@@ -206,29 +209,34 @@ class Residue:
             x: Grid values, any shape.
             numerator: int64 in `1 .. 2^16`, same shape.
         """
-        pool = self._pools.get(x.numel())
-        if pool is None:
-            pool = self._pools[x.numel()] = _Pool.empty(x.numel(), x.device, keep=self.keep)
-        grid = grid_of(x)
-        scaled = pool.push(grid.to_integers(x).flatten(), numerator.flatten())
+        grid, pool = grid_of(x), self._pool(x)
+        integers = grid.to_integers(x).flatten()
+        scaled, *after = push(integers, numerator.flatten(), pool.value, pool.level, _cost_table(x.device))
+        pool.keep(*after)
         return grid.to_floats(scaled, x.dtype).view(x.shape)
 
     def unscale(self, scaled: Tensor, numerator: Tensor) -> Tensor:
-        """Undo the last `scale` of this size, bit for bit.
+        """Undo the last `scale` of this size, bit for bit; raises as `unmerge`."""
+        grid, pool, numerator = grid_of(scaled), self._pool_to_undo(scaled), numerator.flatten()
+        word, refill = pool.undo(*refill_of(numerator, pool.level, _cost_table(scaled.device)))
+        integers = grid.to_integers(scaled).flatten()
+        x, pool.value = pop(integers, numerator, pool.value, word, refill)
+        return grid.to_floats(x, scaled.dtype).view(scaled.shape)
 
-        Raises:
-            ReversibilityError: There is nothing to undo, or the gates are not those of the forward pass.
-        """
-        pool = self._pools.get(scaled.numel())
+    def _pool(self, x: Tensor) -> _Pool:
+        pool = self._pools.get(x.numel())
+        if pool is None:
+            pool = self._pools[x.numel()] = _Pool.empty(x.numel(), x.device, keep=self.keep)
+        return pool
+
+    def _pool_to_undo(self, x: Tensor) -> _Pool:
+        pool = self._pools.get(x.numel())
         if pool is None:
             raise ReversibilityError(
                 "exact arithmetic needs the residue of the forward pass to undo a gated merge: pass the residue "
-                "that the forward "
-                "pass returned, or choose arithmetic='float'"
+                "that the forward pass returned, or choose arithmetic='float'"
             )
-        grid = grid_of(scaled)
-        x = pool.pop(grid.to_integers(scaled).flatten(), numerator.flatten())
-        return grid.to_floats(x, scaled.dtype).view(scaled.shape)
+        return pool
 
     def check_undone_to(self, start: "Residue | None" = None) -> None:
         """Raise unless everything since `start` (by default: since the residue was empty) has been undone.
@@ -253,14 +261,14 @@ class Residue:
     @property
     def bits(self) -> int:
         """Bits stored: spilled words, reservoirs and their levels."""
-        words = sum(16 * sum(map(len, pool.words or ())) for pool in self._pools.values())
+        words = sum(WORD_BITS * sum(map(len, pool.words or ())) for pool in self._pools.values())
         return words + sum((64 + 16) * len(pool.value) for pool in self._pools.values())
 
     @property
     def used_bits(self) -> float:
         """Bits of information held: spilled words, and the filled part of the reservoirs beyond their fixed 30 bits."""
-        words = sum(16 * sum(map(len, pool.words or ())) for pool in self._pools.values())
-        return words + sum(float(pool.level.sum()) / _LEVELS_PER_BIT for pool in self._pools.values())
+        words = sum(WORD_BITS * sum(map(len, pool.words or ())) for pool in self._pools.values())
+        return words + sum(float(pool.level.sum()) / LEVELS_PER_BIT for pool in self._pools.values())
 
     def clone(self, *, words: bool = True) -> "Residue":
         """An independent copy; tensors are shared, since every operation replaces them.
@@ -298,16 +306,6 @@ class Residue:
 def quantise_gate(gate: Tensor) -> Tensor:
     """The numerator `n` of `1 - gate = n / 2^16`: int64 in `1 .. 2^16`, so that nothing is ever multiplied by zero."""
     return to_numerator(quantised_rest(gate))
-
-
-def quantised_rest(gate: Tensor) -> Tensor:
-    """`2^16 (1 - gate)` rounded, as a float: NaN where the gate is."""
-    return torch.round((1 - gate) * 2.0**GATE_BITS).clamp_(1, 2**GATE_BITS)
-
-
-def to_numerator(rest: Tensor) -> Tensor:
-    """Int64; 1 for NaN, which as an integer would be anything, zero included."""
-    return rest.nan_to_num(nan=1.0).to(torch.int64)
 
 
 def entropy_bits(numerator: Tensor) -> float:

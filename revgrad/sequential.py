@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from revgrad.chain import ChainState, undo_chain
 from revgrad.errors import StreamError
+from revgrad.function import run_reversible
 from revgrad.layer import ReversibleLayer, Step, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue
@@ -19,7 +20,6 @@ from revgrad.unroll import (
     checked_streams,
     is_exact,
     run_layers_checkpointed,
-    run_reversible,
 )
 
 Result = Tensor | Streams

@@ -12,9 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from revgrad.chain import ChainState, Link, stateless
 from revgrad.coupling import GatedCoupling
 from revgrad.errors import StreamError
-from revgrad.function import Reversible
+from revgrad.function import run_reversible
 from revgrad.layer import Inverse, ReversibleLayer, Streams
-from revgrad.program import Program, flat, stack
+from revgrad.program import Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 
@@ -98,19 +98,6 @@ def run_stored(
     if residue is not None:
         residue.check_range()
     return stack(outputs), state
-
-
-def run_reversible(
-    program: Program, given: list[Streams | None], state: ChainState, *, stacked: bool
-) -> tuple[Streams, ChainState]:
-    """All time steps in one autograd Function that recomputes backwards."""
-    snapshot = Snapshot(program.layers())
-    first = next(x for x in given if x is not None)
-    results = Reversible.apply(
-        program, snapshot, len(first), stacked, state, *flat(given), *state.tensors(), *snapshot.parameters
-    )
-    n = len(results) - len(state.tensors())
-    return results[:n], state.replace(results[n:])
 
 
 def _run_checkpointed(program: Program, given: list[Streams | None], state: ChainState) -> tuple[Streams, ChainState]:

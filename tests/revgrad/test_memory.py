@@ -8,6 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from revgrad import ChainState, LiveMemory, Residue, unroll
+from revgrad.chain import fingerprint
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -20,6 +21,7 @@ ROW = 4 * (WIDTH * 2 * WIDTH + 2 * WIDTH + 2 * WIDTH * WIDTH + WIDTH)  # paramet
 @pytest.fixture
 def no_collector():
     """What is freed must be freed by reference counts alone."""
+    fingerprint((torch.zeros(1),))  # its weights are made once and stay
     gc.collect()
     gc.disable()
     yield
@@ -83,6 +85,21 @@ def test_counts_tensors_of_every_output(no_collector):
         assert memory.live == 24 + 48
         del values, indices
         assert memory.live == 0
+
+
+def test_sees_storages_that_are_resized_by_hand(no_collector):
+    for resized, live in ((True, 40), (False, 80)):
+        with LiveMemory(resized=resized) as memory:
+            a, b = torch.zeros(10), torch.zeros(10)
+            a.untyped_storage().resize_(0)
+            b.add_(1)
+            assert memory.live == live
+            a.untyped_storage().resize_(80)
+            b.add_(1)
+            assert memory.live == (120 if resized else 80)
+            del a, b
+            assert memory.live == 0
+        assert memory.peak == (120 if resized else 80)
 
 
 def test_counts_fake_tensors_of_any_size():
@@ -165,6 +182,56 @@ def test_peak_is_flat_in_depth_up_to_parameter_gradients(make, check, no_collect
     assert long[0] - short[0] == 12 * 3 * STREAM
     assert long[1] - short[1] >= 12 * 3 * STREAM
     assert measure(16, False, "reversible")[1] < long[1] / 2
+
+
+def test_peak_is_flat_in_depth_where_gradients_are_added_up(make, check, no_collector):
+    """Whoever adds up gradients over several batches has them already: no second set is made."""
+    x = make.streams(BATCH, WIDTH)
+    peaks = {}
+    for depth in (4, 16, 64):
+        model = make.chain("additive", depth, WIDTH)
+        for p in (*model.parameters(), *x):
+            p.grad = torch.zeros_like(p)
+        peaks[depth] = held_and_peak(model, x, check)[1]
+    assert peaks[4] == peaks[16] == peaks[64]
+
+
+def test_peak_of_the_backward_pass_is_streams_gradients_and_one_graph(make, no_collector):
+    """Of the outputs and of the gradients that came in, nothing stays alive."""
+    x = make.streams(BATCH, WIDTH)
+    weight = torch.randn(BATCH, WIDTH)
+    for depth in (2, 3, 8):
+        model = make.chain("additive", depth, WIDTH).requires_grad_(False)
+        with LiveMemory() as memory:
+            loss = sum((y * weight).sum() for y in model(*x))
+            memory.reset_peak()
+            loss.backward()
+            # Two streams and their gradients; of the transform, what tanh saved and two gradients as large.
+            assert (4 + 3 * 2) * STREAM <= memory.peak < 10.1 * STREAM
+            del loss
+
+
+def test_an_error_between_two_layers_frees_everything(make, no_collector):
+    x = make.streams(BATCH, WIDTH)
+    model = make.chain("additive", 4, WIDTH)
+
+    def fail(p):
+        raise RuntimeError("from a hook")
+
+    for p in (*model.parameters(), *x):
+        p.grad = torch.zeros_like(p)
+    model[2].transform.first.weight.register_post_accumulate_grad_hook(fail)
+    with LiveMemory() as memory:
+        loss = sum(y.sum() for y in model(*x))
+        try:
+            loss.backward()
+        except RuntimeError as error:
+            error.__traceback__ = None
+            error.__cause__ = error.__context__ = None
+        del loss
+        torch.ones((), requires_grad=True).backward()  # autograd forgets what was left in its queue when it next runs
+        assert memory.live == 0
+    assert model[0].transform.first.weight.grad.any() == 0
 
 
 def test_peak_of_gated_chains_grows_by_the_words_alone(make, check, no_collector):

@@ -1,0 +1,103 @@
+"""What the forward pass leaves for the backward pass, and how its tensors go through `save_for_backward`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from torch import Tensor
+
+from revgrad.chain import ChainState, Read
+from revgrad.layer import Streams
+from revgrad.residue import Residue
+
+
+@dataclass
+class Segment:
+    """Consecutive time steps whose states are recomputed together, or all of them where every state is kept."""
+
+    first: int
+    last: int
+    state: ChainState
+    """The state that the first step reads."""
+    features: Streams
+    """The core's output of the step before, for a segment whose first step is not given an input."""
+    residue: Residue | None
+    """A copy from the start of the segment, without its spilled words."""
+
+
+@dataclass
+class Tape:
+    """What the forward pass leaves for the backward pass, besides outputs and parameters."""
+
+    segments: list[Segment] = field(default_factory=list)
+    read: dict[tuple[int, int], list[Read]] = field(default_factory=dict)
+    """Per time step and part (0 entry, 1 core, 2 exit), what each layer has read."""
+    residue: Residue | None = None
+    fingerprints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    """Per time step and part (0 entry, 1 core), what the part's recovered input is compared with."""
+
+    def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
+        """Note what the next layer of a part has read, if it is one of these parts."""
+        if part in parts:
+            self.read.setdefault((t, part), []).append(read)
+
+
+@dataclass
+class _Slot:
+    """Stands for the tensor of this number."""
+
+    index: int
+
+
+@dataclass
+class _PackedResidue:
+    layout: Any
+    slots: list[_Slot]
+
+
+def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply a function to all that is neither a container nor a plain value in the fields of a tape."""
+    if isinstance(tree, Read) and not tree.state:
+        return tree
+    if isinstance(tree, ChainState):
+        return ChainState(*(_map(x, change) for x in tree))
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_map(x, change) for x in tree)
+    if isinstance(tree, dict):
+        return {k: _map(v, change) for k, v in tree.items()}
+    if isinstance(tree, (Segment, Read)):
+        return type(tree)(*(_map(getattr(tree, f.name), change) for f in fields(tree)))
+    return change(tree)
+
+
+def pack(tape: Tape) -> tuple[Tape, list[Tensor]]:
+    """Take the tensors out of a tape: what is left goes on the context, the tensors into `save_for_backward`."""
+    tensors: list[Tensor] = []
+
+    # Not recursive: a function that refers to itself is a reference cycle, which would hold the tensors until the
+    # collector runs.
+    def slot(x: Tensor) -> _Slot:
+        tensors.append(x)
+        return _Slot(len(tensors) - 1)
+
+    def out(item: Any) -> Any:
+        if isinstance(item, Residue):
+            return _PackedResidue(item.layout(), [slot(x) for x in item.tensors()])
+        return slot(item) if isinstance(item, Tensor) else item
+
+    return _map_tape(tape, out), tensors
+
+
+def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
+    """Put the tensors back into a new tape; the layout stays as it is, for a second backward pass."""
+
+    def back(item: Any) -> Any:
+        if isinstance(item, _PackedResidue):
+            return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots])
+        return tensors[item.index] if isinstance(item, _Slot) else item
+
+    return _map_tape(layout, back)
+
+
+def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
+    return Tape(_map(tape.segments, change), _map(tape.read, change), _map(tape.residue, change), tape.fingerprints)

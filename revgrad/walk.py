@@ -1,0 +1,169 @@
+"""The way back: one backward pass through all time steps of a program, last layer first."""
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from revgrad.chain import ChainGradients, fingerprint, first_updates, rewind_chain
+from revgrad.errors import ReversibilityError
+from revgrad.layer import Flow, Grads, Streams
+from revgrad.program import Program
+from revgrad.replay import Snapshot
+from revgrad.residue import Residue
+from revgrad.tape import Segment, Tape
+
+# Relative error of the recovered input from which a gradient is taken for wrong.
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
+
+
+class Walk:
+    """One backward pass. It owns the references to outputs and gradients, and drops each one when used.
+
+    Args:
+        program: What was run forwards.
+        snapshot: What it depended on.
+        tape: What it left.
+        flow: Its outputs and the gradients with respect to them.
+        stacked: Whether these have a time dimension; otherwise there is one time step.
+        gradients: Receives the gradients of parameters and states.
+        given: The inputs by time step, where states are recomputed.
+        inputs_wanted: Whether the gradients of the inputs are.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        snapshot: Snapshot,
+        tape: Tape,
+        flow: Flow,
+        stacked: bool,
+        gradients: ChainGradients,
+        given: list[Streams | None],
+        *,
+        inputs_wanted: bool,
+    ) -> None:
+        self.program = program
+        self.snapshot = snapshot
+        self.tape = tape
+        self.flow = flow
+        self.stacked = stacked
+        self.gradients = gradients
+        self.given = given
+        self.inputs_wanted = inputs_wanted
+        entry = [i for _, layer in program.entry for i in snapshot.indices_of(layer)]
+        self.entry_wanted = inputs_wanted or any(gradients.parameters[i].requires_grad for i in entry)
+        self._input_grads: list[Grads] = []
+
+    def input_grads(self) -> Grads:
+        """Gradients of the given inputs in their order, if wanted, once all has been rewound. All others end up in
+        `gradients`.
+        """
+        return tuple(g for grads in reversed(self._input_grads) for g in grads)
+
+    def rewind(self) -> Iterator[int]:
+        """Rewind everything, then compare what was recovered with what was given.
+
+        Yields:
+            The number of each application of a layer at the first time step: when it has been rewound, the gradients
+            of the parameters that no earlier layer has are complete.
+        """
+        outputs, self.flow = self.flow, Flow([], [])
+        untouched = [i == len(self.program.exit) for i in first_updates(self.program.exit, len(outputs.grads))]
+        feedback: Grads = ()
+        while self.tape.segments:
+            segment = self.tape.segments.pop()  # with it goes the last reference to its states
+            residue = self._recompute(segment) if self.program.keep_states_every > 1 else self.tape.residue
+            for t in range(segment.last, segment.first - 1, -1):
+                flow = outputs
+                earlier: Grads = ()
+                if self.stacked:
+                    # Where an output is the core's own, untouched by the exit, its gradient has joined the next step's.
+                    own = _at(t, outputs.grads, [not (feedback and same) for same in untouched])
+                    # Where it touches none, its outputs are as many as the core's streams; else nothing is to join.
+                    if any(untouched) and not self.program.fed[t]:
+                        earlier = tuple(_at(t - 1, outputs.grads, untouched))
+                    flow = Flow([y[t] for y in outputs.streams], own)
+                yield from self._step(t, flow, feedback, earlier, residue)
+                feedback = () if self.program.fed[t] else tuple(flow.grads)
+                if self.program.fed[t] and self.inputs_wanted:
+                    self._input_grads.append(tuple(flow.grads))
+            if residue is not None:
+                residue.check_undone_to(segment.residue)
+
+    def _step(self, t: int, flow: Flow, feedback: Grads, earlier: Grads, residue: Residue | None) -> Iterator[int]:
+        """One time step backwards.
+
+        Args:
+            t: The time step.
+            flow: From its outputs to its inputs.
+            feedback: Gradients of the core's output that come from the next step.
+            earlier: Gradients of the core's input that come from the output of the step before.
+            residue: None in float arithmetic.
+        """
+        yield from self._rewind(t, 2, flow, None, feedback)
+        yield from self._rewind(t, 1, flow, residue, earlier)
+        self._compare(flow.streams, self.tape.fingerprints[t, 1])
+        if self.program.fed[t] and self.program.entry and self.entry_wanted:
+            yield from self._rewind(t, 0, flow, None)
+            self._compare(flow.streams, self.tape.fingerprints[t, 0])
+
+    def _rewind(self, t: int, part: int, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
+        links = (self.program.entry, self.program.core, self.program.exit)[part]
+        if self.program.exact and residue is None:
+            residue = Residue()
+        positions = rewind_chain(
+            links,
+            flow,
+            self.tape.read.pop((t, part), []),
+            residue,
+            lambda i: self.snapshot.standing_in(self.gradients.parameters, links[i].layer),
+            self.program.around(t, part, self.snapshot.replaying),
+            self.snapshot.indices_of,
+            self.gradients,
+            joining,
+        )
+        for i in positions:
+            if t == 0:
+                yield self.program.application(t, part, i)
+
+    def _recompute(self, segment: Segment) -> Residue | None:
+        """Run a segment again from its start, this time keeping the states that are read."""
+        residue = segment.residue.clone() if segment.residue is not None else None
+        features, state = segment.features, segment.state
+        with torch.no_grad(), self.snapshot.standing_in(self.gradients.parameters):
+            for t in range(segment.first, segment.last + 1):
+                entered = self.given[t]
+                if entered is not None:
+                    entered = self.program.enter(entered, residue)
+                keep = partial(self.tape.keep, t, parts=(1,))
+                features, state = self.program.run_core(
+                    t, entered, features, state, residue, self.snapshot.replaying, keep
+                )
+        if residue is not None:
+            residue.check_range()
+        return residue
+
+    def _compare(self, streams: list[Tensor], expected: Tensor) -> None:
+        """Raise unless the recovered input is the input that was given."""
+        found = fingerprint(tuple(streams))
+        if torch.equal(found, expected) or not bool(expected.isfinite().all()):
+            return
+        # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
+        size = expected[2::3].sqrt().clamp_min(1e-30)
+        weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
+        error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
+        tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
+        if self.program.exact or error > tolerance or math.isnan(error):
+            raise ReversibilityError(
+                f"the input recovered in the backward pass differs from the one given by {error:.2g} of its size, "
+                "so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
+                "revgrad.check_invertible(module, inputs) names the layer; arithmetic='exact' or mode='stored' avoid it"
+            )
+
+
+def _at(t: int, grads: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:
+    """The wanted gradients of one time step, None for the others."""
+    return [g[t] if g is not None and w else None for g, w in zip(grads, wanted, strict=True)]
