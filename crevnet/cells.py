@@ -6,10 +6,10 @@ rather than the next time step.
 """
 
 import torch
-from revgrad_kernels import cell_update, hidden_output
+from revgrad_kernels import convlstm, hidden_output, stlstm_states
 from torch import Tensor, nn
 
-from crevnet.convolution import convolution
+from crevnet.convolution import convolution, convolve
 
 State = tuple[Tensor, ...]
 
@@ -45,10 +45,8 @@ class ConvLSTMCell(nn.Module):
                 f"ConvLSTMCell: input {tuple(x.shape)} does not fit the peephole {tuple(self.peephole.shape)}; "
                 "build the model for this frame size"
             )
-        n = cell.shape[1]
-        gates, output = self.gates(torch.cat([x, hidden], dim=1)).split([3 * n, n], dim=1)
-        cell = cell_update(gates, cell)
-        hidden = hidden_output(output + self.peephole * cell, cell)
+        gates, bias = convolve(self.gates, torch.cat([x, hidden], dim=1))
+        hidden, cell = convlstm(gates, cell, self.peephole, bias)
         return hidden, (hidden, cell)
 
 
@@ -78,12 +76,10 @@ class STLSTMCell(nn.Module):
     def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
         """One time step."""
         hidden, cell, memory = state
-        n = cell.shape[1]
-        gates, output = self.cell_gates(torch.cat([x, hidden], dim=1)).split([3 * n, n], dim=1)
-        cell = cell_update(gates, cell)
-        memory = cell_update(self.memory_gates(torch.cat([x, memory], dim=1)), memory)
-        both = torch.cat([cell, memory], dim=1)
-        hidden = hidden_output(output + self.output_gate(both), self.fuse(both))
+        gates, bias = convolve(self.cell_gates, torch.cat([x, hidden], dim=1))
+        memory_gates, memory_bias = convolve(self.memory_gates, torch.cat([x, memory], dim=1))
+        cell, memory, both, output = stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
+        hidden = hidden_output(output, self.fuse(both), self.output_gate(both))
         return hidden, (hidden, cell, memory)
 
 

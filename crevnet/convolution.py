@@ -2,15 +2,30 @@
 
 from typing import Literal
 
-from torch import nn
+from revgrad_kernels.backend import fused
+from torch import Tensor, nn
+from torch.nn import functional as F
 
+Convolution = nn.Conv2d | nn.Conv3d
 Normalisation = Literal["batch", "group", "none"]
 
 
-def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> nn.Module:
+def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> Convolution:
     """A convolution that keeps the size: `[B, inputs, (T,) H, W]` to `[B, outputs, (T,) H, W]`."""
-    kind = {2: nn.Conv2d, 3: nn.Conv3d}[dimensions]
-    return kind(inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+    kinds: dict[int, type[Convolution]] = {2: nn.Conv2d, 3: nn.Conv3d}
+    return kinds[dimensions](inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+
+
+def convolve(layer: Convolution, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The output of a convolution, and the bias that it leaves to the kernel that reads the output.
+
+    On a GPU a bias takes a pass over the output of its own. Where no kernel is used the bias is in the output, and None
+    is returned for it: on a CPU adding it costs nothing.
+    """
+    if layer.bias is None or not fused("auto", x):
+        return layer(x), None
+    function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv3d
+    return function(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), layer.bias
 
 
 def normalisation(dimensions: int, channels: int, kind: Normalisation) -> nn.Module:

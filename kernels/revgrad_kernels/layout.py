@@ -33,6 +33,11 @@ def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if is_channels_last(x) else t.contiguous()
 
 
+def dense(bias: Tensor | None) -> Tensor | None:
+    """As kernels read it, without gaps."""
+    return None if bias is None else bias.contiguous()
+
+
 def expanded(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, each broadcast to the shape of `x`; their gradients are summed as they should be.
 

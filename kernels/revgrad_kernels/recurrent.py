@@ -1,76 +1,185 @@
-"""The pointwise halves of ConvLSTM and ST-LSTM (appendix A), from convolution outputs to new states.
+"""What the recurrent operators share: gates, how they update a cell state, and that activations are recomputed.
 
-Both operators save only their inputs and recompute the activations in backward: what autograd would keep (three
-sigmoids, two hyperbolic tangents and their products) is larger than the inputs themselves.
+A convolution returns gates before activation side by side, `[B, n C, ...]` in n groups of C channels: i, f, g and, of
+four groups, o. With them the new cell state is `c' = sigmoid(f) c + sigmoid(i) tanh(g)`. The bias of the convolution,
+one number per channel, may be left for the operator to add.
 """
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from revgrad_kernels.backend import on_device, tl, triton
+from revgrad_kernels.layout import Matrix, canonical, laid_out_like, samples, size_class
+
+sigmoid_backward: Any = torch.ops.aten.sigmoid_backward
+"""Gradient with respect to the argument, from `(gradient, sigmoid(argument))`; differentiable."""
+tanh_backward: Any = torch.ops.aten.tanh_backward
+"""Gradient with respect to the argument, from `(gradient, tanh(argument))`; differentiable."""
 
 
-class _CellUpdate(torch.autograd.Function):
-    """`c' = sigmoid(f) c + sigmoid(i) tanh(g)`; saves `gates [B, 3 C, ...]` (in the order i, f, g) and `c`."""
-
-    @staticmethod
-    def forward(ctx: Any, gates: Tensor, cell: Tensor) -> Tensor:
-        ctx.save_for_backward(gates, cell)
-        i, f, g = gates.chunk(3, dim=1)
-        return torch.addcmul(torch.sigmoid(f).mul_(cell), torch.sigmoid(i), torch.tanh(g))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gates, cell = ctx.saved_tensors
-        i, f, g = gates.chunk(3, dim=1)
-        i, f, g = torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g)
-        grad_gates = torch.empty_like(gates)
-        grad_i, grad_f, grad_g = grad_gates.chunk(3, dim=1)
-        torch.mul(grad, g, out=grad_i).mul_(i).mul_(1 - i)
-        torch.mul(grad, cell, out=grad_f).mul_(f).mul_(1 - f)
-        torch.mul(grad, i, out=grad_g).mul_(1 - g.square())
-        return grad_gates, grad * f
-
-
-class _HiddenOutput(torch.autograd.Function):
-    """`h = sigmoid(o) tanh(u)`; saves `o` and `u`."""
-
-    @staticmethod
-    def forward(ctx: Any, output_gate: Tensor, update: Tensor) -> Tensor:
-        ctx.save_for_backward(output_gate, update)
-        return torch.sigmoid(output_gate).mul_(torch.tanh(update))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        output_gate, update = ctx.saved_tensors
-        o, u = torch.sigmoid(output_gate), torch.tanh(update)
-        grad_o = (grad * u).mul_(o).mul_(1 - o)
-        return grad_o, (grad * o).mul_(1 - u.square())
-
-
-def cell_update(gates: Tensor, cell: Tensor) -> Tensor:
-    """New cell state `sigmoid(f) * cell + sigmoid(i) * tanh(g)`.
+def recompute(operator: Any, gradients: Callable[..., Any]) -> None:
+    """Register autograd of a custom operator that saves its inputs alone: the activations in between are larger.
 
     Args:
-        gates: `[B, 3 C, ...]`, the convolution outputs of the input gate, forget gate and candidate, before activation.
-        cell: `[B, C, ...]`, the previous cell state.
+        operator: The operator.
+        gradients: From its inputs and the gradients of its outputs to the gradients of its inputs.
+    """
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        return gradients(*ctx.saved_tensors, *grads)
+
+    operator.register_autograd(backward, setup_context=save)
+
+
+def given(*tensors: Tensor | None) -> tuple[Tensor, ...]:
+    """Those that are not None."""
+    return tuple(t for t in tensors if t is not None)
+
+
+def check_gates(operator: str, groups: int, cell: Tensor, bias: Tensor | None, **named_gates: Tensor) -> None:
+    """Check the shapes of gates, given by their name, and of their bias.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: Gates and bias do not have `groups` times the channels of the cell state.
     """
-    if gates.shape[1] != 3 * cell.shape[1] or gates.shape[2:] != cell.shape[2:] or gates.shape[0] != cell.shape[0]:
+    ((name, gates),) = named_gates.items()
+    if cell.ndim < 2 or gates.shape != (cell.shape[0], groups * cell.shape[1], *cell.shape[2:]):
+        times = {3: "three", 4: "four"}[groups]
         raise ValueError(
-            f"cell_update: gates {tuple(gates.shape)} must have three times the channels of cell {tuple(cell.shape)}"
+            f"{operator}: {name} {tuple(gates.shape)} must have {times} times the channels of cell {tuple(cell.shape)}"
         )
-    return _CellUpdate.apply(gates.to(cell.dtype), cell)
+    if bias is not None and bias.shape != gates.shape[1:2]:
+        raise ValueError(
+            f"{operator}: the bias must have one element per channel of {name} {tuple(gates.shape)}, "
+            f"got {tuple(bias.shape)}"
+        )
 
 
-def hidden_output(output_gate: Tensor, update: Tensor) -> Tensor:
-    """New hidden state `sigmoid(output_gate) * tanh(update)`, both before activation and of one shape."""
-    if output_gate.shape != update.shape:
-        raise ValueError(f"hidden_output: shapes {tuple(output_gate.shape)} and {tuple(update.shape)} differ")
-    dtype = torch.promote_types(output_gate.dtype, update.dtype)
-    return _HiddenOutput.apply(output_gate.to(dtype), update.to(dtype))
+def activated(groups: int, gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`sigmoid(i)`, `sigmoid(f)`, `tanh(g)` and, of four groups, `o` before activation."""
+    gates = gates.to(dtype)
+    if bias is not None:
+        gates = gates + bias.to(dtype).view(-1, *(1,) * (gates.ndim - 2))
+    i, f, g, *o = gates.split([gates.shape[1] // groups] * groups, dim=1)
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), *o
+
+
+def updated(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
+    """The new cell state, from activations."""
+    return (f * cell).addcmul_(i, g)
+
+
+def gate_gradients(grad: Tensor, cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Iterable[Tensor]:
+    """Gradients of `i`, `f` and `g` before activation, one after the other, from that of the new cell state."""
+    yield sigmoid_backward(grad * g, i)
+    yield sigmoid_backward(grad * cell, f)
+    yield tanh_backward(grad * i, g)
+
+
+def side_by_side(like: Tensor, parts: Iterable[Tensor]) -> Tensor:
+    """Parts joined along the channels into something like `like`; differentiable where gradients are enabled."""
+    if torch.is_grad_enabled():
+        return torch.cat([part.to(like.dtype) for part in parts], dim=1)
+    # Into place one by one, so that not all of them are in memory twice.
+    joined, start = torch.empty_like(like), 0
+    for part in parts:
+        joined[:, start : start + part.shape[1]] = part
+        start += part.shape[1]
+    return joined
+
+
+def bias_gradient(bias: Tensor | None, grad_gates: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """Sum of the gates' gradient over everything but channels.
+
+    In a pass of its own, as a convolution makes it for its bias. The kernels work on rows of samples, where a tile
+    holds several channels or a part of one: they could only add by channel atomically, in another order every time.
+    """
+    if bias is None:
+        return None
+    return grad_gates.sum([d for d in range(grad_gates.ndim) if d != 1], dtype=dtype).to(bias.dtype)
+
+
+def aligned(gates: Tensor, *tensors: Tensor) -> Any:
+    """A tuple of the gates, canonical, and the tensors in their memory layout."""
+    gates = canonical(gates)
+    return gates, *(laid_out_like(gates, t) for t in tensors)
+
+
+def launch(kernel: Any, groups: int, gates: Tensor, *tensors: Tensor | None, wide: Any, **options: Any) -> None:
+    """Run a kernel on cell states as rows, of which canonical gates hold `groups` side by side."""
+    if not gates.numel():
+        return
+    columns = samples(gates).columns // groups
+    matrix = Matrix(gates.numel() // groups // columns, columns)
+    pixels = columns // (gates.shape[1] // groups)
+    with on_device(gates):
+        kernel[matrix.grid](
+            gates, *tensors, matrix.rows, columns, pixels, size_class(gates.numel() // groups),
+            INDEX=tl.int32 if columns < 2**30 else tl.int64, WIDE=wide, WIDTH=matrix.width, **options,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_gate(
+    gates_ptr, bias_ptr, row, column, columns, pixels, mask,
+    NUMBER: tl.constexpr, GROUPS: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A group of gates before activation, counted from 0; `pixels` columns that follow each other share a channel."""
+    gate = tl.load(gates_ptr + (row * GROUPS + NUMBER) * columns + column, mask, other=0).to(WIDE)
+    if bias_ptr is not None:
+        # A division in 64 bits would take several times as long.
+        channel = NUMBER * (columns // pixels) + column.to(INDEX) // pixels
+        gate += tl.load(bias_ptr + channel, column < columns, other=0).to(WIDE)
+    return gate
+
+
+@triton.jit
+def load_activated(
+    gates_ptr, bias_ptr, row, column, columns, pixels, mask,
+    GROUPS: tl.constexpr, INDEX: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """`sigmoid(i)`, `sigmoid(f)` and `tanh(g)`."""
+    i = load_gate(gates_ptr, bias_ptr, row, column, columns, pixels, mask, 0, GROUPS, INDEX, WIDE)
+    f = load_gate(gates_ptr, bias_ptr, row, column, columns, pixels, mask, 1, GROUPS, INDEX, WIDE)
+    g = load_gate(gates_ptr, bias_ptr, row, column, columns, pixels, mask, 2, GROUPS, INDEX, WIDE)
+    return sigmoid(i), sigmoid(f), tanh(g)
+
+
+@triton.jit
+def store_gate(gates_ptr, gate, row, column, columns, mask, NUMBER: tl.constexpr, GROUPS: tl.constexpr):
+    """Write a group, counted from 0."""
+    tl.store(gates_ptr + (row * GROUPS + NUMBER) * columns + column, gate, mask)
+
+
+@triton.jit
+def store_gate_gradients(gates_ptr, grad, cell, i, f, g, row, column, columns, mask, GROUPS: tl.constexpr):
+    """Write the gradients of `i`, `f` and `g` before activation, from that of the new cell state."""
+    store_gate(gates_ptr, grad * g * i * (1 - i), row, column, columns, mask, 0, GROUPS)
+    store_gate(gates_ptr, grad * cell * f * (1 - f), row, column, columns, mask, 1, GROUPS)
+    store_gate(gates_ptr, grad * i * (1 - g * g), row, column, columns, mask, 2, GROUPS)
+
+
+@triton.jit
+def sigmoid(x):
+    """In the dtype of `x`; never overflows to something that is not a number."""
+    return 1 / (1 + tl.exp(-x))
+
+
+@triton.jit
+def tanh(x):
+    """In the dtype of `x`, with small relative error also near 0; never overflows.
+
+    Written out because Triton's interpreter has none. Below 1/16, where the quotient cancels, the Taylor series up to
+    `x^9` is exact to 1e-14.
+    """
+    e = tl.exp(-2 * tl.abs(x))
+    quotient = (1 - e) / (1 + e)
+    y = x * x
+    series = x * (1 + y * (-1 / 3 + y * (2 / 15 + y * (-17 / 315 + y * (62 / 2835)))))
+    return tl.where(tl.abs(x) < 0.0625, series, tl.where(x < 0, -quotient, quotient))

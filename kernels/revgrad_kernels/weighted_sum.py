@@ -24,6 +24,7 @@ from revgrad_kernels.layout import (
     canonical,
     channels,
     channels_are_columns,
+    dense,
     elements,
     expanded,
     laid_out_like,
@@ -177,7 +178,7 @@ _backward_tuned = tuned(_backward_kernel)
 
 def _launch_forward(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     x = canonical(x)
-    logits, h = laid_out_like(x, logits), laid_out_like(x, h)
+    logits, h, bias = laid_out_like(x, logits), laid_out_like(x, h), dense(bias)
     y = torch.empty_like(x)
     if x.numel():
         matrix, where = _layout(x, bias)
@@ -194,6 +195,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = canonical(x)
     logits, h, grad = (laid_out_like(x, t) for t in (logits, h, grad))
+    bias = dense(bias)
     grads = torch.empty_like(logits), torch.empty_like(x), torch.empty_like(h)
     matrix, where = _layout(x, bias)
     wide = arithmetic_dtype(logits, x, h)

@@ -119,6 +119,16 @@ def test_triton_computes_what_the_reference_does_whatever_the_shape(shape, layou
 
 
 @needs_triton
+def test_a_strided_bias_is_read_as_it_is():
+    a, x, h = (t.to(DEVICE) for t in inputs((2, 3, 4, 4), torch.float32))
+    bias = torch.randn(6, device=DEVICE)[::2]
+    grad = torch.randn_like(x)
+    found, expected = (with_gradients(weighted_sum, (a, x, h, bias), grad, backend=b) for b in ("triton", "reference"))
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@needs_triton
 def test_gradients_of_the_bias_are_the_same_bits_in_every_run():
     a, x, h = (t.to(DEVICE) for t in inputs((4, 7, 33, 31), torch.float32))
     bias, grad = torch.randn(7, device=DEVICE), torch.randn_like(x)
