@@ -5,9 +5,22 @@ from collections.abc import Callable
 
 import pytest
 
-from benchmarks.reporting import README, RESULTS, Report, environment, include
+from benchmarks.reporting import RESULTS, Report, environment, include
 
 _REPORTS = pytest.StashKey[list[tuple[str, str]]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """`--sweeps`."""
+    parser.addoption("--sweeps", action="store_true", help="also run the benchmarks that take long (marked sweep)")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the sweeps out unless they are asked for: the others take ten minutes in all."""
+    if not config.getoption("--sweeps"):
+        for item in items:
+            if item.get_closest_marker("sweep"):
+                item.add_marker(pytest.mark.skip(reason="a sweep: add --sweeps"))
 
 
 @pytest.fixture(scope="session")
@@ -19,11 +32,11 @@ def publish(pytestconfig: pytest.Config) -> Callable[[Report], None]:
     def write(report: Report) -> None:
         if not any(table.rows for table in report.tables.values()):
             return
-        where = environment(command)
+        where = environment(command, report.cuda)
         if report.complete:
             written = ", ".join(path.name for path in report.write(where))
             outcome = f"written to {RESULTS}: {written}"
-            include(README, report.name, next(iter(report.tables.values())).to_markdown())
+            include(report.page, report.name, next(iter(report.tables.values())).to_markdown())
         else:
             outcome = "not all of it was measured: the written results were left as they are"
         published.append((report.to_markdown(where), outcome))

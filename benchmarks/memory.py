@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.training import Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoConfig
 from revgrad import LiveMemory
 
 MB = 1e6
@@ -26,7 +27,7 @@ def marginal_mb(cell: str, modules: int, blocks: tuple[int, ...], variant: Varia
     return (training_peak(config, 2, steps) - training_peak(config, 1, steps)) / MB
 
 
-def training_peak(config: CrevNetConfig, batch: int, steps: int) -> int:
+def training_peak(config: VideoConfig, batch: int, steps: int) -> int:
     """Most bytes alive from the start of the forward to the end of the backward pass.
 
     Weights, their gradients and the frames were there before and do not count.

@@ -1,4 +1,4 @@
-"""The picture of how training memory grows with depth."""
+"""The pictures of memory, FLOPs and time that the benchmarks draw."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -13,6 +13,19 @@ _STYLES = {
     "checkpoint": {"color": "#d95f02", "marker": "^"},
     "reversible": {"color": "#2563cd", "marker": "o"},
 }
+_PALETTE = (
+    "#8a8a99",
+    "#1b9e77",
+    "#d95f02",
+    "#7570b3",
+    "#e7298a",
+    "#66a61e",
+    "#2563cd",
+    "#b8860b",
+    "#0f766e",
+    "#111827",
+)
+_ENGINES = ("#8a8a99", "#d95f02", "#b8860b", "#7570b3", "#e7298a", "#66a61e", "#2563cd", "#111827")
 _TEXT, _GRID = "#3c3c46", "#e4e4ea"
 
 Rows = Sequence[Mapping[str, Any]]
@@ -34,9 +47,199 @@ def memory_against_depth(modules: Rows, blocks: Rows, subtitle: str) -> bytes:
     figure.suptitle(f"Training memory against depth\n{subtitle}", fontsize=11, color=_TEXT)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
+    return _png(figure)
+
+
+def memory_of_systems(length: Rows, depth: Rows) -> bytes:
+    """Draw the memory of table 1's systems against the number of frames and against depth, as a PNG.
+
+    Args:
+        length: Rows with `system`, `mode`, `frames` and `mb`.
+        depth: The same with `times`, how often as deep as in table 1.
+    """
+    figure = Figure(figsize=(11, 5), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, rows, key, label in (
+        (left, length, "frames", "frames of a sequence"),
+        (right, depth, "times", "depth, as a multiple of that in table 1"),
+    ):
+        for i, (system, mode) in enumerate(dict.fromkeys((r["system"], r["mode"]) for r in rows)):
+            mine = [r for r in rows if (r["system"], r["mode"]) == (system, mode)]
+            line = {"linewidth": 2.6} if mode == "reversible" else {"linewidth": 1.4}
+            axes.plot(
+                [r[key] for r in mine],
+                [r["mb"] for r in mine],
+                label=system if mode == "stored" else f"{system}, reversible",
+                color=_PALETTE[i % len(_PALETTE)],
+                marker="o" if mode == "reversible" else "s",
+                markersize=5,
+                **line,
+            )
+        axes.set_xlabel(label, color=_TEXT)
+        _log_axes(axes, sorted({r[key] for r in rows}))
+    left.set_ylabel("activation memory of one sample (MB)", color=_TEXT)
+    figure.suptitle("Training memory of the systems of table 1, 64 x 64 pixels", fontsize=11, color=_TEXT)
+    handles, labels = left.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=_TEXT, fontsize=8)
+    return _png(figure)
+
+
+def flops_against_memory(rows: Rows) -> bytes:
+    """Draw the systems of table 1 by FLOPs and memory, ours and the paper's figures, as a PNG.
+
+    Args:
+        rows: Rows of table 1.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for i, row in enumerate(rows):
+        color = _PALETTE[i % len(_PALETTE)]
+        measured = row["reversible_mb_per_sample"] or row["stored_mb_per_sample"]
+        axes.plot([row["paper_gflops"], row["gflops_per_frame"]], [row["paper_mb"], measured], ":", color=color)
+        axes.plot(row["paper_gflops"], row["paper_mb"], "o", color=color, fillstyle="none", markersize=8)
+        axes.plot(row["gflops_per_frame"], measured, "o", color=color, markersize=8)
+        axes.annotate(
+            row["system"], (row["gflops_per_frame"], measured), (8, -3), textcoords="offset points", color=color
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("GFLOPs per predicted frame", color=_TEXT)
+    axes.set_ylabel("training memory per sample (MB)", color=_TEXT)
+    axes.set_title("Filled: measured (CrevNet reversible). Open: the paper's table 1", fontsize=10, color=_TEXT)
+    axes.margins(x=0.2, y=0.1)
+    axes.grid(True, color=_GRID, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_TEXT)
+    return _png(figure)
+
+
+def scaling_curves(rows: Rows) -> bytes:
+    """Draw memory and step time against modules, frames and pixels, as a PNG.
+
+    Args:
+        rows: Rows with `axis`, `value`, `variant`, `mb` and `seconds`.
+    """
+    labels = {"modules": "predictive modules", "frames": "frames of a sequence", "pixels": "pixels along a side"}
+    figure = Figure(figsize=(12, 6.4), layout="constrained")
+    grid = figure.subplots(2, 3, sharex="col", sharey="row")
+    for column, (axis, label) in enumerate(labels.items()):
+        mine = [r for r in rows if r["axis"] == axis]
+        for line, (key, unit) in enumerate((("mb", "activations of one sample (MB)"), ("seconds", "step time (s)"))):
+            axes = grid[line][column]
+            for i, variant in enumerate(dict.fromkeys(r["variant"] for r in mine)):
+                points = [r for r in mine if r["variant"] == variant]
+                color = (*(style["color"] for style in _STYLES.values()), "#0f766e")[i]
+                axes.plot(
+                    [r["value"] for r in points],
+                    [r[key] for r in points],
+                    "o-",
+                    label=variant,
+                    color=color,
+                    markersize=5,
+                )
+            _log_axes(axes, sorted({r["value"] for r in mine}))
+            if not column:
+                axes.set_ylabel(unit, color=_TEXT)
+        grid[1][column].set_xlabel(label, color=_TEXT)
+    figure.suptitle("A training step of CrevNet with ST-LSTM, batch 1", fontsize=11, color=_TEXT)
+    handles, texts = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
+    return _png(figure)
+
+
+def engine_memory(rows: Rows) -> bytes:
+    """Draw the peak memory of the engine and its peers against depth, one panel per workload, as a PNG.
+
+    Args:
+        rows: Rows with `workload`, `contender`, `depth` and `peak_mib`; those without a peak are left out.
+    """
+    workloads = list(dict.fromkeys(r["workload"] for r in rows))
+    figure = Figure(figsize=(10, 4.8), layout="constrained")
+    panels = figure.subplots(1, len(workloads), squeeze=False)[0]
+    for axes, workload in zip(panels, workloads, strict=True):
+        measured = [r for r in rows if r["workload"] == workload and r["peak_mib"] is not None]
+        for contender, style in _contenders(rows).items():
+            mine = [r for r in measured if r["contender"] == contender]
+            axes.plot([r["depth"] for r in mine], [r["peak_mib"] for r in mine], label=contender, **style)
+        _log_axes(axes, sorted({r["depth"] for r in measured}))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.set_title(workload, fontsize=10, color=_TEXT)
+        axes.set_xlabel("blocks of two couplings", color=_TEXT)
+    panels[0].set_ylabel("peak of a training step (MiB)", color=_TEXT)
+    figure.suptitle("Activation memory against depth, same weights", fontsize=11, color=_TEXT)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT, fontsize=9)
+    return _png(figure)
+
+
+def engine_time(rows: Rows) -> bytes:
+    """Draw the step time of the engine and its peers over that of stored autograd as bars, as a PNG.
+
+    Args:
+        rows: Rows with `workload`, `contender`, `depth`, `time_ratio`, `p20` and `p80`.
+    """
+    workloads = list(dict.fromkeys(r["workload"] for r in rows))
+    styles = _contenders(rows)
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(workloads), sharey=True, squeeze=False)[0]
+    for axes, workload in zip(panels, workloads, strict=True):
+        mine = [r for r in rows if r["workload"] == workload and r["time_ratio"] is not None]
+        depths = sorted({r["depth"] for r in mine})
+        for i, contender in enumerate(styles):
+            bars = [r for r in mine if r["contender"] == contender]
+            x = [depths.index(r["depth"]) + (i - (len(styles) - 1) / 2) * 0.8 / len(styles) for r in bars]
+            y = [r["time_ratio"] for r in bars]
+            spread = [[r["time_ratio"] - r["p20"] for r in bars], [r["p80"] - r["time_ratio"] for r in bars]]
+            color = styles[contender]["color"]
+            axes.bar(x, y, 0.8 / len(styles), label=contender, color=color, yerr=spread, ecolor=_TEXT)
+        axes.axhline(4 / 3, color=_TEXT, linewidth=1, linestyle="--", zorder=0)
+        axes.set_xticks(range(len(depths)), [f"{d} blocks" for d in depths])
+        axes.set_ylim(bottom=0.9)
+        axes.set_title(workload, fontsize=10, color=_TEXT)
+        axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_TEXT)
+    panels[0].set_ylabel("step time over stored autograd", color=_TEXT)
+    figure.suptitle(
+        "Step time, same weights; dashed: 4/3, the operations of one recomputation", fontsize=11, color=_TEXT
+    )
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT, fontsize=9)
+    return _png(figure)
+
+
+def _contenders(rows: Rows) -> dict[str, dict[str, Any]]:
+    """A style for each, in the order of the rows; ours thicker."""
+    names = dict.fromkeys(r["contender"] for r in rows)
+    return {
+        name: {
+            "color": color,
+            "marker": "o" if name.startswith("revgrad") else "s",
+            "markersize": 5,
+            "linewidth": 2.6 if name.startswith("revgrad") else 1.4,
+        }
+        for name, color in zip(names, _ENGINES, strict=False)
+    }
+
+
+def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def _log_axes(axes: Axes, ticks: Sequence[float]) -> None:
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_TEXT)
 
 
 def _draw(axes: Axes, rows: Rows, key: str, label: str) -> None:
@@ -56,16 +259,8 @@ def _draw(axes: Axes, rows: Rows, key: str, label: str) -> None:
     x = [row[key] for row in reversible]
     states = [row["states_mb"] for row in reversible]
     axes.plot(x, states, "--", color=_TEXT, linewidth=1.2, label="recurrent states alone (formula)", zorder=1)
-    axes.set_yscale("log")
-    axes.set_xscale("log")
-    axes.xaxis.set_major_locator(FixedLocator(x))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter("{x:g}")
+    _log_axes(axes, x)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.set_xlabel(label, color=_TEXT)
     axes.margins(x=0.12)
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_TEXT)

@@ -13,9 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from revgrad_kernels.backend import HAS_TRITON, triton
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
+
+_DRIVEN_BY = {"driver": "driver", "cuda": "CUDA", "cudnn": "cuDNN", "triton": "Triton"}
+
+_VERSIONS = ("python", "torch", "numpy", "triton", "cuda", "cudnn", "driver")
 
 Row = Mapping[str, Any]
 
@@ -29,10 +34,13 @@ class Table:
     """Keys of the rows that are shown, each with its heading."""
     rows: Sequence[Row]
     decimals: int = 2
+    formats: Mapping[str, str] = field(default_factory=dict)
+    """How the numbers of single columns are shown, where the decimals do not do."""
 
     def to_markdown(self) -> str:
         """A Markdown table that also reads well as plain text: text to the left, numbers to the right."""
-        cells = [[_shown(row.get(key), self.decimals) for key in self.columns] for row in self.rows]
+        formats = {key: self.formats.get(key, f",.{self.decimals}f") for key in self.columns}
+        cells = [[_shown(row.get(key), formats[key]) for key in self.columns] for row in self.rows]
         is_text = [any(isinstance(row.get(key), str) for row in self.rows) for key in self.columns]
         headings = list(self.columns.values())
         widths = [max(3, *map(len, column)) for column in zip(headings, *cells, strict=True)]
@@ -61,6 +69,12 @@ class Report:
     """Contents by file name."""
     complete: bool = True
     """Whether every row was measured; only then the files are written."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+    """Of what took part besides the libraries that all benchmarks use."""
+    page: Path = README
+    """The page that shows the first table, if it has a place for it (see `include`)."""
+    cuda: bool = False
+    """Whether it was measured on a GPU."""
 
     def to_markdown(self, environment: Row) -> str:
         """Title, tables, notes, and where all this was measured."""
@@ -70,12 +84,20 @@ class Report:
         return "\n\n".join([*parts, _measured(environment)]) + "\n"
 
     def write(self, environment: Row, folder: Path = RESULTS) -> list[Path]:
-        """Write the JSON file, the Markdown file and the pictures; return their paths."""
+        """Write the JSON file, the Markdown file and the pictures; return their paths.
+
+        At the top level of the JSON file are the rows of every table by its key, `device`, `commit` and `versions`;
+        the rest of the environment has an entry of its own.
+        """
+        versions = {key: environment[key] for key in _VERSIONS if environment.get(key)}
         data = {
             "title": self.title,
-            "environment": environment,
+            **{key: list(table.rows) for key, table in self.tables.items()},
+            "device": environment["device"],
+            "commit": environment["commit"],
+            "versions": versions | dict(self.versions),
+            "environment": {k: v for k, v in environment.items() if k not in {"device", "commit", *versions}},
             "configuration": self.configuration,
-            "results": {key: list(table.rows) for key, table in self.tables.items()},
         }
         files = {
             f"{self.name}.json": json.dumps(data, indent=2, allow_nan=False).encode() + b"\n",
@@ -95,11 +117,12 @@ def include(page: Path, name: str, text: str) -> bool:
     return True
 
 
-def environment(command: str) -> dict[str, Any]:
+def environment(command: str, cuda: bool = False) -> dict[str, Any]:
     """Where, when and with what something is being measured.
 
     Args:
         command: What measures it.
+        cuda: Whether on the current CUDA device.
     """
     return {
         "command": command,
@@ -112,15 +135,38 @@ def environment(command: str) -> dict[str, Any]:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        **(gpu() if cuda else {}),
     }
 
 
+def gpu() -> dict[str, Any]:
+    """The current CUDA device and what drives it; `device` names all that numbers depend on."""
+    properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+    found = {
+        "cpu": cpu_model(),
+        "gpu": properties.name,
+        "capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": properties.total_memory / 1e9,
+        "l2_mb": properties.L2_cache_size / 1e6,
+        "driver": _driver(),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
+        "triton": triton.__version__ if HAS_TRITON else None,
+    }
+    parts = [f"{name} {found[key]}" for key, name in _DRIVEN_BY.items() if found[key]]
+    return {"device": ", ".join([properties.name, *parts]), **found}
+
+
 def commit(folder: Path) -> dict[str, Any]:
-    """The commit that a folder is at, and whether anything but results differs from it; None outside a git checkout."""
+    """The commit that a folder is at, and whether anything but results differs from it.
+
+    Outside a git checkout the commit is what `REVGRAD_COMMIT` in the environment says, or None.
+    """
     results = f":(exclude,top){RESULTS.parent.name}/{RESULTS.name}"
     changed = _git(folder, "status", "--porcelain", "--", ":/", results)
     return {
-        "commit": _git(folder, "rev-parse", "HEAD"),
+        "commit": _git(folder, "rev-parse", "HEAD") or os.environ.get("REVGRAD_COMMIT"),
         "uncommitted_changes": None if changed is None else bool(changed),
     }
 
@@ -153,19 +199,28 @@ def write_file(path: Path, content: bytes) -> Path:
     return path
 
 
+def _driver() -> str | None:
+    """The version of the kernel driver, which PyTorch does not know."""
+    found = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return found.splitlines()[0].strip() if found else None
+
+
 def _git(folder: Path, *arguments: str) -> str | None:
     # Without optional locks `git status` leaves the index alone.
-    command = ["git", "-C", str(folder), "--no-optional-locks", *arguments]
+    return _output("git", "-C", str(folder), "--no-optional-locks", *arguments)
+
+
+def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
 
 
-def _shown(value: Any, decimals: int) -> str:
+def _shown(value: Any, number: str) -> str:
     if value is None:
         return ""
-    return f"{value:,.{decimals}f}" if isinstance(value, float) else str(value)
+    return format(value, number) if isinstance(value, float) else str(value)
 
 
 def _measured(environment: Row) -> str:

@@ -12,11 +12,9 @@ import pytest
 from benchmarks import memory
 from benchmarks.pictures import memory_against_depth
 from benchmarks.reporting import Report, Table
-from benchmarks.training import CELLS, Variant
+from benchmarks.training import CELLS, STEPS, Variant
 from crevnet.model import CrevNetConfig
 
-STEPS = 19
-"""Time steps of 10 -> 10 frames with one clip per frame, as DESIGN.md counts them."""
 DEPTH_STEPS = 4
 """Fewer for the growth with depth, where it is the slope that counts."""
 

@@ -1,5 +1,6 @@
 import json
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 
@@ -25,12 +26,32 @@ def test_a_table_is_aligned_markdown():
     ]
 
 
+def test_a_column_may_have_its_own_format():
+    table = Table("Errors", {"error": "error"}, [{"error": 1.5e-6}, {"error": None}], formats={"error": ".1e"})
+    assert table.to_markdown().splitlines()[-2:] == ["| 1.5e-06 |", "|         |"]
+
+
 def test_environment_says_where_when_and_with_what():
     where = environment("pytest benchmarks/")
     assert where["command"] == "pytest benchmarks/"
     for key in ("date", "device", "cores", "threads", "torch", "numpy", "python", "platform"):
         assert where[key], key
     assert {"commit", "uncommitted_changes"} <= where.keys()
+
+
+def test_environment_of_a_gpu_names_all_that_drives_it(monkeypatch):
+    properties = SimpleNamespace(
+        name="Some GPU", major=9, minor=0, multi_processor_count=8, total_memory=10**10, L2_cache_size=10**7
+    )
+    monkeypatch.setattr("torch.cuda.current_device", lambda: 0)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: properties)
+    monkeypatch.setattr("torch.version.cuda", "13.0")
+    monkeypatch.setattr("torch.backends.cudnn.version", lambda: 91000)
+    monkeypatch.setattr("benchmarks.reporting._driver", lambda: "580.1")
+    where = environment("pytest benchmarks/", cuda=True)
+    assert where["device"].startswith("Some GPU, driver 580.1, CUDA 13.0, cuDNN 91000")
+    assert (where["capability"], where["memory_gb"], where["l2_mb"]) == ("9.0", 10.0, 10.0)
+    assert "Some GPU" in report(cuda=True).to_markdown(where)
 
 
 def test_commit_notices_changes_but_not_those_of_results(tmp_path):
@@ -48,7 +69,10 @@ def test_commit_notices_changes_but_not_those_of_results(tmp_path):
 
 def test_commit_is_none_outside_a_checkout(tmp_path, monkeypatch):
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    monkeypatch.delenv("REVGRAD_COMMIT", raising=False)
     assert commit(tmp_path) == {"commit": None, "uncommitted_changes": None}
+    monkeypatch.setenv("REVGRAD_COMMIT", "abc")
+    assert commit(tmp_path) == {"commit": "abc", "uncommitted_changes": None}
 
 
 def test_cpu_model_is_read_or_replaced(tmp_path):
@@ -64,13 +88,18 @@ def test_spread_is_median_and_percentiles():
 
 def test_a_report_is_written_whole(tmp_path):
     where = environment("pytest")
-    paths = report(pictures={"depth.png": b"picture"}, notes=["one note"]).write(where, tmp_path)
+    paths = report(pictures={"depth.png": b"picture"}, notes=["one note"], versions={"peer": "1.0"}).write(
+        where, tmp_path
+    )
     assert sorted(path.name for path in paths) == ["depth.png", "memory.json", "memory.md"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["depth.png", "memory.json", "memory.md"]
     data = json.loads((tmp_path / "memory.json").read_text())
-    assert data["environment"] == where
+    assert data["rows"] == ROWS
     assert data["configuration"] == {"n": 1}
-    assert data["results"] == {"rows": ROWS}
+    assert data["device"] == where["device"]
+    assert data["commit"] == where["commit"]
+    assert data["versions"] == {"peer": "1.0", **{key: where[key] for key in ("python", "torch", "numpy")}}
+    assert data["environment"].keys() == where.keys() - {"device", "commit", "python", "torch", "numpy"}
     text = (tmp_path / "memory.md").read_text()
     for part in ("# Training memory\n", "| reversible |", "![Training memory](depth.png)", "- one note", "`pytest`"):
         assert part in text

@@ -1,0 +1,202 @@
+"""The kernels' tests on a GPU: `pytest benchmarks/gpu/test_correctness.py --benchmark-only`.
+
+And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, `torch.compile` with its own compiler, a
+second device.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from revgrad_kernels import pixel_shuffle, pixel_unshuffle, weighted_sum
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.gpu.operators import OPERATORS, STREAM, Inputs, Operator, outputs, with_gradients
+from benchmarks.gpu.pytest_summary import ROOT, Run, run_files
+from benchmarks.gpu.timing import captured, side_stream
+from benchmarks.reporting import Report, Table
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BATCH = 16
+MANY = 2**31
+TIMEOUT = 500.0
+"""Seconds for one test file."""
+FILES = [*sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ROOT / "tests" / "crevnet" / "test_kernels.py"]
+NAMES = [str(file.relative_to(ROOT)) for file in FILES if file.exists()]
+POINTS = [(o, dtype) for o in OPERATORS for dtype in DTYPES]
+IDS = [f"{o.name}-{dtype}" for o, dtype in POINTS]
+
+NOTES = (
+    "Tests: the kernels' tests and those of CrevNet with kernels, each file in a process of its own, several at once.",
+    "CUDA graph: forward and backward pass are captured and replayed with other inputs; the bits are those of the "
+    "same passes without a graph.",
+    "torch.compile: with its default backend and without a graph break; the bits are those without it.",
+    "More than 2^31 elements: pixel shuffle of bytes, compared as a whole; weighted sum and its gradients in bfloat16, "
+    "compared with the reference at both ends and around 2^31.",
+)
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    rows: dict[str, list[dict[str, Any]]] = {"files": [], "checks": []}
+    yield rows
+    files = {key: key for key in ("file", "passed", "failed", "skipped", "errors", "seconds")}
+    checks = {key: key for key in ("check", "operator", "dtype", "outcome")}
+    tables = {
+        "files": Table("Tests on the device", files, rows["files"]),
+        "checks": Table("Checks that need a device", checks, rows["checks"]),
+    }
+    complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == 2 * len(POINTS) + 1 + len(LARGE)
+    configuration = {"files": NAMES, "batch": BATCH, "devices": torch.cuda.device_count()}
+    publish(Report("gpu_correctness", "Kernels on a GPU", tables, configuration, NOTES, complete=complete, cuda=True))
+
+
+@pytest.fixture
+def check(results) -> Iterator[Callable[..., None]]:
+    """Record the outcome of a check, whatever it is."""
+
+    def run(name: str, operator: str, dtype: str, work: Callable[[], None]) -> None:
+        row = {"check": name, "operator": operator, "dtype": dtype, "outcome": "FAILED"}
+        results["checks"].append(row)
+        try:
+            work()
+        except pytest.skip.Exception as reason:
+            row["outcome"] = f"skipped: {reason}"
+            raise
+        row["outcome"] = "passed"
+
+    return run
+
+
+def test_files(benchmark, results):
+    runs: list[Run] = benchmark.pedantic(run_files, (NAMES, TIMEOUT), rounds=1)
+    for run in runs:
+        results["files"].append({"file": run.file, **run.counts, "seconds": run.seconds})
+    failed = [run for run in runs if not run.good]
+    assert not failed, "\n\n".join(f"{run.file}:\n{run.output[-3000:]}" for run in failed)
+
+
+@pytest.mark.parametrize(("operator", "dtype"), POINTS, ids=IDS)
+def test_graph_replays_what_is_computed_without(benchmark, check, operator, dtype):
+    once(benchmark, check, "CUDA graph", operator.name, dtype, lambda: replay(operator, DTYPES[dtype]))
+
+
+def replay(operator: Operator, dtype: torch.dtype) -> None:
+    """Capture, change the inputs, replay, compare."""
+    made = Inputs(BATCH, dtype, "cuda")
+    with side_stream():
+        leaves = operator.leaves(made)
+        grads = [torch.randn_like(t) for t in with_gradients(outputs(fused(operator)(*leaves)))]
+
+        def work() -> tuple[Tensor, ...]:
+            return both_passes(fused(operator), leaves, grads)
+
+        work()
+        graph, replayed = captured(work)
+        with torch.no_grad():
+            for leaf, other in zip(leaves, operator.inputs(made), strict=True):
+                leaf.copy_(other)
+        graph.replay()
+        assert_same_bits(replayed, work())
+
+
+@pytest.mark.parametrize(("operator", "dtype"), POINTS, ids=IDS)
+def test_compiled_computes_what_is_computed_without(benchmark, check, operator, dtype):
+    once(benchmark, check, "torch.compile", operator.name, dtype, lambda: compiled(operator, DTYPES[dtype]))
+
+
+def compiled(operator: Operator, dtype: torch.dtype) -> None:
+    """Compare with and without compilation."""
+    torch._dynamo.reset()
+    leaves = operator.leaves(Inputs(BATCH, dtype, "cuda"))
+    grads = [torch.randn_like(t) for t in with_gradients(outputs(fused(operator)(*leaves)))]
+    functions = (torch.compile(fused(operator), fullgraph=True), fused(operator))
+    assert_same_bits(*(both_passes(function, leaves, grads) for function in functions))
+
+
+def test_another_device_than_the_current_one(benchmark, check):
+    once(benchmark, check, "second device", "all", "both", elsewhere)
+
+
+def elsewhere() -> None:
+    """Compare two devices, the first of which is the current one."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one device")
+    for operator, dtype in POINTS:
+        leaves = operator.leaves(Inputs(BATCH, DTYPES[dtype], "cuda:0"))
+        grads = [torch.randn_like(t) for t in with_gradients(outputs(fused(operator)(*leaves)))]
+        moved = tuple(t.detach().to("cuda:1").requires_grad_(t.requires_grad) for t in leaves)
+        found = both_passes(fused(operator), moved, [t.to("cuda:1") for t in grads])
+        assert all(t.device.index == 1 for t in found)
+        assert_same_bits([t.to("cuda:0") for t in found], both_passes(fused(operator), leaves, grads))
+
+
+def large_pixel_shuffle() -> None:
+    """The bits of PyTorch's own; and back."""
+    shape = (MANY // (8 * 64 * 64) + 1, 8, 64, 64)
+    need(6, shape, torch.int8)
+    x = torch.randint(-128, 128, shape, dtype=torch.int8, device="cuda")
+    folded = pixel_unshuffle(x, 2, backend="triton")
+    assert torch.equal(folded, F.pixel_unshuffle(x, 2))
+    assert torch.equal(pixel_shuffle(folded, 2, backend="triton"), x)
+
+
+def large_weighted_sum() -> None:
+    """The reference's numbers, in the first and last sequences and in those where 2^31 lies."""
+    shape = (MANY // Inputs(1).feature().numel() + 2, *STREAM)
+    need(10, shape, torch.bfloat16)
+    leaves = [torch.randn(shape, dtype=torch.bfloat16, device="cuda").requires_grad_() for _ in range(3)]
+    grad = torch.randn(shape, dtype=torch.bfloat16, device="cuda")
+    found = both_passes(lambda *t: weighted_sum(*t, backend="triton"), leaves, [grad])
+    for part in (slice(0, 2), slice(-4, None)):
+        some = [t.detach()[part].requires_grad_() for t in leaves]
+        expected = both_passes(lambda *t: weighted_sum(*t, backend="reference"), some, [grad[part]])
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one[part], other, rtol=2e-2, atol=2e-2)
+
+
+LARGE = {"pixel_unshuffle": ("int8", large_pixel_shuffle), "weighted_sum": ("bfloat16", large_weighted_sum)}
+
+
+@pytest.mark.parametrize("operator", LARGE)
+def test_more_elements_than_32_bits_count(benchmark, check, operator):
+    dtype, work = LARGE[operator]
+    try:
+        once(benchmark, check, "more than 2^31 elements", operator, dtype, work)
+    finally:
+        torch.cuda.empty_cache()
+
+
+def need(tensors: int, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Skip unless there is room for so many tensors."""
+    wanted, free = tensors * torch.Size(shape).numel() * dtype.itemsize, torch.cuda.mem_get_info()[0]
+    if free < wanted:
+        pytest.skip(f"needs {wanted / 1e9:.0f} GB of memory, {free / 1e9:.0f} GB are free")
+
+
+def fused(operator: Operator) -> Callable[..., Any]:
+    """The operator by its kernels."""
+    return lambda *tensors: operator.fused(*tensors, backend="triton")
+
+
+def both_passes(function: Callable[..., Any], leaves: Any, grads: Any) -> tuple[Tensor, ...]:
+    """Results and gradients."""
+    results = outputs(function(*leaves))
+    pulled = torch.autograd.grad(with_gradients(results), with_gradients(leaves), grads) if grads else ()
+    return *(t.detach() for t in results), *pulled
+
+
+def assert_same_bits(found: Any, expected: Any) -> None:
+    """Every tensor equal."""
+    for i, (one, other) in enumerate(zip(found, expected, strict=True)):
+        assert one.dtype == other.dtype
+        assert torch.equal(one, other), f"tensor {i}: off by {float((one.double() - other.double()).abs().max()):.3g}"
+
+
+def once(benchmark, check, name: str, operator: str, dtype: str, work: Callable[[], None]) -> None:
+    """Run a check; pytest-benchmark shows how long it took."""
+    benchmark.pedantic(check, (name, operator, dtype, work), rounds=1)

@@ -1,0 +1,225 @@
+"""Training steps on a GPU: `pytest benchmarks/gpu/test_training_step.py --benchmark-only`.
+
+The paper's CrevNet on Moving MNIST in every mode, with the kernels and with plain PyTorch in their place, in float32
+and under bfloat16 autocast, and the baselines of table 1. Every round runs one step of each variant with the same
+weights and frames in the same process. Nothing is asserted. `-k stlstm`, `-k "convlstm and crevnet"` or `-k baselines`
+measures one part, and writes its results.
+"""
+
+import gc
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+import torch
+from revgrad_kernels import backend
+from torch import Tensor, nn
+
+from benchmarks.gpu.timing import ratios, rotated, timed
+from benchmarks.memory import MB
+from benchmarks.reporting import Report, Table, spread
+from benchmarks.table1 import PATCHED, SYSTEMS
+from benchmarks.training import CELLS, STEPS, Variant, random_clips
+from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoConfig, VideoModel
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+BATCHES = (1, 16, 64, 256)
+ROUNDS = 5
+STORED, EXACT = Variant("stored", "float"), Variant("reversible")
+MODES = (STORED, Variant("checkpoint", "float"), Variant("reversible", "float"), Variant("stored"), EXACT)
+PRECISIONS = ("float32", "bfloat16")
+BASELINES = "baselines"
+PATCH = 4
+
+NOTES = (
+    f"Forward pass with teacher forcing, mean squared error and backward pass of {STEPS} time steps; without the "
+    "optimiser. Random weights and frames of 64 x 64 pixels.",
+    f"Wall-clock seconds until the device is done: median, p20 and p80 of {ROUNDS} rounds, in each of which every "
+    "variant of a cell and batch runs once, in rotating order. Ratios are taken within a round.",
+    "Kernels: `triton`, or `plain` PyTorch in their place. Precision: float32 as PyTorch has it by default (cuDNN may "
+    "use TF32), or bfloat16 autocast of the forward pass, the streams staying in float32. Weights: memory layout of "
+    "the weights of convolutions; the trainer's is channels-last.",
+    "`over stored` is over the stored step of the same arithmetic, kernels, precision and weights; `plain over it` is "
+    "the same step without kernels over this one.",
+    "Peak MB: the most that CUDA's allocator had given out during a step, weights and gradients included; per "
+    "sequence: what a step adds to what is there before it, over the batch. 1 MB is 10^6 bytes.",
+    "Variants without numbers do not fit in the memory of the device.",
+)
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to run one training step of the same weights."""
+
+    variant: Variant | None
+    kernels: str
+    precision: str
+    weights: str = "channels-last"
+
+
+def ways_of_crevnet() -> list[Way]:
+    """All modes with and without kernels; and the extremes with contiguous weights."""
+    usual = [Way(v, kernels, p) for v in MODES for kernels in ("triton", "plain") for p in PRECISIONS]
+    extremes = ((STORED, "plain"), (EXACT, "triton"))
+    return usual + [Way(v, kernels, p, "contiguous") for v, kernels in extremes for p in PRECISIONS]
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in (*CELLS, BASELINES)}
+    yield rows
+    for part, mine in rows.items():
+        publish(report(part, mine))
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_crevnet(benchmark, results, cell, batch):
+    config = CrevNetConfig(cell=cell)
+    results[cell] += benchmark.pedantic(measured, (f"CrevNet, {cell}", config, batch, ways_of_crevnet()), rounds=1)
+
+
+@pytest.mark.parametrize("batch", BATCHES)
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name in PATCHED], ids=lambda s: f"baselines-{s.name}")
+def test_baseline(benchmark, results, system, batch):
+    config = replace(system.config, patch=PATCH)
+    ways = [Way(None, "triton", p) for p in PRECISIONS]
+    results[BASELINES] += benchmark.pedantic(measured, (system.name, config, batch, ways), rounds=1)
+
+
+def measured(name: str, config: VideoConfig, batch: int, ways: list[Way]) -> list[dict[str, Any]]:
+    """A row for every way to run a step."""
+    torch.manual_seed(0)
+    model = config.build().cuda()
+    clips = random_clips(config, batch, STEPS).cuda()
+    fitting = list(ways)
+    rounds: list[dict[Way, dict[str, float]]] = []
+    for i in range(ROUNDS + 1):
+        found = {}
+        for way in rotated(fitting, i):
+            step = one_step(model, clips, way)
+            if step is None:
+                fitting.remove(way)
+            else:
+                found[way] = step
+        if i > 0:  # the first round is for warming up: tuning, workspaces
+            rounds.append(found)
+    return [row(name, batch, way, rounds, fitting) for way in ways]
+
+
+def one_step(model: VideoModel, clips: Tensor, way: Way) -> dict[str, float] | None:
+    """Seconds and bytes of one step; None if it does not fit."""
+    if way.variant is not None:
+        model.config = way.variant.of(model.config)
+    lay_out(model, way.weights)
+    model.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    seconds = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backend, "AUTO", "auto" if way.kernels == "triton" else "reference")
+        # What the error holds is let go of when the block ends.
+        with suppress(torch.OutOfMemoryError):
+            seconds, _ = timed(lambda: step(model, clips, way.precision))
+    if seconds is None:
+        model.zero_grad(set_to_none=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+        return None
+    peak = torch.cuda.max_memory_allocated()
+    return {"seconds": seconds, "peak": peak, "added": peak - before}
+
+
+def step(model: VideoModel, clips: Tensor, precision: str) -> None:
+    """A training step as the trainer runs it: the backward pass is outside autocast."""
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+        loss = model.loss(clips)
+    loss.backward()
+
+
+def lay_out(model: nn.Module, layout: str) -> None:
+    """Give the weights of convolutions a memory layout."""
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for module in model.modules():
+        if type(module) in formats:
+            memory_format = formats[type(module)] if layout == "channels-last" else torch.contiguous_format
+            module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+
+
+def row(
+    name: str, batch: int, way: Way, rounds: list[dict[Way, dict[str, float]]], fitting: list[Way]
+) -> dict[str, Any]:
+    """What is known of one way."""
+    found = {
+        "system": name,
+        "batch": batch,
+        "variant": "stored" if way.variant is None else str(way.variant),
+        "kernels": way.kernels,
+        "precision": way.precision,
+        "weights": way.weights,
+    }
+    if way not in fitting:
+        return found
+
+    def values(of: Way, key: str = "seconds") -> list[float]:
+        return [r[of][key] for r in rounds]
+
+    seconds = spread(values(way))
+    found |= {
+        **seconds,
+        "sequences_per_second": batch / seconds["median"],
+        "peak_mb": max(values(way, "peak")) / MB,
+        "mb_per_sequence": max(values(way, "added")) / MB / batch,
+    }
+    if way.variant is not None:
+        stored = replace(way, variant=replace(way.variant, mode="stored"))
+        plain = replace(way, kernels="plain")
+        if stored in fitting:
+            found["over_stored"] = spread(ratios(values(way), values(stored)))["median"]
+        if plain in fitting:
+            found["plain_over_it"] = spread(ratios(values(plain), values(way)))["median"]
+    return found
+
+
+def report(part: str, rows: list[dict[str, Any]]) -> Report:
+    """The report of one part."""
+    columns = {
+        "system": "system",
+        "batch": "batch",
+        "variant": "variant",
+        "kernels": "kernels",
+        "precision": "precision",
+        "weights": "weights",
+        "p20": "s, p20",
+        "median": "median",
+        "p80": "p80",
+        "sequences_per_second": "sequences/s",
+        "over_stored": "over stored",
+        "plain_over_it": "plain over it",
+        "peak_mb": "peak MB",
+        "mb_per_sequence": "MB per sequence",
+    }
+    systems = len(PATCHED) * len(PRECISIONS) if part == BASELINES else len(ways_of_crevnet())
+    configuration = {
+        "model": f"table 1, patch {PATCH}" if part == BASELINES else str(CrevNetConfig(cell=part)),
+        "batches": BATCHES,
+        "steps": STEPS,
+        "rounds": ROUNDS,
+        "cudnn_tf32": torch.backends.cudnn.allow_tf32,
+        "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
+    }
+    name = f"gpu_training_step_{part}"
+    return Report(
+        name,
+        f"Training step on a GPU, {part}",
+        {"rows": Table("Time and memory of one training step", columns, rows, decimals=3)},
+        configuration,
+        NOTES,
+        complete=len(rows) == systems * len(BATCHES),
+        cuda=True,
+    )

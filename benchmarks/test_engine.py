@@ -1,0 +1,255 @@
+"""The engine against its peers: `pytest benchmarks/test_engine.py --benchmark-only`.
+
+The same stacks of additive couplings with the same weights, in one process, by every way there is to run them. Counts
+(memory, evaluations, exactness) are asserted. Times are not: the table says whether the target was met.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.contenders import CONTENDERS, EXACT, STORED, Contender, Model, by_revgrad
+from benchmarks.engine_measures import Counts, counts, loss_weight, relative_error, step_seconds, true_gradient
+from benchmarks.engine_workloads import CONVOLUTION, TRANSFORMER, WORKLOADS, Stack, Workload
+from benchmarks.pictures import engine_memory, engine_time
+from benchmarks.reporting import Report, Table, spread
+
+ROUNDS = {
+    (CONVOLUTION, 4): 16,
+    (CONVOLUTION, 16): 6,
+    (CONVOLUTION, 64): 3,
+    (TRANSFORMER, 4): 6,
+    (TRANSFORMER, 12): 3,
+    (TRANSFORMER, 24): 2,
+}
+PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
+TIME_RATIO = 1.33
+
+NOTES = (
+    "Peak: most bytes of tensors alive from the start of the forward to the end of the backward pass, whatever made "
+    "them: activations, their gradients, the output, and gradients of weights until they are added up. Weights, the "
+    "sums of their gradients, and the input with its gradient exist before and do not count. 1 MiB is 2^20 bytes.",
+    "Time: processor time of one step on one thread. Ratios are taken within each round, which runs every contender "
+    "once; the order rotates from round to round. Median, p20 and p80 over the rounds. Times are taken before anything "
+    "else, so that the memory allocator is as in a process that does nothing but train: what a step frees goes back to "
+    "the system, and the more a step needs, the more it has to ask for again.",
+    "Gradient error: L2 norm of the difference to the gradients of the weights in float64 by stored autograd, over "
+    "the norm of those. Where it is the same for all, it is the error of the forward pass in float32.",
+    "Exact arithmetic rounds the streams to multiples of 2^-16, hence its distance to float64; beside stored "
+    "autograd on the same rounded streams, its gradients of all weights and of the input are equal bit for bit "
+    "(asserted).",
+    "Evaluations: calls of each transform in one training step. memcnn's first block keeps its input, which is the "
+    "caller's and would be freed; the other blocks recover theirs and then run again.",
+    *(f"{w.name.capitalize()}: {w.description}. All float32 on a CPU." for w in WORKLOADS),
+)
+
+COLUMNS = {
+    "workload": "workload",
+    "depth": "blocks",
+    "contender": "contender",
+    "peak_mib": "peak MiB",
+    "slope_mib_per_block": "MiB per block",
+    "evaluations": "evaluations",
+    "time_ratio": "time over stored",
+    "p20": "p20",
+    "p80": "p80",
+    "over_fastest_peer": "over fastest reversible peer",
+    "seconds": "seconds",
+    "grad_error": "gradient error",
+    "equals_stored": "equal bits",
+    "error": "error",
+}
+
+Row = dict[str, Any]
+Rows = dict[tuple[Workload, int, Contender], Row]
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[Rows]:
+    rows: Rows = {
+        (workload, depth, contender): {"contender": contender.name, "workload": workload.name, "depth": depth}
+        for workload, depth in ROUNDS
+        for contender in CONTENDERS
+    }
+    yield rows
+    for row in rows.values():
+        for key in COLUMNS:
+            row.setdefault(key, None)
+    complete = all(row["peak_mib"] and row["time_ratio"] or row["error"] for row in rows.values())
+    every = [row for row in rows.values() if row["peak_mib"] or row["time_ratio"] or row["error"]]
+    tables = {workload.name: by_contender(every, workload) for workload in WORKLOADS}
+    tables["targets"] = Table(
+        "What the engine is to reach",
+        {"workload": "workload", "depth": "blocks", "contender": "contender", "what": "what"}
+        | {"measured": "measured", "target": "at most", "outcome": "outcome"},
+        targets(rows) if complete else [],
+    )
+    tables["rows"] = Table("All of it", COLUMNS, every, formats={"grad_error": ".1e", "seconds": ".3f"})
+    configuration = {
+        "workloads": {w.name: {"depths": w.depths, "state": w.shape, "blocks": w.description} for w in WORKLOADS},
+        "rounds": [[w.name, depth, rounds] for (w, depth), rounds in ROUNDS.items()],
+        "dtype": "float32",
+        "threads": 1,
+    }
+    report = Report(
+        "engine",
+        "The engine and its peers",
+        tables,
+        configuration,
+        NOTES,
+        {"engine_memory.png": engine_memory(every), "engine_time.png": engine_time(every)} if complete else {},
+        complete=complete,
+        versions={c.name: c.version() or "not installed" for c in CONTENDERS if c.package},
+    )
+    publish(report)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("workload", "depth"), ROUNDS, ids=lambda x: getattr(x, "name", x))
+def test_step_time(benchmark, results, workload, depth):
+    stack, x = workload.build(depth)
+    models, errors = built(stack)
+    for contender, error in errors.items():
+        results[workload, depth, contender]["error"] = error
+    for leaf in (*stack.blocks.parameters(), x):
+        leaf.grad = torch.zeros_like(leaf)
+    weight, order = loss_weight(x), list(models)
+    rounds: list[dict[Contender, float]] = []
+
+    def run_round() -> None:
+        shift = len(rounds) % len(order)
+        rounds.append({c: step_seconds(models[c], x, weight) for c in order[shift:] + order[:shift]})
+
+    benchmark.pedantic(run_round, rounds=ROUNDS[workload, depth], warmup_rounds=int(depth == workload.depths[0]))
+    if benchmark.disabled:
+        return
+    rounds = rounds[-ROUNDS[workload, depth] :]
+    peers = [c for c in models if c.package]
+    fastest = min(peers, key=lambda c: median(rounds, c, STORED), default=None)
+    for contender in models:
+        ratio = spread([times[contender] / times[STORED] for times in rounds])
+        row = results[workload, depth, contender]
+        row |= {"time_ratio": ratio["median"], "p20": ratio["p20"], "p80": ratio["p80"]}
+        row["seconds"] = spread([times[contender] for times in rounds])["median"]
+        if contender.ours and fastest is not None:
+            row |= {"over_fastest_peer": median(rounds, contender, fastest), "fastest_peer": fastest.name}
+
+
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize(("workload", "depth"), ROUNDS, ids=lambda x: getattr(x, "name", x))
+def test_counts(benchmark, results, workload, depth):
+    stack, x = workload.build(depth)
+    models, errors = built(stack)
+    warm_up(workload)
+    truth = true_gradient(stack, x)
+
+    def count(contender: Contender) -> Row:
+        found = counts(models[contender], stack, x)
+        row = {"peak_mib": found.peak_mib, "evaluations": found.evaluations}
+        row["grad_error"] = relative_error(found.gradient, truth)
+        if contender is EXACT:
+            row["equals_stored"] = same_gradients(found, counts(by_revgrad(stack, "exact", "stored"), stack, x))
+        return row
+
+    def count_all() -> None:
+        for contender in models:
+            try:
+                results[workload, depth, contender] |= count(contender)
+            except Exception as error:  # a peer may fail in any way; the others go on
+                errors[contender] = f"{type(error).__name__}: {error}"
+
+    benchmark.pedantic(count_all, rounds=1)
+    for contender, error in errors.items():
+        results[workload, depth, contender]["error"] = error
+        assert not contender.ours, error
+    for contender in CONTENDERS:
+        fill_in_slope(results, workload, contender)
+        if contender.ours:
+            row = results[workload, depth, contender]
+            assert row["peak_mib"] <= PEAK_MIB[workload]
+            assert abs(row.get("slope_mib_per_block", 0)) < 1e-3
+            assert row["evaluations"] == 2
+    assert results[workload, depth, EXACT]["equals_stored"] is True
+
+
+def built(stack: Stack) -> tuple[dict[Contender, Model], dict[Contender, str]]:
+    """The models of those that can be had, and the errors of the others."""
+    models, errors = {}, {}
+    for contender in CONTENDERS:
+        try:
+            models[contender] = contender.build(stack)
+        except Exception as error:  # a package may be missing, or not work with this version of PyTorch
+            errors[contender] = f"{type(error).__name__}: {error}"
+    return models, errors
+
+
+def warm_up(workload: Workload) -> None:
+    """Tables and modules that are loaded once must not count."""
+    stack, x = workload.build(1)
+    counts(by_revgrad(stack, "exact"), stack, x)
+
+
+def same_gradients(one: Counts, other: Counts) -> bool:
+    """Whether all gradients are equal, bit for bit."""
+    return torch.equal(one.gradient, other.gradient) and torch.equal(one.input_gradient, other.input_gradient)
+
+
+def median(rounds: list[dict[Contender, float]], contender: Contender, over: Contender) -> float:
+    """Median over the rounds of one time over another."""
+    return spread([times[contender] / times[over] for times in rounds])["median"]
+
+
+def fill_in_slope(rows: Rows, workload: Workload, contender: Contender) -> None:
+    """Growth of the peak from the shallowest to the deepest stack that was measured, per block."""
+    mine = [rows[workload, depth, contender] for depth in workload.depths]
+    measured = [row for row in mine if row.get("peak_mib")]
+    if len(measured) > 1:
+        first, last = measured[0], measured[-1]
+        slope = (last["peak_mib"] - first["peak_mib"]) / (last["depth"] - first["depth"])
+        for row in mine:
+            row["slope_mib_per_block"] = slope
+
+
+def targets(rows: Rows) -> list[Row]:
+    """What the engine is to reach at each depth, with what was measured."""
+    found = []
+    for (workload, depth, contender), row in rows.items():
+        if contender.ours:
+            goals = [("peak MiB", "peak_mib", PEAK_MIB[workload]), ("time over stored", "time_ratio", TIME_RATIO)]
+            goals += [(f"time over {row.get('fastest_peer')}, the fastest reversible peer", "over_fastest_peer", 1.0)]
+            for what, key, target in goals:
+                if row[key] is not None:
+                    outcome = "met" if row[key] <= target else "MISSED"
+                    line = {"workload": workload.name, "depth": depth, "contender": contender.name, "what": what}
+                    found.append(line | {"measured": row[key], "target": float(target), "outcome": outcome})
+    return found
+
+
+def by_contender(rows: list[Row], workload: Workload) -> Table:
+    """One line per contender, depths side by side."""
+    lines = []
+    for contender in CONTENDERS:
+        mine = {r["depth"]: r for r in rows if r["contender"] == contender.name and r["workload"] == workload.name}
+        if mine:
+            last = mine[max(mine)]
+            line = {f"peak_mib_{d}": row["peak_mib"] for d, row in mine.items()}
+            line |= {f"time_ratio_{d}": row["time_ratio"] for d, row in mine.items()}
+            same = ("contender", "slope_mib_per_block", "evaluations", "grad_error", "error")
+            lines.append(line | {key: last[key] for key in same})
+    columns = {"contender": "contender"} | {f"peak_mib_{d}": f"MiB, {d} blocks" for d in workload.depths}
+    columns |= {"slope_mib_per_block": "per block", "evaluations": "evaluations"}
+    columns |= {f"time_ratio_{d}": f"time, {d} blocks" for d in workload.depths}
+    columns |= {"grad_error": f"gradient error, {workload.depths[-1]} blocks"}
+    columns |= {"error": "error"} if any(line["error"] for line in lines) else {}
+    peaks = {f"peak_mib_{d}": ".1f" for d in workload.depths}
+    caption = f"{workload.name.capitalize()}: peak of activations, step time over stored autograd"
+    return Table(caption, columns, lines, formats={"grad_error": ".1e", **peaks})

@@ -1,0 +1,135 @@
+"""Memory and step time as CrevNet grows: `pytest benchmarks/test_scaling.py --benchmark-only --sweeps`.
+
+Reversible against stored autograd and `torch.utils.checkpoint` around every time step, with the same weights: against
+the number of predictive modules, the number of frames and the resolution; and the largest model that trains in 16 GB.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.memory import MB, training_peak
+from benchmarks.pictures import scaling_curves
+from benchmarks.reporting import Report, Table, spread
+from benchmarks.training import STEPS, Variant, random_clips, training_step
+from crevnet.model import CrevNetConfig
+
+pytestmark = pytest.mark.sweep
+
+STORED, CHECKPOINT, REVERSIBLE = (Variant(m, "float") for m in ("stored", "checkpoint", "reversible"))
+EXACT = Variant("reversible")
+VARIANTS = (STORED, CHECKPOINT, REVERSIBLE, EXACT)
+PAPER = CrevNetConfig()
+FEW = 2
+"""Time steps where it is not their number that grows."""
+AXES: dict[str, list[tuple[int, CrevNetConfig, int]]] = {
+    "modules": [(n, replace(PAPER, modules=n), FEW) for n in (4, 8, 16, 32, 64)],
+    "frames": [(n, PAPER, n - 1) for n in (10, 20, 40, 80)],
+    "pixels": [(n, replace(PAPER, image_size=n), FEW) for n in (64, 128, 256, 512)],
+}
+"""Per axis: the value, the configuration and the number of time steps."""
+ROUNDS = 3
+BUDGET = 16e9
+_BYTES_PER_WEIGHT = 16
+"""The weight, its gradient and Adam's two moments in float32."""
+
+NOTES = (
+    "Paper's Moving MNIST configuration with ST-LSTM, batch 1, float32, one thread; random weights and frames.",
+    f"{FEW} time steps against modules and pixels; the step of n frames has n - 1.",
+    f"Step time: median of {ROUNDS} rounds, in each of which every variant runs once; `over stored` is the median of "
+    "the ratios within a round.",
+    f"Largest model: so many predictive modules that weights, gradients, Adam's moments and the activations of one "
+    f"sequence of {STEPS + 1} frames take 16 GB, from the slope between 4 and 8 modules; then one training step of it "
+    "is run and measured.",
+)
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    rows: dict[str, list[dict[str, Any]]] = {"rows": [], "largest": []}
+    yield rows
+    points = sum(map(len, AXES.values()))
+    complete = len(rows["rows"]) == points * len(VARIANTS) and len(rows["largest"]) == 3
+    tables = {
+        "rows": Table(
+            "Activation memory and time of a training step",
+            {"axis": "against", "value": "value", "variant": "variant", "mb": "MB", "seconds": "s"}
+            | {"over_stored": "over stored"},
+            rows["rows"],
+        ),
+        "largest": Table(
+            "The largest CrevNet that trains in 16 GB",
+            {"variant": "variant", "modules": "modules", "weights_millions": "M weights", "planned_gb": "planned, GB"}
+            | {"measured_gb": "measured, GB", "seconds": "s"},
+            rows["largest"],
+        ),
+    }
+    configuration = {"model": str(PAPER), "steps": STEPS, "few_steps": FEW, "rounds": ROUNDS}
+    pictures = {"scaling.png": scaling_curves(rows["rows"])} if complete else {}
+    publish(Report("scaling", "Scaling", tables, configuration, NOTES, pictures, complete))
+
+
+@pytest.mark.parametrize(("axis", "point"), [(a, i) for a in AXES for i in range(len(AXES[a]))])
+def test_growth(benchmark, results, axis, point):
+    value, config, steps = AXES[axis][point]
+    model, clips = config.build(), random_clips(config, 1, steps)
+    rounds: list[dict[Variant, float]] = []
+
+    def run_round() -> None:
+        times = {}
+        for variant in VARIANTS:
+            model.config = variant.of(config)
+            model.zero_grad(set_to_none=True)
+            start = time.perf_counter()
+            training_step(model, clips)
+            times[variant] = time.perf_counter() - start
+        rounds.append(times)
+
+    benchmark.pedantic(run_round, rounds=ROUNDS)
+    for variant in VARIANTS:
+        row = {
+            "axis": axis,
+            "value": value,
+            "variant": str(variant),
+            "mb": training_peak(variant.of(config), 1, steps) / MB,
+            "seconds": spread([r[variant] for r in rounds])["median"],
+            "over_stored": spread([r[variant] / r[STORED] for r in rounds])["median"],
+        }
+        results["rows"].append(row)
+
+
+@pytest.mark.parametrize("variant", [STORED, CHECKPOINT, EXACT], ids=str)
+def test_largest_model(benchmark, results, variant):
+    sizes = {n: bytes_to_train(variant.of(replace(PAPER, modules=n))) for n in (4, 8)}
+    slope = (sizes[8] - sizes[4]) / 4
+    modules = int((BUDGET - sizes[8]) / slope) + 8
+    config = variant.of(replace(PAPER, modules=modules))
+    planned = sizes[8] + (modules - 8) * slope
+    started = time.perf_counter()
+    measured = benchmark.pedantic(bytes_to_train, (config,), rounds=1)
+    row = {
+        "variant": str(variant),
+        "modules": modules,
+        "weights_millions": weights(config) / 1e6,
+        "planned_gb": planned / 1e9,
+        "measured_gb": measured / 1e9,
+        "seconds": time.perf_counter() - started,
+    }
+    results["largest"].append(row)
+    assert measured == pytest.approx(planned, rel=0.02)
+    assert measured <= 1.02 * BUDGET
+
+
+def bytes_to_train(config: CrevNetConfig) -> int:
+    """Weights, gradients and Adam's moments, and the activations of one sequence, by a training step that is run."""
+    return weights(config) * _BYTES_PER_WEIGHT + training_peak(config, 1, STEPS)
+
+
+def weights(config: CrevNetConfig) -> int:
+    """Number of weights."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in config.build().parameters())

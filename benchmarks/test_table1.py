@@ -1,0 +1,191 @@
+"""Table 1 of the paper: `pytest benchmarks/test_table1.py --benchmark-only`.
+
+FLOPs per frame and training memory of all eight systems, counted on the real models, beside the paper's figures. Counts
+do not depend on the machine; those that the paper's configuration determines are asserted.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from benchmarks.memory import marginal_mb, training_peak
+from benchmarks.pictures import flops_against_memory, memory_of_systems
+from benchmarks.reporting import Report, Table
+from benchmarks.table1 import (
+    MB,
+    PATCHED,
+    SYSTEMS,
+    System,
+    allocated_mb,
+    gflops_per_frame,
+    parameters,
+    stored_mb,
+    training_mb,
+)
+from benchmarks.training import STEPS, Variant
+from crevnet.model import CrevNetConfig
+
+REVERSIBLE, CHECKPOINT = Variant("reversible"), Variant("checkpoint", "float")
+REPRODUCED = ("ConvLSTM", "VPN", "PredRNN", "CrevNet+ConvLSTM", "CrevNet+ST-LSTM")
+"""Whose FLOPs the paper's configuration gives."""
+FRAMES = (6, 11, 21)
+TIMES = (1, 2, 4)
+DEPTH_STEPS = 4
+
+NOTES = (
+    "GFLOPs of the convolutions that predict one frame of 64 x 64 pixels, one channel, batch 1; FLOPs are twice the "
+    "multiply-accumulates. The paper counts the baselines on whole frames, not on the 4 x 4 patches that their public "
+    "code trains with.",
+    f"MB per sample: peak of live tensor bytes of a training step of {STEPS} time steps, batch 2 minus batch 1, as in "
+    "training_memory.md; 1 MB is 10^6 bytes. All: weights, gradients, Adam's moments and the activations of one "
+    "sample. Stored and checkpointed in float arithmetic, reversible in exact arithmetic.",
+    "The paper does not say how it measured memory, nor with which batch and framework: its column is printed, not "
+    "reproduced. Ours counts every tensor that PyTorch's autograd keeps; frameworks that fuse or recompute "
+    "pointwise operators keep fewer, caching allocators reserve more.",
+    "Checkpoint: `torch.utils.checkpoint` around every time step, what one would do without this library.",
+    "Counted under fake tensors, which have storages but no values; real ones give the same bytes (asserted).",
+)
+
+
+@pytest.fixture(scope="module")
+def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    rows: dict[str, list[dict[str, Any]]] = {"rows": [], "patched": [], "frames": [], "depth": []}
+    yield rows
+    count = len(SYSTEMS)
+    expected = count, len(PATCHED), (count + 2) * len(FRAMES), (count + 2) * len(TIMES)
+    complete = tuple(map(len, rows.values())) == expected
+    tables = {
+        "rows": Table(
+            "Table 1: FLOPs per frame and training memory per sample",
+            {
+                "system": "system",
+                "paper_gflops": "GFLOPs, paper",
+                "gflops_per_frame": "measured",
+                "gflops_ratio": "ratio",
+                "paper_mb": "MB, paper",
+                "stored_mb_per_sample": "stored",
+                "checkpoint_mb_per_sample": "checkpoint",
+                "reversible_mb_per_sample": "reversible",
+                "mb_ratio": "ratio",
+                "total_mb_one_sample": "all, MB",
+                "parameters_millions": "M weights",
+            },
+            rows["rows"],
+        ),
+        "patched": Table(
+            "As people train them: frames folded into patches of 4 x 4 pixels",
+            {
+                "system": "system",
+                "gflops_per_frame": "GFLOPs",
+                "over_crevnet": "over CrevNet+ST-LSTM",
+                "stored_mb_per_sample": "stored, MB per sample",
+            },
+            rows["patched"],
+        ),
+        "frames": Table(
+            "Activation memory of one sample against the length of the sequence",
+            {"system": "system", "mode": "mode", "frames": "frames", "mb": "MB"},
+            rows["frames"],
+        ),
+        "depth": Table(
+            f"Activation memory of one sample against depth, {DEPTH_STEPS} time steps",
+            {"system": "system", "mode": "mode", "times": "times as deep", "mb": "MB"},
+            rows["depth"],
+        ),
+    }
+    notes = (*NOTES, *(f"{s.name}: {s.source}. {s.remark}" for s in SYSTEMS))
+    configuration = {s.name: str(s.config) for s in SYSTEMS} | {"steps": STEPS, "dtype": "float32"}
+    pictures = {}
+    if complete:
+        pictures["table1_flops_against_memory.png"] = flops_against_memory(rows["rows"])
+        pictures["table1_memory.png"] = memory_of_systems(rows["frames"], rows["depth"])
+    publish(Report("table1", "Table 1", tables, configuration, notes, pictures, complete))
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
+def test_system(benchmark, results, system):
+    row = benchmark.pedantic(measured, (system,), rounds=1)
+    results["rows"].append(row)
+    if system.name in REPRODUCED:
+        assert row["gflops_per_frame"] == pytest.approx(system.paper_gflops, rel=0.02)
+
+
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name in PATCHED], ids=lambda s: s.name)
+def test_patched(benchmark, results, system):
+    config = replace(system.config, patch=4)
+    gflops = benchmark.pedantic(gflops_per_frame, (config,), rounds=1)
+    row = {
+        "system": system.name,
+        "setting": str(config),
+        "gflops_per_frame": gflops,
+        "over_crevnet": gflops / gflops_per_frame(SYSTEMS[-1].config),
+        "stored_mb_per_sample": stored_mb(config, 2) - stored_mb(config, 1),
+    }
+    results["patched"].append(row)
+    assert row["over_crevnet"] > 1
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
+def test_growth(benchmark, results, system):
+    for mode, peak in modes(system).items():
+        for frames in FRAMES:
+            mb = peak(system.config, frames - 1)
+            results["frames"].append({"system": system.name, "mode": mode, "frames": frames, "mb": mb})
+        for times in TIMES:
+            mb = peak(system.deeper(times), DEPTH_STEPS)
+            results["depth"].append({"system": system.name, "mode": mode, "times": times, "mb": mb})
+    benchmark.pedantic(lambda: None, rounds=1)
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
+def test_fake_tensors_count_what_real_ones_do(benchmark, system):
+    small = replace(system.config, image_size=32) if "CrevNet" in system.name else replace(system.config, image_size=16)
+    real = benchmark.pedantic(training_peak, (small, 1, 2), rounds=1, warmup_rounds=1)
+    assert stored_mb(small, 1, 2) * MB == real
+
+
+def measured(system: System) -> dict[str, Any]:
+    """A row of the table."""
+    config, ours = system.config, isinstance(system.config, CrevNetConfig)
+    gflops = gflops_per_frame(config)
+    one = stored_mb(config, 1)
+    stored = stored_mb(config, 2) - one
+    reversible = reversible_mb(config, REVERSIBLE) if ours else None
+    checkpoint = reversible_mb(config, CHECKPOINT) if ours else None
+    activations = real_peak(config, STEPS) if ours else one
+    return {
+        "system": system.name,
+        "setting": str(config),
+        "source": system.source,
+        "gflops_per_frame": gflops,
+        "paper_gflops": system.paper_gflops,
+        "gflops_ratio": gflops / system.paper_gflops,
+        "stored_mb_per_sample": stored,
+        "checkpoint_mb_per_sample": checkpoint,
+        "reversible_mb_per_sample": reversible,
+        "paper_mb": system.paper_mb,
+        "mb_ratio": (reversible or stored) / system.paper_mb,
+        "total_mb_one_sample": training_mb(config, activations),
+        "stored_total_mb_one_sample": training_mb(config, one),
+        "cuda_allocator_mb_per_sample": allocated_mb(config),
+        "parameters": parameters(config),
+        "parameters_millions": parameters(config) / 1e6,
+    }
+
+
+def reversible_mb(config: CrevNetConfig, variant: Variant) -> float:
+    """Memory per sample of a way to train CrevNet, on real tensors: its guards compare values."""
+    return marginal_mb(config.cell, config.modules, config.blocks, variant, STEPS)
+
+
+def modes(system: System) -> dict[str, Any]:
+    """Ways to train a system, each with what counts its memory for a configuration and a number of time steps."""
+    stored = {"stored": lambda config, steps: stored_mb(config, 1, steps)}
+    return stored | ({"reversible": real_peak} if isinstance(system.config, CrevNetConfig) else {})
+
+
+def real_peak(config: CrevNetConfig, steps: int) -> float:
+    """Activation memory of one sample with reversible layers, in MB."""
+    return training_peak(REVERSIBLE.of(config), 1, steps) / MB

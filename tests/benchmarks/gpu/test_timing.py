@@ -1,0 +1,30 @@
+import pytest
+
+from benchmarks.gpu.timing import ratios, repetitions, rotated, sets_beyond_cache
+
+
+@pytest.mark.parametrize(
+    ("size", "sets"), [(60_000_000, 3), (59_999_999, 4), (1_000_000, 180), (10**9, 2), (0, 180_000_000)]
+)
+def test_all_sets_together_exceed_the_cache(size, sets):
+    assert sets_beyond_cache(size, 60_000_000) == sets
+    assert sets * max(1, size) >= 180_000_000
+
+
+@pytest.mark.parametrize(("seconds", "times"), [(1.0, 1), (1e-3, 1), (0.9e-3, 2), (1e-5, 100)])
+def test_a_sample_is_long_enough(seconds, times):
+    assert repetitions(seconds) == times
+    assert repetitions(0.0) >= 1000
+
+
+def test_every_variant_is_first_in_turn():
+    names = ["a", "b", "c"]
+    assert [rotated(names, i)[0] for i in range(4)] == ["a", "b", "c", "a"]
+    assert all(sorted(rotated(names, i)) == names for i in range(4))
+    assert rotated([], 5) == []
+
+
+def test_ratios_are_taken_within_a_round():
+    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
+    with pytest.raises(ValueError, match="zip"):
+        ratios([1.0], [1.0, 2.0])

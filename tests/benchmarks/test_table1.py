@@ -1,0 +1,33 @@
+import pytest
+
+from benchmarks.table1 import PATCHED, SYSTEMS, gflops_per_frame, parameters, stored_mb, training_mb
+from crevnet.baselines.convlstm import ConvLSTMConfig
+
+SMALL = ConvLSTMConfig(patch=1, image_size=16, hidden=(4, 4), kernel_size=3)
+
+
+def test_all_systems_of_table_1_are_there():
+    names = ["ConvLSTM", "FRNN", "VPN", "PredRNN", "PredRNN++", "E3D-LSTM", "CrevNet+ConvLSTM", "CrevNet+ST-LSTM"]
+    assert [s.name for s in SYSTEMS] == names
+    assert set(PATCHED) < set(names)
+
+
+def test_flops_are_twice_the_multiply_accumulates():
+    per_pixel = 1 * 4 + 2 * (8 * 16 * 9) + 4 * 1
+    assert gflops_per_frame(SMALL) == pytest.approx(2 * per_pixel * 16 * 16 / 1e9, rel=1e-12)
+
+
+def test_all_memory_is_four_numbers_per_weight_and_the_activations():
+    assert training_mb(SMALL, 3.0) == pytest.approx(parameters(SMALL) * 16 / 1e6 + 3.0)
+
+
+def test_stored_memory_grows_with_steps_and_batch():
+    one, two, longer = stored_mb(SMALL, 1, 2), stored_mb(SMALL, 2, 2), stored_mb(SMALL, 1, 4)
+    assert one < two < 2.1 * one
+    assert one < longer < 2.5 * one
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
+def test_a_deeper_system_is_the_same_one_at_once_the_depth(system):
+    assert system.deeper(1) == system.config
+    assert parameters(system.deeper(2)) > 1.5 * parameters(system.config)
