@@ -1,9 +1,15 @@
 """Benchmarks: `pytest benchmarks/ --benchmark-only` measures, prints tables and writes `benchmarks/results/`.
 
-- `test_training_memory.py`: memory of a training step, and how it grows with depth;
-  writes `training_memory.json` and `.md`, and the picture `memory_against_depth.png`.
-- `test_step_time.py`: time of a training step, reversible over stored; writes `step_time.json` and `.md`.
-- `test_data.py`: speed of generating Moving MNIST; writes `moving_mnist.json` and `.md`.
+- `test_table1.py`: FLOPs and memory of the paper's table 1, counted on the real models.
+- `test_engine.py`: the engine beside stored autograd, checkpointing and other reversible libraries.
+- `test_training_memory.py`: memory of a training step in all modes, and its growth with depth; a sweep.
+- `test_step_time.py`: time of a training step, reversible over stored; a sweep.
+- `test_profile.py`: operators, bytes and CPU time of a training step, with and without fused kernels.
+- `test_kernel_resources.py`: registers, spills and bytes of the compiled kernels.
+- `test_residue.py`, `test_data.py`: residue against its bound; sequences generated per second.
+- `test_normalisation.py`, `test_scaling.py`: stability of training; growth with modules, frames, pixels; sweeps.
+- `gpu/`: what only a CUDA device can tell.
 
-A run of some of the benchmarks (`-k`) prints what it measured and leaves the written results alone.
+Each writes `NAME.json`, `NAME.md` and its pictures. Those marked `sweep` run with `--sweeps`. A run of some of the
+benchmarks (`-k`) prints what it measured and leaves the written results alone.
 """

@@ -1,4 +1,4 @@
-"""Which normalisation trains most stably: `pytest benchmarks/test_normalisation.py --benchmark-only`.
+"""Which normalisation trains most stably: `pytest benchmarks/test_normalisation.py --benchmark-only --sweeps`.
 
 The same small CrevNet is trained for a few hundred steps with each normalisation, from low to too high learning
 rates and from two seeds; it is scored on validation digits by free running, as in use.
@@ -19,6 +19,8 @@ from crevnet.data import DataConfig
 from crevnet.evaluate import score
 from crevnet.model import CrevNet, CrevNetConfig
 from revgrad import ReversibilityError
+
+pytestmark = pytest.mark.sweep
 
 NORMS = ("group", "batch", "none")
 RATES = (5e-4, 2e-3, 8e-3)

@@ -1,4 +1,4 @@
-"""Time of a training step, reversible over stored: `pytest benchmarks/test_step_time.py --benchmark-only`.
+"""Time of a training step, reversible over stored: `pytest benchmarks/test_step_time.py --benchmark-only --sweeps`.
 
 Every round runs one step of each variant, with the same weights and frames in the same process, and gives one
 ratio; so what slows the machine down for a while slows both sides. Nothing is asserted: the table says
@@ -16,6 +16,8 @@ import torch
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.training import CELLS, Variant, random_clips, training_step
 from crevnet.model import CrevNet, CrevNetConfig
+
+pytestmark = pytest.mark.sweep
 
 STEPS = 4
 """Fewer than the paper's 19: both sides of a ratio grow alike."""

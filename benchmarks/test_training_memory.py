@@ -1,4 +1,4 @@
-"""Memory of a training step: `pytest benchmarks/test_training_memory.py --benchmark-only`.
+"""Memory of a training step: `pytest benchmarks/test_training_memory.py --benchmark-only --sweeps`.
 
 What one more sample takes in live tensor bytes, and how that grows with the number of predictive modules and
 with the depth of the autoencoder. These are counts, not times: they are asserted.
@@ -14,6 +14,8 @@ from benchmarks.pictures import memory_against_depth
 from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, STEPS, Variant
 from crevnet.model import CrevNetConfig
+
+pytestmark = pytest.mark.sweep
 
 DEPTH_STEPS = 4
 """Fewer for the growth with depth, where it is the slope that counts."""

@@ -7,6 +7,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    converted,
     fused,
     refuse_second_derivative,
     tl,
@@ -52,7 +53,7 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
 
 def _reference(gates: Tensor, cell: Tensor, bias: Tensor | None) -> Tensor:
     wide = arithmetic_dtype(gates, cell)
-    return updated(cell.to(wide), *activated(3, gates, bias, wide)).to(cell.dtype)
+    return converted(updated(converted(cell, wide), *activated(3, gates, bias, wide)), cell.dtype)
 
 
 def _reference_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    converted,
     fused,
     refuse_second_derivative,
     tl,
@@ -71,9 +72,9 @@ def convlstm(
 def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = arithmetic_dtype(gates, cell, peephole)
     i, f, g, o = activated(4, gates, bias, wide)
-    new = updated(cell.to(wide), i, f, g)
-    hidden = torch.sigmoid(torch.addcmul(o, peephole.to(wide), new)) * torch.tanh(new)
-    return hidden.to(cell.dtype), new.to(cell.dtype)
+    new = updated(converted(cell, wide), i, f, g)
+    hidden = torch.sigmoid(o + converted(peephole, wide) * new) * torch.tanh(new)
+    return converted(hidden, cell.dtype), converted(new, cell.dtype)
 
 
 def _reference_backward(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import arithmetic, can_run, fused, on_device, tl, triton
+from revgrad_kernels.backend import arithmetic, can_run, converted, fused, on_device, tl, triton
 from revgrad_kernels.layout import canonical, elements, expanded, laid_out_like, size_class, tuned
 
 FRACTION_BITS = {torch.float32: 16, torch.float64: 32}
@@ -69,11 +69,6 @@ def dispatch(
     if kernel or recorded or torch.compiler.is_compiling():
         return operator(*tensors, *flags, kernel)
     return reference(*tensors, *flags)
-
-
-def converted(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """As `x.to(dtype)`, which alone takes longer than adding two small tensors even where it has nothing to do."""
-    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _reference(target: Tensor, message: Tensor, undo: bool) -> Tensor:

@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import arithmetic, can_run, on_device, tl, triton
-from revgrad_kernels.exact_additive import FRACTION_BITS, converted, dispatch, line, nearest_integer, on_grid
+from revgrad_kernels.backend import arithmetic, can_run, converted, on_device, tl, triton
+from revgrad_kernels.exact_additive import FRACTION_BITS, dispatch, line, nearest_integer, on_grid
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tuned
 from revgrad_kernels.reservoir import FULL, GATE_BITS, pop, push, quantised_rest, refill_of, to_numerator
 

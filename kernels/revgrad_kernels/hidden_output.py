@@ -9,6 +9,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    converted,
     fused,
     on_device,
     refuse_second_derivative,
@@ -38,12 +39,12 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         raise ValueError(f"hidden_output: shapes {', '.join(str(tuple(t.shape)) for t in tensors)} differ")
     if fused(backend, *tensors):
         return _hidden_output(output_gate, update, added)
-    return _reference(_summed(output_gate, update, added), update).to(_dtype(output_gate, update))
+    return converted(_reference(_summed(output_gate, update, added), update), _dtype(output_gate, update))
 
 
 def _reference(gate: Tensor, update: Tensor) -> Tensor:
     wide = arithmetic_dtype(gate, update)
-    return (torch.sigmoid(gate.to(wide)) * torch.tanh(update.to(wide))).to(_dtype(gate, update))
+    return torch.sigmoid(converted(gate, wide)) * torch.tanh(converted(update, wide))
 
 
 def _reference_backward(gate: Tensor, update: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,7 +150,7 @@ def _summed(output_gate: Tensor, update: Tensor, added: Tensor | None) -> Tensor
     if added is None:
         return output_gate
     wide = arithmetic_dtype(output_gate, update, added)
-    return output_gate.to(wide) + added.to(wide)
+    return converted(output_gate, wide) + converted(added, wide)
 
 
 def _dtype(output_gate: Tensor, update: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import on_device, tl, triton
+from revgrad_kernels.backend import converted, on_device, tl, triton
 from revgrad_kernels.layout import Matrix, canonical, laid_out_like, samples, size_class
 
 sigmoid_backward: Any = torch.ops.aten.sigmoid_backward
@@ -48,31 +48,33 @@ def check_gates(operator: str, groups: int, cell: Tensor, bias: Tensor | None, *
     Raises:
         ValueError: Gates and bias do not have `groups` times the channels of the cell state.
     """
-    ((name, gates),) = named_gates.items()
-    if cell.ndim < 2 or gates.shape != (cell.shape[0], groups * cell.shape[1], *cell.shape[2:]):
-        times = {3: "three", 4: "four"}[groups]
-        raise ValueError(
-            f"{operator}: {name} {tuple(gates.shape)} must have {times} times the channels of cell {tuple(cell.shape)}"
-        )
-    if bias is not None and bias.shape != gates.shape[1:2]:
-        raise ValueError(
-            f"{operator}: the bias must have one element per channel of {name} {tuple(gates.shape)}, "
-            f"got {tuple(bias.shape)}"
-        )
+    for name, gates in named_gates.items():
+        fits = gates.ndim == cell.ndim >= 2 and gates.shape[2:] == cell.shape[2:] and gates.shape[0] == cell.shape[0]
+        if not fits or gates.shape[1] != groups * cell.shape[1]:
+            times = {3: "three", 4: "four"}[groups]
+            raise ValueError(
+                f"{operator}: {name} {tuple(gates.shape)} must have {times} times the channels of cell "
+                f"{tuple(cell.shape)}"
+            )
+        if bias is not None and bias.shape != gates.shape[1:2]:
+            raise ValueError(
+                f"{operator}: the bias must have one element per channel of {name} {tuple(gates.shape)}, "
+                f"got {tuple(bias.shape)}"
+            )
 
 
 def activated(groups: int, gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """`sigmoid(i)`, `sigmoid(f)`, `tanh(g)` and, of four groups, `o` before activation."""
-    gates = gates.to(dtype)
+    gates = converted(gates, dtype)
     if bias is not None:
         gates = gates + bias.to(dtype).view(-1, *(1,) * (gates.ndim - 2))
-    i, f, g, *o = gates.split([gates.shape[1] // groups] * groups, dim=1)
+    i, f, g, *o = gates.chunk(groups, dim=1)
     return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), *o
 
 
 def updated(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
     """The new cell state, from activations."""
-    return (f * cell).addcmul_(i, g)
+    return f * cell + i * g
 
 
 def gate_gradients(grad: Tensor, cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Iterable[Tensor]:

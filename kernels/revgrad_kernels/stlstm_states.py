@@ -17,6 +17,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    converted,
     fused,
     refuse_second_derivative,
     tl,
@@ -88,10 +89,10 @@ def _reference(
 ) -> _Four:
     wide = arithmetic_dtype(gates, memory_gates, cell, memory)
     i, f, g, o = activated(4, gates, bias, wide)
-    new_cell = updated(cell.to(wide), i, f, g)
-    new_memory = updated(memory.to(wide), *activated(3, memory_gates, memory_bias, wide))
-    both = torch.cat([new_cell, new_memory], dim=1).to(_both_dtype(cell, memory))
-    return new_cell.to(cell.dtype), new_memory.to(memory.dtype), both, o.to(cell.dtype, copy=True)
+    new_cell = updated(converted(cell, wide), i, f, g)
+    new_memory = updated(converted(memory, wide), *activated(3, memory_gates, memory_bias, wide))
+    both = converted(torch.cat([new_cell, new_memory], dim=1), _both_dtype(cell, memory))
+    return converted(new_cell, cell.dtype), converted(new_memory, memory.dtype), both, converted(o, cell.dtype)
 
 
 def _reference_backward(
@@ -173,7 +174,8 @@ def _stlstm_states(
     gates, memory_gates, cell, memory = aligned(gates, memory_gates, cell, memory)
     biases = dense(bias), dense(memory_bias)
     if not can_run(cell.device):
-        return aligned(gates, *_reference(gates, memory_gates, cell, memory, *biases))[1:]
+        *states, output_gate = _reference(gates, memory_gates, cell, memory, *biases)
+        return aligned(gates, *states, output_gate.clone())[1:]  # which may be a view of the gates
     results = _empty_results(gates, cell, memory)
     wide = arithmetic(gates, memory_gates, cell, memory)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)

@@ -1,0 +1,57 @@
+import subprocess
+import sys
+
+import pytest
+import torch
+from revgrad_kernels import backend, weighted_sum
+
+from tests.kernels.cases import needs_triton
+
+CPU, META = torch.zeros(2), torch.zeros(2, device="meta")
+
+
+def test_auto_is_the_reference_away_from_cuda():
+    assert not backend.fused("auto", CPU)
+    assert not backend.fused("auto", META)
+    assert not backend.fused("reference", CPU)
+
+
+@needs_triton
+def test_the_environment_changes_what_auto_means_and_the_call_has_the_last_word(monkeypatch):
+    monkeypatch.setattr(backend, "AUTO", "reference")
+    assert backend.fused("triton", torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    assert not backend.fused("auto", CPU)
+
+
+def test_triton_where_it_cannot_run_is_an_error():
+    with pytest.raises(backend.BackendError, match=r"Triton cannot compute on meta: .*; choose backend 'auto'"):
+        weighted_sum(META, META, META, backend="triton")
+
+
+@pytest.mark.parametrize(("name", "where"), [("auto", "REVGRAD_KERNELS"), ("cuda", "backend")])
+def test_an_unknown_backend_is_named_with_its_origin(name, where, monkeypatch):
+    monkeypatch.setattr(backend, "AUTO", "fast")
+    with pytest.raises(ValueError, match=f"{where} must be one of auto, triton, reference, got"):
+        backend.fused(name, CPU)
+
+
+def test_one_device_for_all():
+    with pytest.raises(backend.BackendError, match="one device, got cpu, meta"):
+        backend.fused("auto", CPU, META)
+
+
+def test_without_triton_the_reference_computes_and_an_explicit_request_says_what_is_missing():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from revgrad_kernels import backend, weighted_sum
+x = torch.ones(2, 3)
+assert torch.equal(weighted_sum(x, x, x), x)
+try:
+    weighted_sum(x, x, x, backend="triton")
+except backend.BackendError as error:
+    print(error)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "it is not installed" in run.stdout
