@@ -25,6 +25,7 @@ from revgrad_kernels.recurrent import (
     load_activated,
     recompute,
     side_by_side,
+    split_gates,
     store_gate_gradients,
     updated,
 )
@@ -53,12 +54,12 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
 
 def _reference(gates: Tensor, cell: Tensor, bias: Tensor | None) -> Tensor:
     wide = arithmetic_dtype(gates, cell)
-    return converted(updated(converted(cell, wide), *activated(3, gates, bias, wide)), cell.dtype)
+    return converted(updated(converted(cell, wide), *split_gates(3, gates, bias, wide)), cell.dtype)
 
 
 def _reference_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
     wide = arithmetic_dtype(gates, cell)
-    i, f, g = activated(3, gates, bias, wide)
+    i, f, g = activated(*split_gates(3, gates, bias, wide))
     grad = grad.to(wide)
     return side_by_side(gates, gate_gradients(grad, cell.to(wide), i, f, g)), (grad * f).to(cell.dtype)
 

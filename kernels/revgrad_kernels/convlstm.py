@@ -35,6 +35,7 @@ from revgrad_kernels.recurrent import (
     side_by_side,
     sigmoid,
     sigmoid_backward,
+    split_gates,
     store_gate,
     store_gate_gradients,
     tanh,
@@ -71,7 +72,7 @@ def convlstm(
 
 def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = arithmetic_dtype(gates, cell, peephole)
-    i, f, g, o = activated(4, gates, bias, wide)
+    i, f, g, o = split_gates(4, gates, bias, wide)
     new = updated(converted(cell, wide), i, f, g)
     hidden = torch.sigmoid(o + converted(peephole, wide) * new) * torch.tanh(new)
     return converted(hidden, cell.dtype), converted(new, cell.dtype)
@@ -81,9 +82,10 @@ def _reference_backward(
     gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None, grad_hidden: Tensor, grad_new: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = arithmetic_dtype(gates, cell, peephole)
-    i, f, g, o = activated(4, gates, bias, wide)
+    *gates_before, o = split_gates(4, gates, bias, wide)
+    i, f, g = activated(*gates_before)
     before, peephole, grad_hidden = cell.to(wide), peephole.to(wide), grad_hidden.to(wide)
-    new = updated(before, i, f, g)
+    new = f * before + i * g
     o, u = torch.sigmoid(torch.addcmul(o, peephole, new)), torch.tanh(new)
     grad_o = sigmoid_backward(grad_hidden * u, o)
     grad = torch.addcmul(grad_new + tanh_backward(grad_hidden * o, u), grad_o, peephole)

@@ -63,18 +63,23 @@ def check_gates(operator: str, groups: int, cell: Tensor, bias: Tensor | None, *
             )
 
 
-def activated(groups: int, gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """`sigmoid(i)`, `sigmoid(f)`, `tanh(g)` and, of four groups, `o` before activation."""
+def split_gates(groups: int, gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """`i`, `f`, `g` and, of four groups, `o` before activation, the bias added."""
     gates = converted(gates, dtype)
     if bias is not None:
         gates = gates + bias.to(dtype).view(-1, *(1,) * (gates.ndim - 2))
-    i, f, g, *o = gates.chunk(groups, dim=1)
-    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g), *o
+    return gates.chunk(groups, dim=1)
+
+
+def activated(i: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`sigmoid(i)`, `sigmoid(f)` and `tanh(g)`."""
+    return torch.sigmoid(i), torch.sigmoid(f), torch.tanh(g)
 
 
 def updated(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """The new cell state, from activations."""
-    return f * cell + i * g
+    """The new cell state, from gates before activation."""
+    # Not by way of `activated`: each activation that is freed at once leaves its place in the cache to the next.
+    return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
 
 
 def gate_gradients(grad: Tensor, cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Iterable[Tensor]:

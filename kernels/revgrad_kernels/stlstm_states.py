@@ -36,6 +36,7 @@ from revgrad_kernels.recurrent import (
     load_gate,
     recompute,
     side_by_side,
+    split_gates,
     store_gate,
     store_gate_gradients,
     updated,
@@ -88,9 +89,9 @@ def _reference(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
     wide = arithmetic_dtype(gates, memory_gates, cell, memory)
-    i, f, g, o = activated(4, gates, bias, wide)
+    i, f, g, o = split_gates(4, gates, bias, wide)
     new_cell = updated(converted(cell, wide), i, f, g)
-    new_memory = updated(converted(memory, wide), *activated(3, memory_gates, memory_bias, wide))
+    new_memory = updated(converted(memory, wide), *split_gates(3, memory_gates, memory_bias, wide))
     both = converted(torch.cat([new_cell, new_memory], dim=1), _both_dtype(cell, memory))
     return converted(new_cell, cell.dtype), converted(new_memory, memory.dtype), both, converted(o, cell.dtype)
 
@@ -108,12 +109,12 @@ def _reference_backward(
     grad_new_cell, grad_new_memory, grad_both, grad_o = grads
     of_cell, of_memory = grad_both.to(wide).split([cell.shape[1]] * 2, dim=1)
 
-    i, f, g, _ = activated(4, gates, bias, wide)
+    i, f, g = activated(*split_gates(4, gates, bias, wide)[:3])
     grad = grad_new_cell + of_cell
     grad_gates = side_by_side(gates, chain(gate_gradients(grad, cell.to(wide), i, f, g), (grad_o,)))
     grad_cell = (grad * f).to(cell.dtype)
 
-    i, f, g = activated(3, memory_gates, memory_bias, wide)
+    i, f, g = activated(*split_gates(3, memory_gates, memory_bias, wide))
     grad = grad_new_memory + of_memory
     grad_memory_gates = side_by_side(memory_gates, gate_gradients(grad, memory.to(wide), i, f, g))
     return grad_gates, grad_memory_gates, grad_cell, (grad * f).to(memory.dtype)

@@ -1,6 +1,6 @@
 import pytest
 
-from benchmarks.table1 import PATCHED, SYSTEMS, gflops_per_frame, parameters, stored_mb, training_mb
+from benchmarks.table1 import PATCHED, SYSTEMS, activations_mb, gflops_per_frame, parameters, training_mb
 from crevnet.baselines.convlstm import ConvLSTMConfig
 
 SMALL = ConvLSTMConfig(patch=1, image_size=16, hidden=(4, 4), kernel_size=3)
@@ -22,7 +22,7 @@ def test_all_memory_is_four_numbers_per_weight_and_the_activations():
 
 
 def test_stored_memory_grows_with_steps_and_batch():
-    one, two, longer = stored_mb(SMALL, 1, 2), stored_mb(SMALL, 2, 2), stored_mb(SMALL, 1, 4)
+    one, two, longer = activations_mb(SMALL, 1, 2), activations_mb(SMALL, 2, 2), activations_mb(SMALL, 1, 4)
     assert one < two < 2.1 * one
     assert one < longer < 2.5 * one
 
