@@ -99,9 +99,9 @@ def test_the_summary_shows_once_what_two_operators_launch():
     assert [r["operator"] for r in summarised(rows() + rows(operator="difference"), PLAIN)] == ["sum"]
 
 
-def test_the_included_table_is_the_measured_one():
+def test_the_included_tables_are_the_measured_ones():
     page = (ROOT / "docs" / "kernels.md").read_text()
-    ((name, text),) = re.findall(r"<!-- begin (\w+) -->\n(.*?)\n?<!-- end \1 -->", page, re.DOTALL)
-    assert name == "kernel_resources"
-    assert text
-    assert text in (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
+    included = dict(re.findall(r"<!-- begin (\w+) -->\n(.*?)\n?<!-- end \1 -->", page, re.DOTALL))
+    for name in ("kernel_resources", "profile"):
+        assert included[name]
+        assert included[name] in (ROOT / "benchmarks" / "results" / f"{name}.md").read_text()
