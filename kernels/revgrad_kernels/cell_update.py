@@ -1,8 +1,11 @@
 """The update of an LSTM's cell state: `c' = sigmoid(f) c + sigmoid(i) tanh(g)`, one pass forward, one backward."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
@@ -13,11 +16,12 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, tile, tuned
+from revgrad_kernels.layout import dense, side_by_side_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
     bias_gradient,
+    biased,
     check_gates,
     gate_gradients,
     given,
@@ -47,6 +51,10 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
         BackendError: The backend cannot compute this.
     """
     check_gates("cell_update", 3, cell, bias, gates=gates)
+    if recurrent_cpu.takes(backend, gates, cell, bias):
+        gates = biased(gates, bias, cell.dtype)
+        small = cell.numel() < recurrent_cpu.SMALL
+        return updated(cell, *gates.chunk(3, 1)) if small else _OnCPU.compute(gates, cell)
     if fused(backend, gates, cell, *given(bias)):
         return _cell_update(gates, cell, bias)
     return _reference(gates, cell, bias)
@@ -62,6 +70,22 @@ def _reference_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: 
     i, f, g = activated(*split_gates(3, gates, bias, wide))
     grad = grad.to(wide)
     return side_by_side(gates, gate_gradients(grad, cell.to(wide), i, f, g)), (grad * f).to(cell.dtype)
+
+
+class _OnCPU(recurrent_cpu.Operator):
+    """Saves the old cell state and the gates after activation."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, cell: Tensor) -> Tensor:
+        activated = recurrent_cpu.activate(*gates.chunk(3, 1))
+        recurrent_cpu.save(ctx, cell, *activated)
+        return recurrent_cpu.update(cell, *activated)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        saved = recurrent_cpu.saved(ctx)
+        grad_gates = side_by_side_like(saved[3], 3)
+        return grad_gates, recurrent_cpu.pull_back(grad_gates.chunk(3, 1), grad, *saved)
 
 
 @triton.jit

@@ -6,10 +6,12 @@ h  = sigmoid(o + Wco c') tanh(c')
 
 import math
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
@@ -20,11 +22,12 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, tile, tuned
+from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, side_by_side_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
     bias_gradient,
+    biased,
     check_gates,
     gate_gradients,
     given,
@@ -65,6 +68,10 @@ def convlstm(
     check_gates("convlstm", 4, cell, bias, gates=gates)
     if peephole.shape != cell.shape[1:]:
         raise ValueError(f"convlstm: peephole {tuple(peephole.shape)} does not fit cell {tuple(cell.shape)}")
+    if recurrent_cpu.takes(backend, gates, cell, peephole, bias):
+        gates = biased(gates, bias, cell.dtype)
+        small = cell.numel() < recurrent_cpu.SMALL
+        return (_plain if small else _OnCPU.compute)(gates, cell, peephole)
     if fused(backend, gates, cell, peephole, *given(bias)):
         return _convlstm(gates, cell, peephole, bias)
     return _reference(gates, cell, peephole, bias)
@@ -72,10 +79,14 @@ def convlstm(
 
 def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     wide = arithmetic_dtype(gates, cell, peephole)
-    i, f, g, o = split_gates(4, gates, bias, wide)
-    new = updated(converted(cell, wide), i, f, g)
-    hidden = torch.sigmoid(o + converted(peephole, wide) * new) * torch.tanh(new)
+    hidden, new = _plain(biased(gates, bias, wide), converted(cell, wide), converted(peephole, wide))
     return converted(hidden, cell.dtype), converted(new, cell.dtype)
+
+
+def _plain(gates: Tensor, cell: Tensor, peephole: Tensor) -> tuple[Tensor, Tensor]:
+    *before, o = gates.chunk(4, 1)
+    new = updated(cell, *before)
+    return torch.sigmoid(o + peephole * new) * torch.tanh(new), new
 
 
 def _reference_backward(
@@ -91,6 +102,30 @@ def _reference_backward(
     grad = torch.addcmul(grad_new + tanh_backward(grad_hidden * o, u), grad_o, peephole)
     grad_gates = side_by_side(gates, chain(gate_gradients(grad, before, i, f, g), (grad_o,)))
     return grad_gates, (grad * f).to(cell.dtype), grad_o * new
+
+
+class _OnCPU(recurrent_cpu.Operator):
+    """Saves both cell states, the peephole, and what has been activated."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, cell: Tensor, peephole: Tensor) -> tuple[Tensor, Tensor]:
+        *before, o = gates.chunk(4, 1)
+        activated = recurrent_cpu.activate(*before)
+        new = recurrent_cpu.update(cell, *activated)
+        o = torch.addcmul(o, peephole, new).sigmoid_()
+        u = recurrent_cpu.tanh(new)
+        recurrent_cpu.save(ctx, cell, *activated, peephole, new, o, u)
+        return o * u, new
+
+    @staticmethod
+    def backward(ctx: Any, grad_hidden: Tensor, grad_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        saved = recurrent_cpu.saved(ctx)
+        peephole, new, o, u = saved[4:]
+        grad_gates = side_by_side_like(saved[3], 4)
+        parts = grad_gates.chunk(4, 1)
+        grad_o = recurrent_cpu.sigmoid_backward(grad_hidden * u, o, grad_input=parts[3])
+        grad = tanh_backward(grad_hidden * o, u).add_(grad_new).addcmul_(grad_o, peephole)
+        return grad_gates, recurrent_cpu.pull_back(parts, grad, *saved[:4]), (grad_o * new).sum(0)
 
 
 @triton.jit

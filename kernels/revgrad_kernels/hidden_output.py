@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
@@ -34,9 +35,13 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         ValueError: The shapes differ.
         BackendError: The backend cannot compute this.
     """
-    tensors = given(output_gate, update, added)
-    if any(t.shape != update.shape for t in tensors):
+    tensors = (output_gate, update) if added is None else (output_gate, update, added)
+    if output_gate.shape != update.shape or tensors[-1].shape != update.shape:
         raise ValueError(f"hidden_output: shapes {', '.join(str(tuple(t.shape)) for t in tensors)} differ")
+    if recurrent_cpu.takes(backend, *tensors):
+        if update.numel() < recurrent_cpu.SMALL:
+            return _plain(output_gate if added is None else output_gate + added, update)
+        return _OnCPU.compute(*tensors)
     if fused(backend, *tensors):
         return _hidden_output(output_gate, update, added)
     return converted(_reference(_summed(output_gate, update, added), update), _dtype(output_gate, update))
@@ -44,13 +49,34 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
 
 def _reference(gate: Tensor, update: Tensor) -> Tensor:
     wide = arithmetic_dtype(gate, update)
-    return torch.sigmoid(converted(gate, wide)) * torch.tanh(converted(update, wide))
+    return _plain(converted(gate, wide), converted(update, wide))
+
+
+def _plain(gate: Tensor, update: Tensor) -> Tensor:
+    return torch.sigmoid(gate) * torch.tanh(update)
 
 
 def _reference_backward(gate: Tensor, update: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     wide = arithmetic_dtype(gate, update)
     o, u, grad = torch.sigmoid(gate.to(wide)), torch.tanh(update.to(wide)), grad.to(wide)
     return sigmoid_backward(grad * u, o).to(gate.dtype), tanh_backward(grad * o, u).to(update.dtype)
+
+
+class _OnCPU(recurrent_cpu.Operator):
+    """Saves what has been activated."""
+
+    @staticmethod
+    def forward(ctx: Any, output_gate: Tensor, update: Tensor, *added: Tensor) -> Tensor:
+        o = torch.add(output_gate, *added).sigmoid_() if added else torch.sigmoid(output_gate)
+        u = recurrent_cpu.tanh(update)
+        recurrent_cpu.save(ctx, o, u)
+        return u * o  # in the layout of the update
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, ...]:
+        o, u = recurrent_cpu.saved(ctx)
+        grad_o, grad_u = sigmoid_backward(grad * u, o), tanh_backward(grad * o, u)
+        return (grad_o, grad_u, grad_o)[: len(ctx.needs_input_grad)]
 
 
 @triton.jit

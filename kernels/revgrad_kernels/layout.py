@@ -33,6 +33,13 @@ def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if is_channels_last(x) else t.contiguous()
 
 
+def side_by_side_like(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor for so many groups of channels, each like the canonical `x`, in its memory layout."""
+    shape = (x.shape[0], groups * x.shape[1], *x.shape[2:])
+    layout = _CHANNELS_LAST[x.ndim] if is_channels_last(x) else torch.contiguous_format
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
+
+
 def dense(bias: Tensor | None) -> Tensor | None:
     """As kernels read it, without gaps."""
     return None if bias is None else bias.contiguous()
@@ -45,6 +52,8 @@ def expanded(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
         ValueError: One does not broadcast to it; names operator and argument.
     """
     for name, t in tensors.items():
+        if t.shape == x.shape:
+            continue
         padded = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
         if len(padded) != x.ndim or any(n not in (1, wanted) for n, wanted in zip(padded, x.shape, strict=True)):
             raise ValueError(f"{operator}: {name} {tuple(t.shape)} does not broadcast to {tuple(x.shape)}")

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from revgrad_kernels.backend import can_run, fused, on_device, tl, triton
 from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like, size_class, tuned
@@ -123,10 +124,27 @@ _UNFOLD = {"pytorch": (0, 1, 4, 5, 2, 6, 3), "irevnet": (0, 3, 4, 5, 1, 6, 2)}
 """And back."""
 
 
+_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+_SMALL = 2**13
+"""Elements below which a call that does all is the fastest on a CPU."""
+
+
+def _native(x: Tensor, channels: int, order: str) -> bool:
+    """Whether PyTorch's own operators apply: two dimensions, their order (with one channel there is only one)."""
+    return x.ndim == 4 and x.numel() > 0 and x.dtype in _NATIVE_DTYPES and (order == "pytorch" or channels == 1)
+
+
 def _reference_unshuffle(x: Tensor, n: int, order: str, groups: int = 1) -> list[Tensor]:
-    b, c, t, h, w = _extent(x)
-    h, w = h // n, w // n
-    if is_channels_last(x):
+    b, c, *frames, h, w = x.shape
+    last = is_channels_last(x)
+    if n > 1 and _native(x, c, order) and (x.numel() < _SMALL or (c < 8 and last)):
+        folded = F.pixel_unshuffle(x, n)
+        if groups == 1:
+            return [laid_out_like(x, folded)]
+        return [half.clone(memory_format=_memory_format(x)) for half in folded.chunk(2, 1)]
+    t, h, w = frames[0] if frames else 1, h // n, w // n
+    shape = (b, c * n * n // groups, *frames, h, w)
+    if last:
         axis = 4
         folded = x.movedim(1, -1).view(b, t, h, n, w, n, c).transpose(3, 4)
         if order == "pytorch":
@@ -136,21 +154,22 @@ def _reference_unshuffle(x: Tensor, n: int, order: str, groups: int = 1) -> list
     else:
         axis = 1
         folded = x.view(b, c, t, h, n, w, n).permute(_FOLD[order])
-    parts: Sequence[Tensor] = [folded]
-    if groups == 2:
-        outermost = next((a for a in range(axis, axis + 3) if folded.shape[a] != 1), axis)
-        if folded.shape[outermost] % 2:
-            folded, outermost = _copy(folded).flatten(axis, axis + 2), axis
-        parts = folded.chunk(2, outermost)
-    return [_like(x, _copy(part).flatten(axis, part.ndim - 5 + axis)) for part in parts]
+    if groups == 1:
+        return [_of_shape(_copy(folded), shape, last)]
+    outermost = next((a for a in range(axis, axis + 3) if folded.shape[a] != 1), axis)
+    if folded.shape[outermost] % 2:
+        folded, outermost = _copy(folded).flatten(axis, axis + 2), axis
+    return [_of_shape(_copy(part), shape, last) for part in folded.chunk(2, outermost)]
 
 
 def _reference_shuffle(parts: Sequence[Tensor], n: int, order: str) -> Tensor:
     first = parts[0]
-    b, k, t, h, w = _extent(first)
-    c = len(parts) * k // n**2
-    sizes, names = ([c, n, n], "cij") if order == "pytorch" else ([n, n, c], "ijc")
-    halved = ""
+    b, k, *frames, h, w = first.shape
+    c, t = len(parts) * k // (n * n), frames[0] if frames else 1
+    last = is_channels_last(first)
+    if n > 1 and len(parts) == 1 and _native(first, c, order) and (first.numel() < _SMALL or last):
+        return laid_out_like(first, F.pixel_shuffle(first, n))
+    sizes, names, halved = ([c, n, n], "cij", "") if order == "pytorch" else ([n, n, c], "ijc", "")
     if len(parts) == 2:
         outermost = next((a for a in range(3) if sizes[a] != 1), 0)
         if sizes[outermost] % 2:
@@ -159,15 +178,16 @@ def _reference_shuffle(parts: Sequence[Tensor], n: int, order: str) -> Tensor:
         else:
             sizes[outermost] //= 2
             halved = names[outermost]
-    if not is_channels_last(first):
+    if not last:
         views = [part.view(b, *sizes, t, h, w).permute(_UNFOLD[order]) for part in parts]
-        return _like(first, _joined(views, "bcthiwj", halved).view(b, c, t, h * n, w * n))
-    views = [part.movedim(1, -1).view(b, t, h, w, *sizes) for part in parts]
-    if order == "pytorch":
-        views = [view.permute(0, 1, 2, 3, 5, 6, 4) for view in views]
-        views = [_joined(views, "bthwijc", halved).flatten(4).view(b, t, h, w, n, n, c)]
-    x = _joined([view.transpose(3, 4) for view in views], "bthiwjc", halved)
-    return _like(first, x.view(b, t, h * n, w * n, c))
+        x = _joined(views, "bcthiwj", halved)
+    else:
+        views = [part.movedim(1, -1).view(b, t, h, w, *sizes) for part in parts]
+        if order == "pytorch":
+            views = [view.permute(0, 1, 2, 3, 5, 6, 4) for view in views]
+            views = [_joined(views, "bthwijc", halved).flatten(4).view(b, t, h, w, n, n, c)]
+        x = _joined([view.transpose(3, 4) for view in views], "bthiwjc", halved)
+    return _of_shape(x, (b, c, *frames, h * n, w * n), last)
 
 
 def _copy(x: Tensor) -> Tensor:
@@ -179,11 +199,12 @@ def _joined(views: list[Tensor], axes: str, halved: str) -> Tensor:
     return torch.cat(views, axes.index(halved)) if len(views) == 2 else _copy(views[0])
 
 
-def _like(x: Tensor, t: Tensor) -> Tensor:
-    """A contiguous tensor with frames and the axes of `x` in the order of its memory, as one of its rank and layout."""
-    if is_channels_last(x):
-        t = t.movedim(-1, 1)
-    return t if x.ndim == 5 else t.squeeze(2)
+def _of_shape(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
+    """A contiguous tensor as one of this shape, whose axes it has in the order of memory."""
+    if not channels_last:
+        return x.view(shape)
+    batch, channels, *size = shape
+    return x.view(batch, *size, channels).movedim(-1, 1)
 
 
 @triton.jit

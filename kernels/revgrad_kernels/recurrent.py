@@ -48,9 +48,9 @@ def check_gates(operator: str, groups: int, cell: Tensor, bias: Tensor | None, *
     Raises:
         ValueError: Gates and bias do not have `groups` times the channels of the cell state.
     """
+    batch, channels, *size = cell.shape if cell.ndim > 1 else (0, 0)
     for name, gates in named_gates.items():
-        fits = gates.ndim == cell.ndim >= 2 and gates.shape[2:] == cell.shape[2:] and gates.shape[0] == cell.shape[0]
-        if not fits or gates.shape[1] != groups * cell.shape[1]:
+        if cell.ndim < 2 or [*gates.shape] != [batch, groups * channels, *size]:
             times = {3: "three", 4: "four"}[groups]
             raise ValueError(
                 f"{operator}: {name} {tuple(gates.shape)} must have {times} times the channels of cell "
@@ -63,12 +63,15 @@ def check_gates(operator: str, groups: int, cell: Tensor, bias: Tensor | None, *
             )
 
 
+def biased(gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gates in a dtype, with the bias of their convolution added."""
+    gates = converted(gates, dtype)
+    return gates if bias is None else gates + converted(bias, dtype).view(-1, *(1,) * (gates.ndim - 2))
+
+
 def split_gates(groups: int, gates: Tensor, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
     """`i`, `f`, `g` and, of four groups, `o` before activation, the bias added."""
-    gates = converted(gates, dtype)
-    if bias is not None:
-        gates = gates + bias.to(dtype).view(-1, *(1,) * (gates.ndim - 2))
-    return gates.chunk(groups, dim=1)
+    return biased(gates, bias, dtype).chunk(groups, dim=1)
 
 
 def activated(i: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

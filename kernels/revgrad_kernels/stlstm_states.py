@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
@@ -23,11 +24,12 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, is_channels_last, tile, tuned
+from revgrad_kernels.layout import dense, side_by_side_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
     bias_gradient,
+    biased,
     check_gates,
     gate_gradients,
     given,
@@ -80,6 +82,10 @@ def stlstm_states(
     check_gates("stlstm_states", 3, cell, memory_bias, memory_gates=memory_gates)
     if memory.shape != cell.shape:
         raise ValueError(f"stlstm_states: memory {tuple(memory.shape)} does not fit cell {tuple(cell.shape)}")
+    if recurrent_cpu.takes(backend, gates, memory_gates, cell, memory, bias, memory_bias):
+        gates, memory_gates = biased(gates, bias, cell.dtype), biased(memory_gates, memory_bias, cell.dtype)
+        small = cell.numel() < recurrent_cpu.SMALL
+        return (_plain if small else _OnCPU.compute)(gates, memory_gates, cell, memory)
     if fused(backend, gates, memory_gates, cell, memory, *given(bias, memory_bias)):
         return _stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
     return _reference(gates, memory_gates, cell, memory, bias, memory_bias)
@@ -89,11 +95,20 @@ def _reference(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
     wide = arithmetic_dtype(gates, memory_gates, cell, memory)
-    i, f, g, o = split_gates(4, gates, bias, wide)
-    new_cell = updated(converted(cell, wide), i, f, g)
-    new_memory = updated(converted(memory, wide), *split_gates(3, memory_gates, memory_bias, wide))
-    both = converted(torch.cat([new_cell, new_memory], dim=1), _both_dtype(cell, memory))
+    new_cell, new_memory, both, o = _plain(
+        biased(gates, bias, wide),
+        biased(memory_gates, memory_bias, wide),
+        converted(cell, wide),
+        converted(memory, wide),
+    )
+    both = converted(both, _both_dtype(cell, memory))
     return converted(new_cell, cell.dtype), converted(new_memory, memory.dtype), both, converted(o, cell.dtype)
+
+
+def _plain(gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
+    *before, o = gates.chunk(4, 1)
+    new_cell, new_memory = updated(cell, *before), updated(memory, *memory_gates.chunk(3, 1))
+    return new_cell, new_memory, torch.cat([new_cell, new_memory], 1), o
 
 
 def _reference_backward(
@@ -118,6 +133,29 @@ def _reference_backward(
     grad = grad_new_memory + of_memory
     grad_memory_gates = side_by_side(memory_gates, gate_gradients(grad, memory.to(wide), i, f, g))
     return grad_gates, grad_memory_gates, grad_cell, (grad * f).to(memory.dtype)
+
+
+class _OnCPU(recurrent_cpu.Operator):
+    """Saves the old states, and the gates but the output gate after activation."""
+
+    @staticmethod
+    def forward(ctx: Any, gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
+        *before, o = gates.chunk(4, 1)
+        of_cell, of_memory = recurrent_cpu.activate(*before), recurrent_cpu.activate(*memory_gates.chunk(3, 1))
+        recurrent_cpu.save(ctx, cell, *of_cell, memory, *of_memory)
+        new_cell, new_memory = recurrent_cpu.update(cell, *of_cell), recurrent_cpu.update(memory, *of_memory)
+        return new_cell, new_memory, torch.cat([new_cell, new_memory], 1), o.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> _Four:
+        saved = recurrent_cpu.saved(ctx)
+        of_cell, of_memory = grads[2].chunk(2, 1)
+        grad_gates, grad_memory_gates = (side_by_side_like(saved[k], groups) for k, groups in ((3, 4), (7, 3)))
+        parts = grad_gates.chunk(4, 1)
+        parts[3].copy_(grads[3])
+        grad_cell = recurrent_cpu.pull_back(parts, grads[0] + of_cell, *saved[:4])
+        grad_memory = recurrent_cpu.pull_back(grad_memory_gates.chunk(3, 1), grads[1] + of_memory, *saved[4:])
+        return grad_gates, grad_memory_gates, grad_cell, grad_memory
 
 
 @triton.jit
@@ -177,7 +215,7 @@ def _stlstm_states(
     if not can_run(cell.device):
         *states, output_gate = _reference(gates, memory_gates, cell, memory, *biases)
         return aligned(gates, *states, output_gate.clone())[1:]  # which may be a view of the gates
-    results = _empty_results(gates, cell, memory)
+    results = _empty_results(cell, memory)
     wide = arithmetic(gates, memory_gates, cell, memory)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)
     return results
@@ -211,7 +249,7 @@ def _stlstm_states_backward(
 def _(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
-    return _empty_results(*aligned(gates, cell, memory))
+    return _empty_results(*aligned(gates, cell, memory)[1:])
 
 
 @_stlstm_states_backward.register_fake
@@ -223,13 +261,8 @@ def _both_dtype(cell: Tensor, memory: Tensor) -> torch.dtype:
     return torch.promote_types(cell.dtype, memory.dtype)
 
 
-def _empty_results(gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
-    batch, channels, *size = cell.shape
-    options: Any = {"dtype": _both_dtype(cell, memory), "device": cell.device}
-    if is_channels_last(gates):
-        both = torch.empty((batch, *size, 2 * channels), **options).movedim(-1, 1)
-    else:
-        both = torch.empty((batch, 2 * channels, *size), **options)
+def _empty_results(cell: Tensor, memory: Tensor) -> _Four:
+    both = side_by_side_like(cell, 2, _both_dtype(cell, memory))
     return torch.empty_like(cell), torch.empty_like(memory), both, torch.empty_like(cell)
 
 

@@ -13,6 +13,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    converted,
     fused,
     on_device,
     refuse_second_derivative,
@@ -93,13 +94,15 @@ def weighted_sum_backward(
 
 def _reference(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
     wide = arithmetic_dtype(logits, x, h)
-    return torch.lerp(x.to(wide), h.to(wide), torch.sigmoid(_biased(logits, bias, wide))).to(x.dtype)
+    gate = torch.sigmoid(_biased(logits, bias, wide))
+    return converted(torch.lerp(converted(x, wide), converted(h, wide), gate), x.dtype)
 
 
 def _reference_inverse(logits: Tensor, y: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
     wide = arithmetic_dtype(logits, y, h)
-    y_wide = y.to(wide)
-    return (y_wide + (y_wide - h.to(wide)) * torch.exp(_biased(logits, bias, wide))).to(y.dtype)
+    y_wide = converted(y, wide)
+    x = torch.addcmul(y_wide, y_wide - converted(h, wide), torch.exp(_biased(logits, bias, wide)))
+    return converted(x, y.dtype)
 
 
 def _reference_backward(
@@ -290,7 +293,7 @@ refuse_second_derivative(_weighted_sum_backward)
 
 def _biased(logits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     if bias is None:
-        return logits.to(dtype)
+        return converted(logits, dtype)
     return logits.to(dtype) + bias.to(dtype).view(-1, *(1,) * (logits.ndim - 2))
 
 
