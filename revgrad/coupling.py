@@ -81,7 +81,6 @@ class Coupling(ReversibleLayer):
         self.target = target
         self.stateful = stateful
         self.carries = carries
-        self._closed = False
 
     def updates(self) -> int:
         """The target."""
@@ -154,9 +153,7 @@ class Coupling(ReversibleLayer):
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
             message, new_state = self._message(source, streams[self.target], states, step.name, step.arguments)
-        if not self._closed:
-            check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
-            self._closed = True
+        check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)
