@@ -180,7 +180,8 @@ class Coupling(ReversibleLayer):
         self, source: Tensor, target: Tensor, state: Streams, name: str, arguments: Arguments = NO_ARGUMENTS
     ) -> tuple[Streams, Streams]:
         """Evaluate the transform and check what it returns."""
-        version = None if source.is_inference() else source._version
+        # Neither can be traced; a compiled graph has no versions.
+        version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
         out = self.transform(source, state, **arguments) if self.stateful else self.transform(source, **arguments)
         if version is not None and source._version != version:
             raise StreamError(

@@ -31,6 +31,7 @@ from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape, pack, unpack
+from revgrad.tracing import untraced
 from revgrad.walk import Walk
 
 
@@ -44,6 +45,7 @@ class _Run(NamedTuple):
     stacked: bool
 
 
+@untraced
 def run_reversible(
     program: Program, given: list[Streams | None], state: ChainState, *, stacked: bool
 ) -> tuple[Streams, ChainState]:

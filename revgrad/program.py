@@ -9,6 +9,7 @@ from torch import Tensor
 
 from revgrad.chain import Around, ChainState, Link, Read, no_context, run_chain
 from revgrad.conditioning import Place, replaced, tensors_in
+from revgrad.errors import StreamError
 from revgrad.layer import Arguments, ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
 
@@ -78,6 +79,8 @@ class Program:
         """Put a given input on the grid, where exact."""
         if residue is None:
             return streams
+        if torch._C._are_functorch_transforms_active():
+            raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
         streams = tuple(snap(x) for x in streams)
         for x in streams:
             residue.watch("the input", x)

@@ -13,6 +13,7 @@ from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue
+from revgrad.tracing import recomputing
 from revgrad.unroll import (
     Arithmetic,
     Mode,
@@ -94,9 +95,9 @@ class ReversibleSequential(ReversibleLayer):
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        if self.mode == "reversible" and torch.is_grad_enabled():
+        if self.mode == "reversible" and recomputing():
             out, new = run_reversible(program, [streams], state, stacked=False)
-        elif self.mode == "checkpoint" and torch.is_grad_enabled():
+        elif self.mode == "checkpoint" and recomputing():
             out, new = run_layers_checkpointed(program, streams, state)
         else:
             bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None

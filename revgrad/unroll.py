@@ -18,6 +18,7 @@ from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Str
 from revgrad.program import Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
+from revgrad.tracing import recomputing
 
 Mode = Literal["stored", "checkpoint", "reversible"]
 Arithmetic = Literal["auto", "exact", "float"]
@@ -86,9 +87,9 @@ def unroll(
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
-    if mode == "reversible" and torch.is_grad_enabled():
+    if mode == "reversible" and recomputing():
         return run_reversible(program, given, state, stacked=True)
-    if mode == "checkpoint" and torch.is_grad_enabled():
+    if mode == "checkpoint" and recomputing():
         return _run_checkpointed(program, given, state)
     check_mode(mode)
     return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
