@@ -182,7 +182,11 @@ class Coupling(ReversibleLayer):
         """Evaluate the transform and check what it returns."""
         # Neither can be traced; a compiled graph has no versions.
         version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
-        out = self.transform(source, state, **arguments) if self.stateful else self.transform(source, **arguments)
+        try:
+            out = self.transform(source, state, **arguments) if self.stateful else self.transform(source, **arguments)
+        except Exception as error:
+            error.add_note(f"{name}: in its transform, given stream {self.source} of shape {tuple(source.shape)}")
+            raise
         if version is not None and source._version != version:
             raise StreamError(
                 f"{name}: the transform changed its input in place, and with it the stream; "
