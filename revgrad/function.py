@@ -31,7 +31,7 @@ from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape, pack, unpack
-from revgrad.tracing import untraced
+from revgrad.tracing import check_surroundings, untraced
 from revgrad.walk import Walk
 
 
@@ -63,6 +63,7 @@ def run_reversible(
     snapshot = Snapshot(program.layers())
     stages, waiting = _order_of_release(program, snapshot)
     inputs = flat(given)
+    check_surroundings(snapshot.modules, inputs[0].device)
     conditioning = program.conditioning()
     held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
     waiting += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))

@@ -1,11 +1,14 @@
-"""Where the engine stands beside the other transformations of PyTorch: compilation, export, `torch.func`."""
+"""Where the engine stands beside the rest of PyTorch: compilation, export, `torch.func`, sharding, CUDA graphs."""
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch import nn
+
+from revgrad.errors import ReversibilityError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -23,6 +26,28 @@ def recomputing() -> bool:
         and torch.autograd.forward_ad._current_level < 0
         and not torch.compiler.is_exporting()
     )
+
+
+def check_surroundings(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Raise where a backward pass that recomputes would not work.
+
+    Raises:
+        ReversibilityError: A module inside is sharded by itself: FSDP gathers its weights when it is called, and waits
+            for gradients that accumulate in them. A CUDA graph is being captured: the backward pass compares what it
+            has recovered, for which the host waits.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    inside = next((m for m in modules if isinstance(m, sharded)), None) if sharded is not None else None
+    if inside is not None:
+        raise ReversibilityError(
+            f"a {type(inside).__name__} inside the sequence is sharded by itself: call fully_shard on the sequence as "
+            "a whole, or on several shorter sequences to gather fewer weights at a time"
+        )
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ReversibilityError(
+            "a CUDA graph cannot capture a backward pass that checks what it has recovered: choose mode='stored', or "
+            "capture the transforms inside"
+        )
 
 
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
