@@ -7,7 +7,9 @@ from torch import nn
 
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.composes("Randomness", "generators of CUDA devices", "works (test needs a GPU)")
+@pytest.mark.composes(
+    "Randomness", "generators of CUDA devices", "should work; the test needs a GPU and has not been run"
+)
 def test_dropout_on_a_gpu_is_replayed(make, check):
     chain, x = make.chain("additive", 4, inner=lambda: nn.Dropout(0.4)).cuda(), make.streams()
     x = tuple(t.detach().cuda().requires_grad_() for t in x)
