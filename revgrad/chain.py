@@ -8,9 +8,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from revgrad.errors import StreamError
-from revgrad.layer import Flow, Grads, ReversibleLayer, State, Step, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, State, Step, Streams
 from revgrad.residue import Residue
 
 
@@ -71,6 +72,7 @@ def run_chain(
     residue: Residue | None,
     around: Around = no_context,
     keep: Callable[[Read], None] | None = None,
+    arguments: Sequence[Arguments] = (),
 ) -> tuple[Streams, ChainState]:
     """Apply all layers in order.
 
@@ -81,11 +83,12 @@ def run_chain(
         residue: None in float arithmetic.
         around: Context manager around each layer, given its position.
         keep: Called with what each layer has read.
+        arguments: Conditioning by layer; empty where there is none.
     """
     new_states: list[State] = []
     carry = state.carry
     for i, (name, layer) in enumerate(links):
-        step = Step(name=name, residue=residue)
+        step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         if layer.stateful:
             step.state = _joined(name, layer, state.layers[i], carry)
         with around(i):
@@ -98,18 +101,24 @@ def run_chain(
 
 
 def undo_chain(
-    links: tuple[Link, ...], streams: Streams, states: list[State], residue: Residue | None, around: Around = no_context
+    links: tuple[Link, ...],
+    streams: Streams,
+    states: list[State],
+    residue: Residue | None,
+    around: Around = no_context,
+    arguments: Sequence[Arguments] = (),
 ) -> Streams:
     """Undo all layers, last first, given the whole state that each has read."""
     for i in reversed(range(len(links))):
+        step = Step(links[i].name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         with around(i):
-            streams = links[i].layer.undo(streams, Step(name=links[i].name, state=states[i], residue=residue))
+            streams = links[i].layer.undo(streams, step)
     return streams
 
 
 class ChainGradients:
-    """Gradients that a rewind through several chains accumulates: parameters in total, states from one time step to the
-    one before.
+    """Gradients that a rewind through several chains accumulates: parameters and conditioning tensors in total, states
+    from one time step to the one before.
     """
 
     def __init__(self, parameters: list[Tensor], layers: int, carry: int) -> None:
@@ -118,6 +127,11 @@ class ChainGradients:
         self._owned = [False] * len(parameters)
         self.states: list[Grads] = [()] * layers
         self.carry: Grads = (None,) * carry
+
+    def conditioning(self, arguments: Arguments) -> list[int]:
+        """Which of `parameters` are in these arguments."""
+        wanted = {id(x) for x in tree_leaves(dict(arguments))} if arguments else ()
+        return [i for i, p in enumerate(self.parameters) if id(p) in wanted] if wanted else []
 
     def add(self, indices: list[int], grads: Grads) -> None:
         """Add parameter gradients, in the order in which stored autograd would: last application first."""
@@ -150,6 +164,7 @@ def rewind_chain(
     indices_of: Callable[[ReversibleLayer], list[int]],
     into: ChainGradients,
     joining: Grads = (),
+    arguments: Sequence[Arguments] = (),
 ) -> Iterator[int]:
     """Recover the chain's input and the gradients with respect to it, one layer's graph alive at a time.
 
@@ -164,6 +179,7 @@ def rewind_chain(
         into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
         joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon
             as its stream has been rewound to the input, which is the order in which stored autograd adds.
+        arguments: Conditioning by layer, made of tensors that are in `into.parameters`; empty where there is none.
 
     Yields:
         The position of each layer that has been rewound.
@@ -174,8 +190,10 @@ def rewind_chain(
         name, layer = links[i]
         read = reads.pop()
         step = Step(name=name, state=read.state, strides=read.strides, residue=residue, replay=partial(replaying, i))
+        if arguments:
+            step.arguments = arguments[i]
         state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
-        indices = indices_of(layer)
+        indices = [*indices_of(layer), *into.conditioning(step.arguments)]
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
         _join(flow, joining, first, i)

@@ -8,6 +8,7 @@ The transform reads only the source stream, which the coupling leaves as it is. 
 therefore evaluates the transform exactly once, on the very input that the forward pass gave it.
 """
 
+import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -26,6 +27,8 @@ from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
 from revgrad.layer import (
+    NO_ARGUMENTS,
+    Arguments,
     Flow,
     Grads,
     ReversibleLayer,
@@ -47,7 +50,8 @@ class Coupling(ReversibleLayer):
 
     Args:
         transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source,
-            state)` with a tuple of tensors, returns `(message, new_state)`.
+            state)` with a tuple of tensors, returns `(message, new_state)`. Conditioning follows by keyword, as far as
+            its `forward` has parameters of these names.
         source: Index of the stream that is read.
         target: Index of the stream that is updated.
         stateful: Whether the transform takes and returns a conditioning state.
@@ -77,11 +81,19 @@ class Coupling(ReversibleLayer):
         self.target = target
         self.stateful = stateful
         self.carries = carries
-        self._closed = False
 
     def updates(self) -> int:
         """The target."""
         return self.target
+
+    def accepts(self, name: str) -> bool:
+        """Whether the transform has a parameter of this name besides those for source and state."""
+        found = list(inspect.signature(self.transform.forward).parameters.values())
+        if any(p.kind is p.VAR_KEYWORD for p in found):
+            return name not in [p.name for p in found[: 1 + self.stateful] if p.kind is p.POSITIONAL_OR_KEYWORD]
+        return any(
+            p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in found[1 + self.stateful :]
+        )
 
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Float arithmetic: the updated target. Differentiable."""
@@ -127,7 +139,7 @@ class Coupling(ReversibleLayer):
         self._check_streams(streams, step)
         source, target = _dense(streams[self.source]), streams[self.target]
         step.strides = source.stride()
-        message, step.new_state = self._message(source, target, step.state, step.name)
+        message, step.new_state = self._message(source, target, step.state, step.name, step.arguments)
         updated = self._updated(target, message, step.residue, undo=undo)
         if step.residue is not None:
             step.residue.watch(step.name, updated)
@@ -140,10 +152,8 @@ class Coupling(ReversibleLayer):
         source = leaf(streams[self.source])
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
-            message, new_state = self._message(source, streams[self.target], states, step.name)
-        if not self._closed:
-            check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
-            self._closed = True
+            message, new_state = self._message(source, streams[self.target], states, step.name, step.arguments)
+        check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)
@@ -166,10 +176,17 @@ class Coupling(ReversibleLayer):
         n = 1 + len(states)
         return Rewound(found[1:n], found[n:])
 
-    def _message(self, source: Tensor, target: Tensor, state: Streams, name: str) -> tuple[Streams, Streams]:
+    def _message(
+        self, source: Tensor, target: Tensor, state: Streams, name: str, arguments: Arguments = NO_ARGUMENTS
+    ) -> tuple[Streams, Streams]:
         """Evaluate the transform and check what it returns."""
-        version = None if source.is_inference() else source._version
-        out = self.transform(source, state) if self.stateful else self.transform(source)
+        # Neither can be traced; a compiled graph has no versions.
+        version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
+        try:
+            out = self.transform(source, state, **arguments) if self.stateful else self.transform(source, **arguments)
+        except Exception as error:
+            error.add_note(f"{name}: in its transform, given stream {self.source} of shape {tuple(source.shape)}")
+            raise
         if version is not None and source._version != version:
             raise StreamError(
                 f"{name}: the transform changed its input in place, and with it the stream; "

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from revgrad.chain import ChainState
-from revgrad.layer import State, Step, Streams
+from revgrad.conditioning import bind
+from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
@@ -75,6 +76,7 @@ def check_invertible(
     *,
     arithmetic: str | None = None,
     tolerance: float | None = None,
+    conditioning: Arguments = NO_ARGUMENTS,
 ) -> InvertibilityReport:
     """Run a chain forward and back, layer by layer, and compare.
 
@@ -88,6 +90,7 @@ def check_invertible(
         arithmetic: `exact` or `float`; by default the module's own, or `auto`.
         tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for
             float32, 1e-9 for float64 and 5e-2 for less.
+        conditioning: Arguments for every transform that takes them.
     """
     links = chain_links(module)
     chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")
@@ -100,6 +103,7 @@ def check_invertible(
     residue = Residue() if exact else None
     snapshot = Snapshot(layer for _, layer in links)
     state = checked_state(links, states)
+    arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
     carry = state.carry
     inputs_of: list[Streams] = []
     read: list[State] = []
@@ -107,7 +111,7 @@ def check_invertible(
     residues: list[Residue | None] = []
     with snapshot.frozen_statistics():
         for i, (name, layer) in enumerate(links):
-            step = Step(name=name, residue=residue)
+            step = Step(name=name, arguments=arguments[i], residue=residue)
             if layer.stateful:
                 step.state = (*state.layers[i], *carry) if layer.carries else state.layers[i]
             inputs_of.append(streams)
@@ -126,9 +130,9 @@ def check_invertible(
             name, layer = links[i]
             outputs = inputs_of[i + 1] if i + 1 < len(links) else streams
             with snapshot.replaying(i):
-                own = layer.undo(outputs, Step(name=name, state=read[i], residue=residues[i]))
+                own = layer.undo(outputs, Step(name, read[i], arguments=arguments[i], residue=residues[i]))
             with snapshot.replaying(i):
-                recovered = layer.undo(recovered, Step(name=name, state=read[i], residue=residue))
+                recovered = layer.undo(recovered, Step(name, read[i], arguments=arguments[i], residue=residue))
             reports.append(LayerReport(name, _error(own, inputs_of[i]), _error(recovered, inputs_of[i]), bits[i]))
     return InvertibilityReport(tuple(reversed(reports)), exact, tolerance)
 

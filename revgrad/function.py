@@ -24,12 +24,14 @@ import torch
 from torch import Tensor
 
 from revgrad.chain import ChainGradients, ChainState, fingerprint
+from revgrad.conditioning import unchanged
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape, pack, unpack
+from revgrad.tracing import check_surroundings, untraced
 from revgrad.walk import Walk
 
 
@@ -43,6 +45,7 @@ class _Run(NamedTuple):
     stacked: bool
 
 
+@untraced
 def run_reversible(
     program: Program, given: list[Streams | None], state: ChainState, *, stacked: bool
 ) -> tuple[Streams, ChainState]:
@@ -60,7 +63,10 @@ def run_reversible(
     snapshot = Snapshot(program.layers())
     stages, waiting = _order_of_release(program, snapshot)
     inputs = flat(given)
-    held = [snapshot.parameters[i] for i in waiting]
+    check_surroundings(snapshot.modules, inputs[0].device)
+    conditioning = program.conditioning()
+    held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
+    waiting += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))
     token = _Inputs.apply(len(inputs), waiting, *inputs, *state.tensors(), *held)
     for application, indices in stages:
         lowest = application == stages[0][0]
@@ -93,7 +99,7 @@ def _accumulates(parameter: Tensor) -> bool:
 
 
 class _Inputs(torch.autograd.Function):
-    """Inputs, initial state and waiting parameters; last in the backward pass, which it completes."""
+    """Inputs, initial state, waiting parameters and conditioning; last in the backward pass, which it completes."""
 
     @staticmethod
     def forward(ctx: Any, inputs: int, waiting: list[int], *tensors: Tensor) -> Tensor:
@@ -133,30 +139,32 @@ class _Outputs(torch.autograd.Function):
     """Runs the program. Outputs: one tensor per stream, time first where stacked, then the final state.
 
     Saved with `save_for_backward`, so that autograd notices when they are changed in place: the outputs (all
-    activations are recovered from them), the states that were read (they cannot be recovered), the parameters (no
-    copies), the given inputs where states are recomputed (no copies), and the residue. Random states and flags are
-    kept in the snapshot.
+    activations are recovered from them), the states that were read (they cannot be recovered), the parameters and
+    conditioning tensors (no copies), the given inputs where states are recomputed (no copies), and the residue. Random
+    states and flags are kept in the snapshot.
     """
 
     @staticmethod
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
         program, snapshot, given, state, stacked = run
-        with _uncached_autocast():
+        conditioning = program.conditioning()
+        with _uncached_autocast(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
         storages = {x.untyped_storage().data_ptr() for x in inputs}
         # A stream that no layer has touched would otherwise alias the caller's tensor.
         outputs = tuple(x.clone() if x.untyped_storage().data_ptr() in storages else x for x in outputs)
-        theirs = {id(x) for x in (*inputs, *state.tensors(), *snapshot.parameters)}
+        parameters = (*snapshot.parameters, *conditioning)
+        theirs = {id(x) for x in (*inputs, *state.tensors(), *parameters)}
         handed_on = tuple(x.clone() if id(x) in theirs else x for x in final.tensors())
         ctx.set_materialize_grads(False)
-        ctx.program, ctx.snapshot, ctx.stacked, ctx.device = program, snapshot, stacked, token.device
+        ctx.program, ctx.snapshot, ctx.stacked, ctx.device = program.emptied(), snapshot, stacked, token.device
         ctx.layout = ChainState(tuple((None,) * len(own) for own in state.layers), (None,) * len(state.carry))  # type: ignore[arg-type, misc]
         ctx.inputs_wanted = any(x.requires_grad for x in inputs)
         kept_inputs = inputs if program.keep_states_every > 1 else []
         ctx.tape, kept = pack(tape)
-        ctx.saved = (len(outputs), len(snapshot.parameters), len(kept_inputs))
-        ctx.save_for_backward(*outputs, *snapshot.parameters, *kept_inputs, *kept)
+        ctx.saved = (len(outputs), len(parameters), len(kept_inputs))
+        ctx.save_for_backward(*outputs, *parameters, *kept_inputs, *kept)
         return (*outputs, *handed_on)
 
     @staticmethod
@@ -175,7 +183,7 @@ class _Outputs(torch.autograd.Function):
         final = ctx.layout.replace(grads[len(outputs) :])
         gradients.states, gradients.carry = list(final.layers), final.carry
         walk = Walk(
-            ctx.program,
+            ctx.program.filled(gradients.parameters[len(ctx.snapshot.parameters) :]),
             ctx.snapshot,
             tape,
             Flow(list(outputs), list(grads[: len(outputs)])),

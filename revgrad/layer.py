@@ -1,9 +1,10 @@
 """The protocol of a reversible layer: a map on a tuple of streams that can be run, undone and rewound."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from revgrad.residue import Residue
 Streams = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
+Arguments = Mapping[str, Any]
+
+NO_ARGUMENTS: Arguments = MappingProxyType({})
 
 
 @dataclass(slots=True)
@@ -27,6 +31,8 @@ class Step:
     """Conditioning state that the layer reads; `()` for a stateless one."""
     new_state: State = ()
     """Set by the layer: the state it hands on."""
+    arguments: Arguments = field(default_factory=dict)
+    """Conditioning that the layer accepts, by name."""
     strides: tuple[int, ...] | None = None
     """Memory layout of the stream that a transform read, set by the layer: a second evaluation reads the same
     layout, since kernels for other layouts round differently."""
@@ -69,6 +75,10 @@ class ReversibleLayer(nn.Module):
         """Index of the only stream that the layer changes; None where it may change any."""
         return None
 
+    def accepts(self, name: str) -> bool:
+        """Whether the layer reads a conditioning argument of this name, from `step.arguments`."""
+        return False
+
     def run(self, streams: Streams, step: Step) -> Streams:
         """Apply the layer; differentiable. Reads `step.state`, sets `step.new_state`."""
         raise TypeError(f"{type(self).__name__} does not define run(streams, step)")
@@ -85,7 +95,7 @@ class ReversibleLayer(nn.Module):
                 tensors may be the caller's: they are replaced, never changed.
             step: The application; its state is that which `run` read.
             state_grads: Gradients with respect to `step.new_state`.
-            wrt: Parameters to differentiate with respect to.
+            wrt: Parameters and conditioning tensors to differentiate with respect to.
         """
         return _rewind(self.undo, self.run, flow, step, state_grads, wrt)
 
@@ -110,6 +120,10 @@ class Inverse(ReversibleLayer):
     def updates(self) -> int | None:
         """What the inner layer updates."""
         return self.layer.updates()
+
+    def accepts(self, name: str) -> bool:
+        """What the inner layer accepts."""
+        return self.layer.accepts(name)
 
     def run(self, streams: Streams, step: Step) -> Streams:
         """Undo the inner layer."""
@@ -167,7 +181,8 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
         known: The tensors that are differentiated with respect to.
 
     Raises:
-        ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state or parameter.
+        ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state, argument or
+            parameter.
     """
     expected = {id(x) for x in known}
     nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
@@ -178,8 +193,9 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
         if variable is not None and id(variable) not in expected:
             raise ReversibilityError(
                 f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
-                "is neither its input nor its state nor a parameter of its module, so that its gradient would be lost: "
-                "make it a parameter, pass it as state, or detach it"
+                "is neither its input nor its state nor a conditioning argument nor a parameter of its module, so that "
+                "its gradient would be lost: pass it as an argument (chain(x, name=tensor)), make it a parameter, or "
+                "detach it"
             )
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
@@ -198,7 +214,7 @@ def _rewind(undo: Run, run: Run, flow: Flow, step: Step, state_grads: Grads, wrt
     states = tuple(map(leaf, step.state))
     # What the second run forgets again must not end up in the residue that later layers undo.
     residue = step.residue.clone(words=False) if step.residue is not None else None
-    again = Step(name=step.name, state=states, residue=residue)
+    again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
     with torch.enable_grad(), step.replay():
         outputs = run(inputs, again)
     check_closed(step.name, (*outputs, *again.new_state), (*inputs, *states, *wrt))

@@ -1,14 +1,16 @@
 """What is run: reversible chains, repeated over time steps, from given inputs or from what the step before produced."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from revgrad.chain import Around, ChainState, Link, Read, no_context, run_chain
-from revgrad.layer import ReversibleLayer, Streams
+from revgrad.conditioning import Place, replaced, tensors_in
+from revgrad.errors import StreamError
+from revgrad.layer import Arguments, ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
 
 Keep = Callable[[int, Read], None]
@@ -32,6 +34,8 @@ class Program:
     exact: bool
     keep_states_every: int = 1
     """States are kept at every n-th step and recomputed in between."""
+    arguments: tuple[tuple[Arguments, ...], ...] = ((), (), ())
+    """Conditioning by part (0 entry, 1 core, 2 exit) and layer; a part without any is empty."""
 
     @property
     def steps(self) -> int:
@@ -41,6 +45,23 @@ class Program:
     def layers(self) -> Iterator[ReversibleLayer]:
         """All layers, each place once."""
         return (layer for _, layer in (*self.entry, *self.core, *self.exit))
+
+    def conditioning(self) -> list[Tensor]:
+        """The tensors in the arguments, each once."""
+        return tensors_in(self.arguments) if any(self.arguments) else []
+
+    def emptied(self) -> "Program":
+        """The same program with places in its arguments instead of tensors."""
+        tensors = self.conditioning()
+        return (
+            replace(self, arguments=replaced(self.arguments, tensors, [Place() for _ in tensors])) if tensors else self
+        )
+
+    def filled(self, tensors: Sequence[Tensor]) -> "Program":
+        """An emptied program with tensors in these places."""
+        if not tensors:
+            return self
+        return replace(self, arguments=replaced(self.arguments, tensors_in(self.arguments, Place), tensors))
 
     def application(self, t: int, part: int, position: int) -> int:
         """A number for every application of a layer. Parts: 0 entry, 1 core, 2 exit."""
@@ -58,6 +79,8 @@ class Program:
         """Put a given input on the grid, where exact."""
         if residue is None:
             return streams
+        if torch._C._are_functorch_transforms_active():
+            raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
         streams = tuple(snap(x) for x in streams)
         for x in streams:
             residue.watch("the input", x)
@@ -76,10 +99,14 @@ class Program:
     ) -> tuple[Streams, ChainState]:
         """One time step up to the core's output: features and state. `entered` is called with the core's input."""
         if given is not None:
-            features, _ = run_chain(self.entry, given, _NO_STATE, residue, self.around(t, 0, context), _part(keep, 0))
+            features, _ = run_chain(
+                self.entry, given, _NO_STATE, residue, self.around(t, 0, context), _part(keep, 0), self.arguments[0]
+            )
         if entered is not None:
             entered(features)
-        return run_chain(self.core, features, state, residue, self.around(t, 1, context), _part(keep, 1))
+        return run_chain(
+            self.core, features, state, residue, self.around(t, 1, context), _part(keep, 1), self.arguments[1]
+        )
 
     def run_exit(
         self,
@@ -90,7 +117,9 @@ class Program:
         keep: Keep | None = None,
     ) -> Streams:
         """The output of a time step from the core's output."""
-        return run_chain(self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2))[0]
+        return run_chain(
+            self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2), self.arguments[2]
+        )[0]
 
 
 def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from revgrad.layer import ReversibleLayer
 
 
 class Slot(NamedTuple):
-    """A place in a module that holds a parameter. A shared parameter has several."""
+    """A place in a module that holds a parameter or buffer. A shared parameter has several."""
 
-    module: nn.Module
+    holder: dict[str, Any]
+    """The module's own dictionary of parameters, or of buffers."""
     name: str
     parameter: int
     """Which of the parameters it holds."""
@@ -58,7 +59,8 @@ class Snapshot:
     """What the forward pass of some layers depends on, taken when it starts."""
 
     def __init__(self, layers: Iterable[ReversibleLayer]) -> None:
-        self.parameters: list[nn.Parameter] = []
+        # And buffers: whoever changes one before the backward pass, or puts another in its place, changes the result.
+        self.parameters: list[Tensor] = []
         self._everything = Scope()
         self._indices: dict[int, int] = {}
         self._scopes: dict[int, Scope] = {}
@@ -68,7 +70,12 @@ class Snapshot:
                 continue
             scope = self._scopes[id(layer)] = Scope()
             for module in _modules(layer):
-                slots = [Slot(module, k, self._index(p)) for k, p in module._parameters.items() if p is not None]
+                slots = [
+                    Slot(holder, name, self._index(x))
+                    for holder in (module._parameters, module._buffers)
+                    for name, x in holder.items()
+                    if x is not None and (holder is module._parameters or _is_read(module, x))
+                ]
                 scope.add(module, slots)
                 if id(module) not in seen:
                     seen.add(id(module))
@@ -85,7 +92,7 @@ class Snapshot:
         """Which parameters a layer has."""
         return self._scopes[id(layer)].indices
 
-    def _index(self, parameter: nn.Parameter) -> int:
+    def _index(self, parameter: Tensor) -> int:
         index = self._indices.setdefault(id(parameter), len(self.parameters))
         if index == len(self.parameters):
             self.parameters.append(parameter)
@@ -124,7 +131,7 @@ class Snapshot:
             layer: The layer that is evaluated; by default all of them.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
-        before = [slot.module._parameters[slot.name] for slot in scope.slots]
+        before = [slot.holder[slot.name] for slot in scope.slots]
         modes = [module.training for module in scope.modules]
         try:
             _put(scope.slots, [parameters[slot.parameter] for slot in scope.slots])
@@ -179,7 +186,7 @@ def _modules(root: nn.Module) -> list[nn.Module]:
 
 def _put(slots: list[Slot], parameters: Sequence[Tensor | None]) -> None:
     for slot, parameter in zip(slots, parameters, strict=True):
-        slot.module._parameters[slot.name] = parameter  # type: ignore[assignment]
+        slot.holder[slot.name] = parameter
 
 
 def _switch(modules: list[nn.Module], modes: list[bool]) -> None:
@@ -199,6 +206,11 @@ def _frozen(norms: list[_NormBase]) -> Iterator[None]:
     finally:
         for buffers, statistics in before:
             buffers.update(statistics)
+
+
+def _is_read(module: nn.Module, buffer: Tensor) -> bool:
+    """Whether a second evaluation reads this buffer. Normalisation layers in train mode only move theirs."""
+    return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,16 +1,19 @@
 """`ReversibleSequential`: like `nn.Sequential`, for reversible layers."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from revgrad.chain import ChainState, undo_chain
+from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
-from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue
+from revgrad.tracing import recomputing
 from revgrad.unroll import (
     Arithmetic,
     Mode,
@@ -59,7 +62,12 @@ class ReversibleSequential(ReversibleLayer):
         return self.layers[index]
 
     def forward(
-        self, *streams: Tensor, states: ChainState | None = None, residue: Residue | None = None
+        self,
+        *streams: Tensor,
+        states: ChainState | None = None,
+        residue: Residue | None = None,
+        per_layer: Sequence[Arguments | None] | None = None,
+        **conditioning: Any,
     ) -> Result | tuple[Result, ChainState]:
         """Run the chain.
 
@@ -68,22 +76,29 @@ class ReversibleSequential(ReversibleLayer):
             states: Conditioning states, one tuple per layer.
             residue: Collects what exact gated merges forget, for `inverse`; only without gradients, since a backward
                 pass keeps its own.
+            per_layer: Conditioning of single layers: one mapping per layer of the flattened chain, None for none. Adds
+                to `conditioning` and replaces it.
+            conditioning: Arguments for every transform whose `forward` has a parameter of that name: tensors, plain
+                values, None, and tuples, lists and dicts of these. Tensors get their gradients, summed over layers.
 
         Returns:
             The output streams (a lone one bare), and with `states` the pair of them and the new states.
+
+        Raises:
+            StreamError: Conditioning that no layer takes, besides what the class says.
         """
         check_mode(self.mode)
-        program = self._program()
+        program = self._program(conditioning, per_layer)
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        if self.mode == "reversible" and torch.is_grad_enabled():
+        if self.mode == "reversible" and recomputing():
             out, new = run_reversible(program, [streams], state, stacked=False)
-        elif self.mode == "checkpoint" and torch.is_grad_enabled():
-            out, new = run_layers_checkpointed(program.core, streams, state, program.exact)
+        elif self.mode == "checkpoint" and recomputing():
+            out, new = run_layers_checkpointed(program, streams, state)
         else:
             bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
             out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
@@ -91,19 +106,28 @@ class ReversibleSequential(ReversibleLayer):
                 bits.check_range()
         return _result(out) if states is None else (_result(out), new)
 
-    def inverse(self, *streams: Tensor, states: ChainState | None = None, residue: Residue | None = None) -> Result:
+    def inverse(
+        self,
+        *streams: Tensor,
+        states: ChainState | None = None,
+        residue: Residue | None = None,
+        per_layer: Sequence[Arguments | None] | None = None,
+        **conditioning: Any,
+    ) -> Result:
         """Recover the input streams from the output streams; differentiable in float arithmetic.
 
         Args:
             streams: Outputs of the chain.
             states: The conditioning states that were given to the forward pass.
             residue: What the forward pass collected; is used up. Needed to undo gated couplings in exact arithmetic.
+            per_layer: As in the forward pass.
+            conditioning: As in the forward pass.
 
         Raises:
             StreamError: Stateful layers that pass a carry among themselves: their states at this step depend on the
                 forward pass. ReversibilityError: The residue is missing or does not fit.
         """
-        program = self._program()
+        program = self._program(conditioning, per_layer)
         streams = checked_streams("inverse", streams)
         state = checked_state(program.core, states)
         if state.carry:
@@ -111,7 +135,11 @@ class ReversibleSequential(ReversibleLayer):
                 "inverse: what one layer carries to the next is not determined by the states alone; see undo_chain"
             )
         bits = (residue if residue is not None else Residue()) if program.exact else None
-        return _result(undo_chain(program.core, streams, list(state.layers), bits))
+        return _result(undo_chain(program.core, streams, list(state.layers), bits, arguments=program.arguments[1]))
+
+    def accepts(self, name: str) -> bool:
+        """Whether one of the layers does."""
+        return any(layer.accepts(name) for _, layer in chain_links(self))
 
     def run(self, streams: Streams, step: Step) -> Streams:
         """As a layer of another chain: chains are flattened, so this is only reached directly."""
@@ -125,9 +153,10 @@ class ReversibleSequential(ReversibleLayer):
             streams = layer.undo(streams, step)
         return streams
 
-    def _program(self) -> Program:
+    def _program(self, common: Arguments, per_layer: Sequence[Arguments | None] | None) -> Program:
         links = chain_links(self)
-        return Program(entry=(), core=links, exit=(), fed=(True,), exact=is_exact(self.arithmetic, links))
+        exact = is_exact(self.arithmetic, links)
+        return Program((), links, (), (True,), exact, arguments=((), bind(links, common, per_layer), ()))
 
     def extra_repr(self) -> str:
         """Mode and arithmetic."""

@@ -5,18 +5,19 @@ memory.
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from revgrad.chain import ChainState, Link, stateless
+from revgrad.conditioning import bind
 from revgrad.coupling import GatedCoupling
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
-from revgrad.layer import Inverse, ReversibleLayer, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Streams
 from revgrad.program import Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
+from revgrad.tracing import recomputing
 
 Mode = Literal["stored", "checkpoint", "reversible"]
 Arithmetic = Literal["auto", "exact", "float"]
@@ -33,6 +34,7 @@ def unroll(
     mode: Mode = "reversible",
     arithmetic: Arithmetic = "auto",
     keep_states_every: int = 1,
+    conditioning: Arguments = NO_ARGUMENTS,
 ) -> tuple[Streams, ChainState]:
     """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
 
@@ -49,12 +51,15 @@ def unroll(
             as they come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core.
+        conditioning: Arguments for every transform of entry, core and exit that takes them, the same at every step; as
+            in `ReversibleSequential`.
 
     Returns:
         One tensor per output stream, `[T, ...]` with time first, and the final state.
 
     Raises:
-        StreamError: No input at the first step, unknown mode, wrong number of streams or states.
+        StreamError: No input at the first step, unknown mode, wrong number of streams or states, conditioning that no
+            layer takes.
     """
     links = [chain_links(part) for part in (entry, core, exit)]
     given = [x if x is None else checked_streams("unroll", (x,) if isinstance(x, Tensor) else x) for x in inputs]
@@ -67,19 +72,23 @@ def unroll(
         raise StreamError(
             f"unroll: the inputs of different time steps have different numbers of streams: {sorted(widths)}"
         )
+    everything = sum(links, ())
+    bound = bind(everything, conditioning)
+    first, last = len(links[0]), len(links[0]) + len(links[1])
     program = Program(
         entry=links[0],
         core=links[1],
         exit=links[2],
         fed=tuple(x is not None for x in given),
-        exact=is_exact(arithmetic, [link for part in links for link in part]),
+        exact=is_exact(arithmetic, everything),
         keep_states_every=keep_states_every,
+        arguments=(bound[:first], bound[first:last], bound[last:]),
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
-    if mode == "reversible" and torch.is_grad_enabled():
+    if mode == "reversible" and recomputing():
         return run_reversible(program, given, state, stacked=True)
-    if mode == "checkpoint" and torch.is_grad_enabled():
+    if mode == "checkpoint" and recomputing():
         return _run_checkpointed(program, given, state)
     check_mode(mode)
     return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
@@ -125,19 +134,16 @@ def _run_checkpointed(program: Program, given: list[Streams | None], state: Chai
     return stack(outputs), state
 
 
-def run_layers_checkpointed(
-    links: tuple[Link, ...], streams: Streams, state: ChainState, exact: bool
-) -> tuple[Streams, ChainState]:
-    """A chain under `torch.utils.checkpoint`, layer by layer."""
-    residue = Residue(keep=False) if exact else None
+def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState) -> tuple[Streams, ChainState]:
+    """A program's core under `torch.utils.checkpoint`, layer by layer."""
+    residue = Residue(keep=False) if whole.exact else None
     own: list[Any] = []
     carry = state.carry
-    empty = Program((), (), (), (True,), exact)
-    streams = empty.enter(streams, residue)
+    streams = whole.enter(streams, residue)
     if residue is not None:
         residue.check_range()
-    for link, layer_state in zip(links, state.layers, strict=True):
-        program = Program((), (link,), (), (True,), exact)
+    for i, (link, layer_state) in enumerate(zip(whole.core, state.layers, strict=True)):
+        program = Program((), (link,), (), (True,), whole.exact, arguments=((), whole.arguments[1][i : i + 1], ()))
         snapshot = Snapshot([link.layer])
         start = residue.clone(words=False) if residue is not None else None
 

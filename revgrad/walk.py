@@ -54,6 +54,7 @@ class Walk:
         self.given = given
         self.inputs_wanted = inputs_wanted
         entry = [i for _, layer in program.entry for i in snapshot.indices_of(layer)]
+        entry += [i for given in program.arguments[0] for i in gradients.conditioning(given)]
         self.entry_wanted = inputs_wanted or any(gradients.parameters[i].requires_grad for i in entry)
         self._input_grads: list[Grads] = []
 
@@ -124,6 +125,7 @@ class Walk:
             self.snapshot.indices_of,
             self.gradients,
             joining,
+            self.program.arguments[part],
         )
         for i in positions:
             if t == 0:

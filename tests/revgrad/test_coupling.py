@@ -216,6 +216,7 @@ MISFITS = {
 
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])
 @pytest.mark.parametrize("misfit", MISFITS)
+@pytest.mark.composes("Misuse", "a message of the wrong shape", "error, with the layer's name")
 def test_message_that_does_not_fit_names_the_layer(make, mode, misfit):
     cls, transform, message = MISFITS[misfit]
     chain = ReversibleSequential(AdditiveCoupling(make.net(4), 1, 0), cls(transform), mode=mode, arithmetic="float")
@@ -264,6 +265,7 @@ def test_gated_coupling_and_its_inverse_are_the_identity(make):
     torch.testing.assert_close(grads[1], torch.ones(3, 4), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.composes("Misuse", "a transform that changes its input in place", "error: *changed its input in place*")
 def test_transform_that_changes_its_input(make):
     class InPlace(nn.Module):
         def forward(self, x):
@@ -316,6 +318,9 @@ def test_message_that_is_not_finite_names_the_layer(make, which, bad, mode):
 
 
 @pytest.mark.parametrize("computed", [False, True])
+@pytest.mark.composes(
+    "Conditioning", "a closure over a tensor with a gradient", "error: *the transform reads a tensor*"
+)
 def test_a_tensor_from_outside_raises_instead_of_losing_its_gradient(computed):
     outside = torch.ones(4, requires_grad=True)
     weight = outside.exp() if computed else outside

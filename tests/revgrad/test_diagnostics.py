@@ -182,3 +182,15 @@ def test_leaves_no_graph_and_no_gradients(make):
     check_invertible(chain, x)
     assert all(t.grad is None for t in (*x, *chain.parameters()))
     assert torch.is_grad_enabled()
+
+
+def test_conditioning_is_handed_to_the_transforms():
+    class Told(nn.Linear):
+        def forward(self, x, context):
+            return super().forward(x) * context
+
+    chain = ReversibleSequential(AdditiveCoupling(Told(4, 4)), AdditiveCoupling(Told(4, 4), 1, 0))
+    x = tuple(torch.randn(3, 4) for _ in range(2))
+    assert check_invertible(chain, x, conditioning={"context": torch.ones(4)}).first_degraded is None
+    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'contxt'"):
+        check_invertible(chain, x, conditioning={"contxt": 1})

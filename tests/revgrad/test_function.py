@@ -58,6 +58,7 @@ def backward(chain, x, check):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.composes("Structure", "frozen parameters")
 def test_frozen_parameters_get_no_gradient_and_change_no_other(make, check, kind):
     chain, x = make.chain(kind, 4), make.streams()
     everything = check.gradients(chain, x, "reversible")
@@ -79,6 +80,7 @@ def test_all_frozen_still_gives_the_inputs_gradients(make, check, kind):
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.composes("Structure", "shared layers and shared weights")
 def test_shared_parameters(make, check, mode):
     """The same coupling twice, its inverse in the same chain, and a weight tied across two transforms."""
     a, b, c = (make.coupling("additive", 4, i) for i in range(3))
@@ -90,6 +92,7 @@ def test_shared_parameters(make, check, mode):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.composes("Structure", "parameters that are not used")
 def test_unused_parameter_is_no_exception(make, check, kind):
     chain, x = make.chain(kind, 3), make.streams()
     chain[1].transform.register_parameter("unused", nn.Parameter(torch.ones(2)))
@@ -116,6 +119,7 @@ def test_recurrent_layers_of_pytorch_see_the_stand_ins(make, check):
     check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"))
 
 
+@pytest.mark.composes("Autograd", "torch.autograd.grad for inputs and weights", "works: .grad stays empty")
 def test_autograd_grad_leaves_grad_alone(make, check):
     chain, x = make.chain("mixed", 4), make.streams()
     expected = check.gradients(chain, x, "stored")
@@ -129,6 +133,7 @@ def test_autograd_grad_leaves_grad_alone(make, check):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.composes("Hooks", "hooks of parameters and post-accumulate-grad hooks", "fire once, on the final gradient")
 def test_hooks_fire_once_on_the_final_gradient(make, check, kind):
     shared = make.coupling("additive")
     chain = ReversibleSequential(shared, *make.chain(kind, 4), shared)
@@ -149,6 +154,7 @@ def test_hooks_fire_once_on_the_final_gradient(make, check, kind):
     assert torch.equal(weight.grad, expected * 0.5)
 
 
+@pytest.mark.composes("Hooks", "gradients added up over several passes")
 def test_gradients_accumulate_over_backward_passes(make, check):
     chain, x = make.chain("mixed", 4), make.streams()
     backward(chain, x, check)
@@ -159,6 +165,7 @@ def test_gradients_accumulate_over_backward_passes(make, check):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.composes("Autograd", "retain_graph and a second backward")
 def test_retain_graph_gives_the_same_gradient_again(make, check, kind):
     chain, x = make.chain(kind, 5), make.streams()
     loss = check.loss(chain(*x))
@@ -172,6 +179,9 @@ def test_retain_graph_gives_the_same_gradient_again(make, check, kind):
         torch.autograd.grad(loss, wanted)
 
 
+@pytest.mark.composes(
+    "Autograd", "second derivatives by create_graph (gradient penalties)", "error: *second derivatives*"
+)
 def test_second_derivatives_are_refused(make, check):
     chain, x = make.chain("additive", 2), make.streams()
     with pytest.raises(ReversibilityError, match=r"second derivatives .* choose mode='stored'"):
@@ -183,6 +193,7 @@ def test_second_derivatives_are_refused(make, check):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [(False, False), (True, False), (False, True)])
+@pytest.mark.composes("Autograd", "inputs without gradient")
 def test_inputs_without_gradient(make, check, kind, which):
     chain = make.chain(kind, 4, arithmetic="exact")
     x = tuple(t.requires_grad_(w) for t, w in zip(make.streams(requires_grad=False), which, strict=True))
@@ -193,6 +204,7 @@ def test_inputs_without_gradient(make, check, kind, which):
 
 @pytest.mark.parametrize("used", [0, 1])
 @pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.composes("Autograd", "half of the output unused")
 def test_only_part_of_the_outputs_used(make, used, depth):
     chain = make.chain("mixed", depth, arithmetic="exact")
     x = make.streams()
@@ -281,6 +293,9 @@ def test_carry_goes_from_layer_to_layer():
 # What cannot work says so
 
 
+@pytest.mark.composes(
+    "Misuse", "an output modified in place before backward", "error: *modified by an inplace operation*"
+)
 def test_output_modified_in_place(make):
     chain = make.chain("mixed", 2)
     y = chain(*make.streams())
@@ -291,6 +306,9 @@ def test_output_modified_in_place(make):
 
 
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.composes(
+    "Misuse", "weights changed between forward and backward", "error: *modified by an inplace operation*"
+)
 def test_weights_modified_before_backward(make, check, kind):
     chain, x = make.chain(kind, 2), make.streams()
     y = chain(*x)
@@ -317,6 +335,7 @@ def test_state_modified_before_backward(make, check):
 @pytest.mark.parametrize("input_gradient", [True, False])
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])
 @pytest.mark.parametrize("factor", [0.4, -0.5, 0.0, float("nan"), 0.5])
+@pytest.mark.composes("Misuse", "a layer whose inverse does not invert", "error: *an inverse does not invert*")
 def test_layer_that_does_not_invert(make, check, factor, arithmetic, input_gradient):
     chain = ReversibleSequential(make.coupling("additive"), Scale(factor), Swap(), arithmetic=arithmetic)
     x = make.streams(requires_grad=input_gradient)
@@ -360,6 +379,7 @@ def test_differences_that_cancel_in_the_weighted_sum_are_seen_in_exact_arithmeti
     ("kind", "arithmetic"),
     [("additive", "float"), ("affine", "float"), ("gated", "float"), ("additive", "exact"), ("gated", "exact")],
 )
+@pytest.mark.composes("Misuse", "a transform that gives other values the second time", "error: *differs*")
 def test_transform_that_is_not_deterministic(make, check, kind, arithmetic):
     # In float a difference below the tolerance cannot be told from rounding.
     chain = make.chain(kind, 4, arithmetic=arithmetic)
@@ -567,6 +587,7 @@ def test_gradients_are_released_layer_by_layer_last_first(make, check):
     assert order == [i for i in (3, 2, 1, 0) for _ in range(4)]
 
 
+@pytest.mark.composes("Hooks", "an optimizer step in the backward pass")
 def test_weights_may_be_changed_as_soon_as_their_gradient_is_there(make, check):
     """An optimizer in the backward pass: what comes before in the chain has another transform's weights."""
     chain, x = make.chain("additive", 4, arithmetic="exact"), make.streams()

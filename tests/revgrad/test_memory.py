@@ -269,6 +269,7 @@ def test_everything_is_freed_after_backward(make, check, no_collector, kind):
 
 
 @pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.composes("Autograd", "an output dropped without backward", "works: frees its memory at once")
 def test_no_reference_cycles_even_without_a_backward_pass(make, no_collector, kind):
     x = make.streams(BATCH, WIDTH)
     core = make.recurrent(kind, 2, WIDTH)

@@ -25,6 +25,7 @@ NORMS = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.composes("Randomness", "dropout in F and G")
 def test_dropout_is_replayed(make, check, kind, mode):
     chain, x = make.chain(kind, 5, inner=lambda: nn.Dropout(0.4), arithmetic="exact"), make.streams()
     expected = check.gradients(chain, x, "stored")
@@ -34,6 +35,7 @@ def test_dropout_is_replayed(make, check, kind, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.composes("Randomness", "the global generator afterwards", "works: where stored mode leaves it")
 def test_generator_is_where_it_was(make, check, mode):
     chain, x = make.chain("mixed", 4, inner=lambda: nn.Dropout(0.4)), make.streams()
     after = {}
@@ -50,6 +52,7 @@ def test_generator_is_where_it_was(make, check, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.composes("Randomness", "two forwards before one backward")
 def test_two_forwards_before_one_backward(make, check, mode):
     chain, x = make.chain("mixed", 4, inner=lambda: nn.Dropout(0.4)), make.streams()
     found = {}
@@ -94,6 +97,7 @@ def test_random_states_are_kept_only_where_something_was_drawn(make):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.composes("Modes", "BatchNorm in train mode", "works: statistics move once a step")
 def test_running_statistics_move_once(make, check, kind, norm, mode):
     chain, x = make.chain(kind, 4, inner=NORMS[norm], arithmetic="exact"), make.streams(6)
     for _ in range(2):  # so that momentum=None averages over more than one batch
@@ -131,6 +135,7 @@ def test_shared_normalisation_moves_once_per_use(make, check, mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.composes("Modes", "gradients in eval mode")
 def test_gradients_in_eval_mode_use_the_statistics(make, check, mode):
     chain, x = make.chain("additive", 4, inner=NORMS["batch"], arithmetic="exact"), make.streams(6)
     chain(*make.streams(50))
@@ -141,6 +146,7 @@ def test_gradients_in_eval_mode_use_the_statistics(make, check, mode):
 
 
 @pytest.mark.parametrize("first", [True, False])
+@pytest.mark.composes("Modes", "train or eval mode switched between forward and backward")
 def test_switching_between_train_and_eval_before_backward(make, check, first):
     def inner():
         return nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.3))
@@ -168,6 +174,7 @@ def test_switching_between_train_and_eval_before_backward(make, check, first):
 @pytest.mark.parametrize("inside", [True, False])
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.composes("Modes", "autocast to bfloat16, streams in float32")
 def test_autocast_is_replayed(make, check, kind, mode, inside):
     chain, x = make.chain(kind, 4, arithmetic="exact"), make.streams()
     plain = check.gradients(chain, x, "stored")["output 1"]

@@ -88,6 +88,7 @@ def test_mode_can_be_changed_at_any_time(make, check):
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.composes("Systems", "deepcopy and state_dict, between the three modes")
 def test_deepcopy_and_state_dict_across_modes(make, check, mode):
     chain = make.chain("mixed", 4, mode="reversible")
     chain(*make.streams())
@@ -313,6 +314,7 @@ def test_residue_is_for_no_grad_only(make):
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@pytest.mark.composes("Modes", "inference under no_grad or inference_mode", "works: the input is left intact")
 def test_without_gradients_the_input_stays_intact(make, mode, arithmetic):
     chain = make.chain("mixed", 4, mode=mode, arithmetic=arithmetic)
     x = make.streams()

@@ -53,6 +53,7 @@ class Model:
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fed", FED)
 @pytest.mark.parametrize("carries", [0, 1])
+@pytest.mark.composes("Conditioning", "recurrent states over time steps, weights tied")
 def test_exact_is_stored_bit_for_bit(make, check, fed, way, carries):
     model = Model(make, FED[fed], carries)
     check.same(model.run(check, **WAYS[way]), model.run(check, mode="stored"))

@@ -1,0 +1,83 @@
+"""Conditioning: what transforms are told besides streams and states, such as a context, a mask or a time embedding.
+
+A program holds the arguments of its layers. The autograd Function takes their tensors out, each once however many
+layers read it, and puts stand-ins in for the backward pass.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from revgrad.chain import Link
+from revgrad.errors import StreamError
+from revgrad.layer import Arguments
+
+
+class Place:
+    """Stands for a tensor that has been taken out."""
+
+
+def bind(
+    links: tuple[Link, ...], common: Arguments, per_layer: Sequence[Arguments | None] | None = None
+) -> tuple[Arguments, ...]:
+    """The arguments of each layer; none at all where nothing is given.
+
+    Args:
+        links: The layers.
+        common: By name, what every layer gets that accepts the name.
+        per_layer: One mapping per layer (None for none), which adds to the common arguments and replaces them.
+
+    Raises:
+        StreamError: A name that no layer, or that this layer, accepts; another number of mappings than layers.
+    """
+    if not common and per_layer is None:
+        return ()
+    own = [{} if given is None else given for given in per_layer or [None] * len(links)]
+    if len(own) != len(links):
+        raise StreamError(
+            f"the chain has {len(links)} layers, but per_layer has {len(own)} entries (use None for a layer without)"
+        )
+    for name in common:
+        if not any(layer.accepts(name) for _, layer in links):
+            raise StreamError(
+                f"no layer of the chain takes an argument {name!r}: give the forward method of a transform a parameter "
+                "of this name"
+            )
+    bound = []
+    for (name, layer), mine in zip(links, own, strict=True):
+        wrong = next((key for key in mine if not layer.accepts(key)), None)
+        if wrong is not None:
+            raise StreamError(f"{name} takes no argument {wrong!r}, but per_layer has one for it")
+        bound.append({key: value for key, value in common.items() if layer.accepts(key)} | dict(mine))
+    return tuple(bound)
+
+
+def tensors_in(arguments: Any, kind: type = Tensor) -> list[Any]:
+    """All tensors (or places) in nested arguments, each once."""
+    return list({id(x): x for x in tree_leaves(arguments) if isinstance(x, kind)}.values())
+
+
+def replaced(arguments: Any, old: Sequence[object], new: Sequence[object]) -> Any:
+    """The same nested arguments, with new tensors or places for the old ones."""
+    changes = {id(a): b for a, b in zip(old, new, strict=True)}
+    return tree_map(lambda x: changes.get(id(x), x), arguments)
+
+
+@contextmanager
+def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Raise if the code inside changes one of these tensors, which a second evaluation is to read again.
+
+    Raises:
+        StreamError: Gives the shape.
+    """
+    before = [None if x.is_inference() else x._version for x in tensors]
+    yield
+    for x, version in zip(tensors, before, strict=True):
+        if version is not None and x._version != version:
+            raise StreamError(
+                f"a transform changed a conditioning tensor of shape {tuple(x.shape)} in place, and the recomputation "
+                "in backward would read another value: make the operation out of place"
+            )

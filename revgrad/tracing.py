@@ -1,0 +1,72 @@
+"""Where the engine stands beside the rest of PyTorch: compilation, export, `torch.func`, sharding, CUDA graphs."""
+
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import nn
+
+from revgrad.errors import ReversibilityError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def recomputing() -> bool:
+    """Whether a backward pass will come that can recompute.
+
+    Without gradients none comes. `torch.func`, forward-mode derivatives and `torch.export` have none of their own:
+    they differentiate, batch or write down what is run, so it is run as in stored mode.
+    """
+    return (
+        torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch.compiler.is_exporting()
+    )
+
+
+def check_surroundings(modules: Iterable[nn.Module], device: torch.device) -> None:
+    """Raise where a backward pass that recomputes would not work.
+
+    Raises:
+        ReversibilityError: A module inside is sharded by itself: FSDP gathers its weights when it is called, and waits
+            for gradients that accumulate in them. A CUDA graph is being captured: the backward pass compares what it
+            has recovered, for which the host waits.
+    """
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    inside = next((m for m in modules if isinstance(m, sharded)), None) if sharded is not None else None
+    if inside is not None:
+        raise ReversibilityError(
+            f"a {type(inside).__name__} inside the sequence is sharded by itself: call fully_shard on the sequence as "
+            "a whole, or on several shorter sequences to gather fewer weights at a time"
+        )
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise ReversibilityError(
+            "a CUDA graph cannot capture a backward pass that checks what it has recovered: choose mode='stored', or "
+            "capture the transforms inside"
+        )
+
+
+def untraced(function: Callable[P, R]) -> Callable[P, R]:
+    """`torch.compile` leaves this function to Python. Its compiler is imported only by those who use it, since that
+    takes seconds.
+    """
+    hidden: list[Callable[P, R]] = []
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if "torch._dynamo" not in sys.modules:
+            return function(*args, **kwargs)
+        if not hidden:
+            hidden.append(torch.compiler.disable(function, reason=_REASON))
+        return hidden[0](*args, **kwargs)
+
+    call._torchdynamo_disable = True  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = _REASON  # type: ignore[attr-defined]
+    return call
+
+
+_REASON = "revgrad recomputes in its own backward pass: compile the transforms inside, or choose mode='stored'"
