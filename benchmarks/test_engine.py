@@ -17,11 +17,11 @@ from benchmarks.pictures import engine_memory, engine_time
 from benchmarks.reporting import Report, Table, spread
 
 ROUNDS = {
-    (CONVOLUTION, 4): 16,
-    (CONVOLUTION, 16): 6,
-    (CONVOLUTION, 64): 3,
-    (TRANSFORMER, 4): 6,
-    (TRANSFORMER, 12): 3,
+    (CONVOLUTION, 4): 12,
+    (CONVOLUTION, 16): 5,
+    (CONVOLUTION, 64): 2,
+    (TRANSFORMER, 4): 4,
+    (TRANSFORMER, 12): 2,
     (TRANSFORMER, 24): 2,
 }
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}

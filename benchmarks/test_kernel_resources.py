@@ -1,8 +1,8 @@
-"""What the compiler makes of the kernels: `pytest benchmarks/test_kernel_resources.py --benchmark-only`. No GPU needed.
+"""What the compiler makes of the kernels: `pytest benchmarks/test_kernel_resources.py --benchmark-only --sweeps`.
 
-Registers, stack, shared memory and widths of accesses of every kernel, compiled for GPUs of two generations, and the
-bytes that it moves beside those that plain PyTorch moves. Spills are asserted to be none; see also
-`tests/kernels/test_compile.py`.
+No GPU is needed. Registers, stack, shared memory and widths of accesses of every kernel, compiled for GPUs of two
+generations, and the bytes that it moves beside those that plain PyTorch moves. Spills are asserted to be none; see
+also `tests/kernels/test_compile.py`.
 """
 
 from collections import defaultdict
@@ -16,7 +16,7 @@ from revgrad_kernels.backend import HAS_TRITON
 from benchmarks.kernel_resources import BATCH, CAPABILITIES, DTYPES, NEWEST, in_own_process
 from benchmarks.reporting import Report, Table
 
-pytestmark = pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+pytestmark = [pytest.mark.sweep, pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")]
 
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 EVERY = ("operator", "pass", "dtype", "layout", "target", "tile", "warps", "registers", "stack", "shared")

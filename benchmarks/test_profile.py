@@ -1,4 +1,4 @@
-"""What a training step of CrevNet consists of: `pytest benchmarks/test_profile.py --benchmark-only`.
+"""What a training step of CrevNet consists of: `pytest benchmarks/test_profile.py --benchmark-only --sweeps`.
 
 Operators per time step, the bytes that they read and write, and where a CPU spends its time; with the reference
 operators and with the fused ones. On a GPU an operator is a launch. Counts do not depend on the machine; the fused
@@ -23,6 +23,8 @@ from benchmarks.launches import Launches, group_of
 from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, random_clips, training_step
 from crevnet.model import CrevNetConfig
+
+pytestmark = pytest.mark.sweep
 
 BATCH, STEPS = 4, 1
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"

@@ -246,28 +246,34 @@ def _parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, 
     return state[:cut], state[cut:] if layer.carries else carry
 
 
-def fingerprint(streams: Streams) -> Tensor:
+def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
     """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the
     sum of squares.
 
-    Computed in float64 on pieces of fixed size, so that checking a large stream takes little memory. Equal streams
-    give equal fingerprints, bit for bit.
+    Computed on pieces of fixed size, so that checking a large stream takes little memory. Equal streams give equal
+    fingerprints, bit for bit.
+
+    Args:
+        streams: The streams.
+        precise: Whether every bit shall count: in float64. Otherwise sums within a piece are in float32 (but for
+            float64), which takes a third of the time; from magnitudes of 1e16 on they overflow.
     """
-    return torch.cat([_fingerprint(x.detach()) for x in streams])
+    return torch.cat([_fingerprint(x.detach(), precise) for x in streams])
 
 
-def _fingerprint(x: Tensor) -> Tensor:
+def _fingerprint(x: Tensor, precise: bool) -> Tensor:
     flat = x.flatten()
+    dtype = torch.float64 if precise or x.dtype == torch.float64 else torch.float32
     # Always read from the same buffer: a view may be unaligned, and the sum then in another order.
-    buffer = x.new_empty(min(_PIECE, len(flat)), dtype=torch.float64)
-    weights = _weights(x.device)
+    buffer = x.new_empty(min(_PIECE, len(flat)), dtype=dtype)
+    weights = _weights(x.device, dtype)
     sums = []
     for piece in flat.split(_PIECE):
         if len(piece) < _PIECE:
             buffer, weights = buffer[: len(piece)], weights[: len(piece)]
         values = buffer.copy_(piece)
         sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
-    weighted, plain, squares = torch.stack(sums).view(-1, 3).sum(0).unbind()
+    weighted, plain, squares = torch.stack(sums).view(-1, 3).double().sum(0).unbind()
     return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])
 
 
@@ -276,6 +282,6 @@ _PIECE = 65536
 
 
 @cache
-def _weights(device: torch.device) -> Tensor:
+def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel.
-    return (torch.arange(_PIECE, device=device) * 40503 % 65536).double().mul_(2.0**-15).sub_(1)
+    return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)

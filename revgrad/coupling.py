@@ -348,8 +348,13 @@ def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
     return gradients((out,), (grad,), leaves)
 
 
+_NOTHING = nullcontext()
+
+
 def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
+    if not torch._C._is_any_autocast_enabled():
+        return _NOTHING
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 

@@ -9,10 +9,10 @@ In the graph a program is a row of nodes, tied together by a token, which is a t
     inputs, states, parameters -> _Inputs -> _Parameters -> ... -> _Parameters -> _Outputs -> streams, states
 
 In the backward pass `_Outputs` prepares the walk and hands it on with the token's gradient, so that the gradients that
-came in are held by the walk alone; `_Inputs` completes it. A `_Parameters` node goes as far as one layer and releases
-the gradients of parameters that no earlier layer has. Only parameters whose `.grad` exists take that way: added to it
-at once, they need no memory of their own. The others wait in `_Inputs` until the recovered input has been compared
-with the one that was given; a backward pass that fails leaves an empty `.grad` empty.
+came in are held by the walk alone; `_Inputs` completes it. A `_Parameters` node goes as far as a layer and releases
+the gradients of parameters of this and later ones that no earlier layer has. Only parameters whose `.grad` exists take
+that way: added to it at once, they need no memory of their own. The others wait in `_Inputs` until the recovered input
+has been compared with the one that was given; a backward pass that fails leaves an empty `.grad` empty.
 """
 
 from collections.abc import Iterator
@@ -61,8 +61,8 @@ def run_reversible(
         The output streams and the final state.
     """
     snapshot = Snapshot(program.layers())
-    stages, waiting = _order_of_release(program, snapshot)
     inputs = flat(given)
+    stages, waiting = _order_of_release(program, snapshot, sum(map(_size, inputs)) // _PORTIONS)
     check_surroundings(snapshot.modules, inputs[0].device)
     conditioning = program.conditioning()
     held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
@@ -76,26 +76,46 @@ def run_reversible(
     return results[:n], state.replace(results[n:])
 
 
-def _order_of_release(program: Program, snapshot: Snapshot) -> tuple[list[tuple[int, list[int]]], list[int]]:
+_PORTIONS = 16
+"""Gradients wait for others until they take this fraction of the inputs' memory: every node takes time."""
+
+
+def _order_of_release(
+    program: Program, snapshot: Snapshot, portion: int
+) -> tuple[list[tuple[int, list[int]]], list[int]]:
     """Which parameters are released after which application of a layer at the first time step, in forward order, and
     which of them wait for the end.
+
+    Args:
+        program: What is run.
+        snapshot: Has the parameters.
+        portion: Bytes from which on gradients are released, rather than wait for those of an earlier layer.
     """
     stages: list[tuple[int, list[int]]] = []
     waiting: list[int] = []
     seen: set[int] = set()
+    room = 0
     for part, links in enumerate((program.entry, program.core, program.exit)):
         for position, (_, layer) in enumerate(links):
-            mine = [i for i in snapshot.indices_of(layer) if i not in seen and snapshot.parameters[i].requires_grad]
-            seen.update(mine)
-            early = [i for i in mine if _accumulates(snapshot.parameters[i])]
-            waiting += [i for i in mine if i not in early]
-            if early:
-                stages.append((program.application(0, part, position), early))
+            full = room <= 0
+            for i in snapshot.indices_of(layer):
+                parameter = snapshot.parameters[i]
+                if i in seen or not parameter.requires_grad:
+                    continue
+                seen.add(i)
+                if not (parameter.is_leaf and parameter.grad is not None):
+                    waiting.append(i)
+                    continue
+                if full:
+                    stages.append((program.application(0, part, position), []))
+                    room, full = portion, False
+                stages[-1][1].append(i)
+                room -= _size(parameter)
     return stages, waiting
 
 
-def _accumulates(parameter: Tensor) -> bool:
-    return parameter.is_leaf and parameter.grad is not None
+def _size(x: Tensor) -> int:
+    return x.numel() * x.element_size()
 
 
 class _Inputs(torch.autograd.Function):
@@ -250,10 +270,10 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if entered is not None:
             entered = program.enter(entered, residue)
             if program.entry:
-                tape.fingerprints[t, 0] = fingerprint(entered)
+                tape.fingerprints[t, 0] = fingerprint(entered, program.exact)
 
         def core_reads(streams: Streams, t: int = t) -> None:
-            tape.fingerprints[t, 1] = fingerprint(streams)
+            tape.fingerprints[t, 1] = fingerprint(streams, program.exact)
 
         keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
         features, state = program.run_core(t, entered, features, state, residue, recording, keep, core_reads)

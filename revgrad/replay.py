@@ -43,7 +43,8 @@ class Scope:
 
     def add(self, module: nn.Module, slots: list[Slot]) -> None:
         """Take a module in."""
-        self.slots += slots
+        if slots:
+            self.slots += slots
         self.modules.append(module)
         self.training.append(module.training)
         if isinstance(module, _NormBase):
@@ -64,22 +65,17 @@ class Snapshot:
         self._everything = Scope()
         self._indices: dict[int, int] = {}
         self._scopes: dict[int, Scope] = {}
-        seen: set[int] = set()
+        slots_of: dict[int, list[Slot]] = {}
         for layer in layers:
             if id(layer) in self._scopes:
                 continue
             scope = self._scopes[id(layer)] = Scope()
             for module in _modules(layer):
-                slots = [
-                    Slot(holder, name, self._index(x))
-                    for holder in (module._parameters, module._buffers)
-                    for name, x in holder.items()
-                    if x is not None and (holder is module._parameters or _is_read(module, x))
-                ]
-                scope.add(module, slots)
-                if id(module) not in seen:
-                    seen.add(id(module))
+                slots = slots_of.get(id(module))
+                if slots is None:
+                    slots = slots_of[id(module)] = self._slots(module)
                     self._everything.add(module, slots)
+                scope.add(module, slots)
         self.slots, self.modules = self._everything.slots, self._everything.modules
         self._buffers = [(m, name, b, b._version) for m in self.modules for name, b in _plain_buffers(m)]
         self._autocast = [
@@ -87,10 +83,19 @@ class Snapshot:
             for device in _autocast_devices()
         ]
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
+        self._random_state: dict[torch.device, Tensor] | None = None
 
     def indices_of(self, layer: ReversibleLayer) -> list[int]:
         """Which parameters a layer has."""
         return self._scopes[id(layer)].indices
+
+    def _slots(self, module: nn.Module) -> list[Slot]:
+        parameters, buffers = module._parameters, module._buffers
+        slots = [Slot(parameters, name, self._index(x)) for name, x in parameters.items() if x is not None]
+        if buffers:
+            read = [(name, x) for name, x in buffers.items() if x is not None and _is_read(module, x)]
+            slots += [Slot(buffers, name, self._index(x)) for name, x in read]
+        return slots
 
     def _index(self, parameter: Tensor) -> int:
         index = self._indices.setdefault(id(parameter), len(self.parameters))
@@ -101,9 +106,11 @@ class Snapshot:
     @contextmanager
     def recording(self, application: int, device: torch.device) -> Iterator[None]:
         """Around the first evaluation: keep the random state it started from, if it drew anything."""
-        before = _random_states(device)
+        # Nothing is drawn between one evaluation and the next.
+        before = self._random_state or _random_states(device)
         yield
-        if not all(map(torch.equal, before.values(), _random_states(device).values())):
+        self._random_state = _random_states(device)
+        if not all(map(torch.equal, before.values(), self._random_state.values())):
             self._random_states[application] = before
 
     def check_buffers(self) -> None:

@@ -130,5 +130,15 @@ def test_fingerprint_sees_one_changed_element_and_swapped_neighbours(length):
         assert not torch.equal(fingerprint((y,)), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_fingerprint_in_less_precision_is_near_the_precise_one(dtype):
+    x = torch.randn(3, 40000).to(dtype)
+    precise, quick = fingerprint((x,)), fingerprint((x,), precise=False)
+    size = precise[2].sqrt()
+    assert float(((quick - precise).abs() / torch.stack([size, size, precise[2]])).max()) < 1e-5
+    assert torch.equal(quick, fingerprint((x.clone(),), precise=False))
+    assert torch.equal(quick, precise) == (dtype == torch.float64)
+
+
 def test_fingerprint_of_nothing():
     assert fingerprint((torch.zeros(0, 3),)).tolist() == [0, 0, 0]

@@ -17,6 +17,10 @@ from revgrad import (
     Swap,
     unroll,
 )
+from revgrad.function import _order_of_release
+from revgrad.program import Program
+from revgrad.replay import Snapshot
+from revgrad.unroll import chain_links
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -362,7 +366,7 @@ def test_exact_arithmetic_takes_the_smallest_difference_for_an_error(make, check
 def test_differences_that_cancel_in_the_weighted_sum_are_seen_in_exact_arithmetic(check):
     from revgrad.chain import _weights
 
-    w = (_weights(torch.device("cpu"))[:2] * 2**15).round().long().tolist()
+    w = (_weights(torch.device("cpu"), torch.float64)[:2] * 2**15).round().long().tolist()
 
     class Sly(Scale):
         def undo(self, streams, step):
@@ -585,6 +589,17 @@ def test_gradients_are_released_layer_by_layer_last_first(make, check):
             p.register_post_accumulate_grad_hook(released)
     backward(chain, make.streams(), check)
     assert order == [i for i in (3, 2, 1, 0) for _ in range(4)]
+
+
+@pytest.mark.parametrize(("layers", "expected"), [(0, [0, 1, 2, 3, 4, 5]), (1.5, [0, 2, 4]), (100, [0])])
+def test_gradients_wait_until_they_are_a_portion(make, layers, expected):
+    chain = with_gradients(make.chain("additive", 6))
+    size = sum(p.numel() * p.element_size() for p in chain[0].parameters())
+    program = Program((), chain_links(chain), (), (True,), False)
+    stages, waiting = _order_of_release(program, Snapshot(chain), int(layers * size))
+    assert [application for application, _ in stages] == expected
+    assert sorted(i for _, indices in stages for i in indices) == list(range(24))
+    assert waiting == []
 
 
 @pytest.mark.composes("Hooks", "an optimizer step in the backward pass")
