@@ -20,9 +20,8 @@ from crevnet.model import CrevNetConfig
 
 pytestmark = pytest.mark.sweep
 
-STORED, CHECKPOINT, REVERSIBLE = (Variant(m, "float") for m in ("stored", "checkpoint", "reversible"))
-EXACT = Variant("reversible")
-VARIANTS = (STORED, CHECKPOINT, REVERSIBLE, EXACT)
+STORED, CHECKPOINT, EXACT = Variant("stored", "float"), Variant("checkpoint", "float"), Variant("reversible")
+VARIANTS = (STORED, CHECKPOINT, EXACT)
 PAPER = CrevNetConfig()
 FEW = 2
 """Time steps where it is not their number that grows."""
@@ -32,13 +31,14 @@ AXES: dict[str, list[tuple[int, CrevNetConfig, int]]] = {
     "pixels": [(n, replace(PAPER, image_size=n), FEW) for n in (64, 128, 256, 512)],
 }
 """Per axis: the value, the configuration and the number of time steps."""
-ROUNDS = 3
+ROUNDS = 2
 BUDGET = 16e9
 _BYTES_PER_WEIGHT = 16
 """The weight, its gradient and Adam's two moments in float32."""
 
 NOTES = (
     "Paper's Moving MNIST configuration with ST-LSTM, batch 1, float32, one thread; random weights and frames.",
+    "Reversible in exact arithmetic: in float arithmetic, 64 gated modules do not invert, which the engine refuses.",
     f"{FEW} time steps against modules and pixels; the step of n frames has n - 1.",
     f"Step time: median of {ROUNDS} rounds, in each of which every variant runs once; `over stored` is the median of "
     "the ratios within a round.",
