@@ -270,13 +270,16 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if entered is not None:
             entered = program.enter(entered, residue)
             if program.entry:
-                tape.fingerprints[t, 0] = fingerprint(entered, program.exact)
+                tape.fingerprints[t, 0, 0] = fingerprint(entered, program.exact)
 
-        def core_reads(streams: Streams, t: int = t) -> None:
-            tape.fingerprints[t, 1] = fingerprint(streams, program.exact)
+        def entering(position: int, streams: Streams, t: int = t) -> None:
+            if position == 0 or program.guarded:
+                tape.fingerprints[t, 1, position] = fingerprint(streams, program.exact)
+            if program.anchored(position):
+                tape.anchors[t, position] = streams
 
         keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
-        features, state = program.run_core(t, entered, features, state, residue, recording, keep, core_reads)
+        features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
         y = program.run_exit(t, features, residue, recording, keep)
         if not stacked:
             outputs = y
