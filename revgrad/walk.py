@@ -175,7 +175,7 @@ class Walk:
             raise ReversibilityError(
                 f"the input {of_layer}recovered in the backward pass differs from the one given by {error:.2g} of its "
                 "size, so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
-                f"{'' if of_layer else 'revgrad.check_invertible(module, inputs) or drift_guard=True names the layer; '}"
+                f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
                 "arithmetic='exact' or mode='stored' avoid it, anchor_every= keeps rounding from adding up"
             )
 
