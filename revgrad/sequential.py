@@ -1,13 +1,15 @@
 """`ReversibleSequential`: like `nn.Sequential`, for reversible layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revgrad.budget import choose_stored, parse_bytes, run_cut, signature
 from revgrad.chain import ChainState, undo_chain
 from revgrad.conditioning import bind
+from revgrad.cost import measure
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
@@ -44,6 +46,10 @@ class ReversibleSequential(ReversibleLayer):
             them, so that float errors add up over n layers at most.
         drift_guard: In reversible mode, compare the recovered input of every layer with that of the forward pass, so
             that an error names the first layer whose input cannot be recovered: always, or in so many first passes.
+        memory_budget: In reversible mode, bytes (a number, or a text such as `2 GiB`) that may be spent on speed: as
+            many layers as fit are stored, which are not evaluated again in backward. They count on top of what the
+            chain keeps anyway: its output, states, residue, and the graph of the layer at hand. What layers take is
+            measured by one forward pass more for every new shape of the input.
 
     Chained chains are flattened: mode, arithmetic and the options after them count on the outermost one.
 
@@ -59,6 +65,7 @@ class ReversibleSequential(ReversibleLayer):
         arithmetic: Arithmetic = "auto",
         anchor_every: int | None = None,
         drift_guard: bool | int = False,
+        memory_budget: int | str | None = None,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -66,7 +73,12 @@ class ReversibleSequential(ReversibleLayer):
         self.arithmetic = arithmetic
         self.anchor_every = anchor_every
         self.drift_guard = drift_guard
+        self.memory_budget = memory_budget
         self._passes = 0
+        self._cuts: dict[Hashable, tuple[bool, ...]] = {}
+        if memory_budget is not None and mode != "reversible":
+            raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
+        self._budget()
         self.stateful = any(layer.stateful for _, layer in self._program({}, None).core)
 
     def __iter__(self) -> Iterator[ReversibleLayer]:
@@ -113,7 +125,10 @@ class ReversibleSequential(ReversibleLayer):
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        if differentiated:
+        stored = self._stored(program, streams, state) if differentiated else ()
+        if any(stored):
+            out, new = run_cut(program, streams, state, stored)
+        elif differentiated:
             out, new = run_reversible(program, [streams], state, stacked=False)
         elif self.mode == "checkpoint" and recomputing():
             out, new = run_layers_checkpointed(program, streams, state)
@@ -186,6 +201,20 @@ class ReversibleSequential(ReversibleLayer):
             guarded=guarded,
         )
 
+    def _budget(self) -> int:
+        return 0 if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    def _stored(self, program: Program, streams: Streams, state: ChainState) -> tuple[bool, ...]:
+        """Per layer, whether the memory budget lets it be stored."""
+        budget = self._budget()
+        if not budget:
+            return ()
+        key = (budget, signature(program, streams, state))
+        if key not in self._cuts:
+            cost = measure(program.core, streams, state, exact=program.exact)
+            self._cuts[key] = choose_stored(cost, budget, program.anchor_every)
+        return self._cuts[key]
+
     def _is_guarded(self) -> bool:
         """Whether this pass is among those that the drift guard watches."""
         self._passes += 1
@@ -193,7 +222,7 @@ class ReversibleSequential(ReversibleLayer):
 
     def extra_repr(self) -> str:
         """Mode, arithmetic, and the options that are not left at their defaults."""
-        options = {"anchor_every": self.anchor_every, "drift_guard": self.drift_guard}
+        options = {name: getattr(self, name) for name in ("anchor_every", "drift_guard", "memory_budget")}
         chosen = [f", {name}={value!r}" for name, value in options.items() if value]
         return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}{''.join(chosen)}"
 
