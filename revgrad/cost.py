@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from revgrad.chain import ChainState, Link, run_chain
+from revgrad.function import uncached_autocast
 from revgrad.layer import Streams
 from revgrad.residue import Residue, snap
 
@@ -131,6 +132,7 @@ def measure(links: tuple[Link, ...], streams: Streams, state: ChainState, *, exa
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _undisturbed(modules),
+        uncached_autocast(),
         torch.enable_grad(),
         _Flops() as counter,
     ):

@@ -176,7 +176,7 @@ class _Outputs(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
-        with _uncached_autocast(), unchanged(conditioning):
+        with uncached_autocast(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
         storages = {x.untyped_storage().data_ptr() for x in inputs}
@@ -328,7 +328,7 @@ def _by_step(program: Program, given: Streams) -> list[Streams | None]:
 
 
 @contextmanager
-def _uncached_autocast() -> Iterator[None]:
+def uncached_autocast() -> Iterator[None]:
     """Autocast must not cache casts of weights made here without a graph: stored layers in the same region would use
     them.
     """

@@ -78,6 +78,8 @@ class ReversibleSequential(ReversibleLayer):
         self._cuts: dict[Hashable, tuple[bool, ...]] = {}
         if memory_budget is not None and mode != "reversible":
             raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
+        if not isinstance(drift_guard, int) or drift_guard < 0:
+            raise StreamError(f"drift_guard must be True, False or a number of forward passes, got {drift_guard!r}")
         self._budget()
         self.stateful = any(layer.stateful for _, layer in self._program({}, None).core)
 

@@ -152,6 +152,12 @@ def test_nonsense_is_refused(make, every):
         make.chain("additive", 2, anchor_every=every)
 
 
+@pytest.mark.parametrize("guard", [-1, 1.5, "always"])
+def test_a_guard_of_nonsense_is_refused(make, guard):
+    with pytest.raises(StreamError, match="drift_guard must be True, False or a number of forward passes"):
+        make.chain("additive", 2, drift_guard=guard)
+
+
 # Drift guard
 
 
