@@ -61,19 +61,13 @@ def choose_stored(cost: ChainCost, budget: int, anchor_every: int | None = None)
     """
     cut = _Cut(cost, anchor_every)
     limit = cut.kept + budget
-    # What a layer is worth changes with its neighbours: the queue holds what it was worth when last looked at.
     queue = [(-cut.worth(unit), -unit) for unit in range(len(cut.units))]
     heapq.heapify(queue)
     while queue:
-        worth, unit = heapq.heappop(queue)
-        worth, unit = -worth, -unit
-        if cut.stored[unit]:
-            continue
-        now = cut.worth(unit)
-        if now < worth:
-            heapq.heappush(queue, (-now, -unit))
-        elif cut.kept + cut.extra_bytes(unit) <= limit:
+        unit = -heapq.heappop(queue)[1]
+        if not cut.stored[unit] and cut.kept + cut.extra_bytes(unit) <= limit:
             cut.store(unit)
+            # Beside a stored layer less is to be kept where stored and reversed layers meet.
             for other in cut.reversed_beside(unit):
                 heapq.heappush(queue, (-cut.worth(other), -other))
     return tuple(stored for unit, stored in zip(cut.units, cut.stored, strict=True) for _ in range(unit.layers))
@@ -93,7 +87,7 @@ class _Unit(NamedTuple):
 
 
 class _Cut:
-    """A chain some of whose units are stored, and what it keeps."""
+    """A chain some of whose units are stored, and what it keeps at most: a stream that a run copies counts twice."""
 
     def __init__(self, cost: ChainCost, anchor_every: int | None) -> None:
         self.units = _units(cost)
@@ -184,7 +178,7 @@ def run_cut(
     own: list[State] = []
     carry = state.carry
     for first, last, is_stored in runs:
-        part = replace(program, core=program.core[first:last])
+        part = replace(program, core=program.core[first:last], on_grid=first > 0)
         carries = any(layer.carries for _, layer in part.core)
         before = ChainState(state.layers[first:last], carry if carries else ())
         if is_stored:

@@ -65,12 +65,19 @@ class ChainCost:
     """Of exact arithmetic, likewise. The words that spill out of them depend on the data, and are not counted."""
     returned: Storages
     """The states handed on."""
+    exact: bool
 
     def kept(self, stored: Sequence[bool], anchor_every: int | None = None) -> int:
         """Bytes alive between forward and backward pass, the results included, where these layers are stored and the
         others reversed.
         """
-        return _total([self.returned, *(self.run_storages(run, anchor_every) for run in runs_of(stored))])
+        found = dict(self.returned)
+        copied: set[Hashable] = set()
+        for run in runs_of(stored):
+            # Behind a run that has copied a stream, its copy is the stream.
+            found |= {k: n for k, n in self.run_storages(run, anchor_every).items() if k not in copied}
+            copied |= {self.streams[run.last][i].storage for i in self._copies(run)}
+        return sum(found.values())
 
     def kept_by_checkpoints(self) -> int:
         """The same for `torch.utils.checkpoint` around every layer, which keeps its input if it saves anything."""
@@ -82,27 +89,30 @@ class ChainCost:
 
     def run_storages(self, run: Run, anchor_every: int | None = None) -> Storages:
         """What one run keeps alive."""
-        outputs = _storages(self.streams[run.last])
         layers = self.layers[run.first : run.last]
         if run.stored:
-            found: Storages = outputs if run.last == len(self.layers) else {}
+            found = _storages(self.streams[-1]) if run.last == len(self.layers) else {}
             for layer in layers:
                 found |= layer.saved
             return found
-        # What no layer has touched is copied, since an output must not be the caller's tensor.
-        given = _storages(self.streams[run.first])
-        copies = {
-            ("copy", run.last, i): stream.own_bytes
-            for i, stream in enumerate(self.streams[run.last])
-            if stream.storage in given
-        }
-        found = {storage: n for storage, n in outputs.items() if storage not in given} | copies
+        copies = self._copies(run)
+        found = _storages(x for i, x in enumerate(self.streams[run.last]) if i not in copies)
+        found |= {("copy", run.last, i): n for i, n in copies.items()}
         for position in range(run.first + (anchor_every or run.last), run.last, anchor_every or 1):
             found |= _storages(self.streams[position])
         for layer in layers:
             found |= layer.read
         found |= {("fingerprint", run.first): _FINGERPRINT_BYTES * len(self.streams[run.first])}
         return found | self.reservoirs[run.first] | self.reservoirs[run.last]
+
+    def _copies(self, run: Run) -> dict[int, int]:
+        """Which outputs of a run are copies, and their bytes: of a reversed run those that no layer has touched, since
+        an output must not be the caller's tensor. Putting the input on the grid has made copies already.
+        """
+        if run.stored or (self.exact and run.first == 0):
+            return {}
+        given = _storages(self.streams[run.first])
+        return {i: x.own_bytes for i, x in enumerate(self.streams[run.last]) if x.storage in given}
 
 
 def runs_of(stored: Sequence[bool]) -> list[Run]:
@@ -157,7 +167,7 @@ def measure(links: tuple[Link, ...], streams: Streams, state: ChainState, *, exa
             own_states += new.layers[0]
             ledger.forget_all_but([*streams, *own_states, *carry, *_tensors(residue)])
         returned = ledger.storages([*own_states, *carry])
-    return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned)
+    return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned, exact)
 
 
 class _Flops(TorchDispatchMode):

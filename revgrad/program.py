@@ -40,6 +40,8 @@ class Program:
     """The input of every n-th layer of the core is kept, where what has been recovered is replaced by it."""
     guarded: bool = False
     """Whether the recovered input of every layer of the core is compared with the one of the forward pass."""
+    on_grid: bool = False
+    """Whether given inputs are on the grid already, where exact."""
 
     def __post_init__(self) -> None:
         for name in ("keep_states_every", "anchor_every"):
@@ -91,7 +93,7 @@ class Program:
 
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
         """Put a given input on the grid, where exact."""
-        if residue is None:
+        if residue is None or self.on_grid:
             return streams
         if torch._C._are_functorch_transforms_active():
             raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, StreamError, Swap
-from revgrad.budget import choose_stored, parse_bytes
-from revgrad.chain import fingerprint
-from revgrad.cost import ChainCost, LayerCost, Stream
+from revgrad.budget import choose_stored, parse_bytes, run_cut
+from revgrad.chain import fingerprint, stateless
+from revgrad.cost import ChainCost, LayerCost, Stream, measure
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -70,7 +71,7 @@ def uniform(depth, flops=lambda i: 100, saved=lambda i: 3000, stream=1000):
         places[-1][i % 2] = i + 2
     layers = tuple(LayerCost(f"{i}", flops(i), flops(i), {("graph", i): saved(i)}, {}) for i in range(depth))
     streams = tuple(tuple(Stream(n, 0 if n < 2 else stream, stream) for n in place) for place in places)
-    return ChainCost(layers, streams, ({},) * (depth + 1), {})
+    return ChainCost(layers, streams, ({},) * (depth + 1), {}, exact=False)
 
 
 def drawn(stored):
@@ -186,6 +187,26 @@ def test_states_go_through_all_runs(make, check, kind, carries, budget):
         grads = torch.autograd.grad(loss, [*x, *state.tensors(), *model.parameters()])
         found[mode] = dict(enumerate([*y, *new.tensors(), *grads]))
     check.same(found["reversible"], found["stored"])
+
+
+@pytest.mark.parametrize("anchor_every", [None, 2])
+@pytest.mark.parametrize(("kind", "arithmetic"), [("additive", "float"), ("affine", "float"), ("additive", "exact")])
+def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every):
+    fingerprint((torch.zeros(1),))  # its weights are made once and stay
+    cls = type(make.coupling(kind))
+    # One stream is never updated, and one only in the end.
+    places = [(0, 1), (0, 1), (1, 0), (0, 1), (2, 1), (0, 2)]
+    layers = [cls(make.coupling(kind).transform, *place) for place in places]
+    program = ReversibleSequential(*layers, arithmetic=arithmetic, anchor_every=anchor_every)._program()
+    x, state = make.streams(BATCH, WIDTH, count=4), stateless(program.core)
+    cost = measure(program.core, x, state, exact=program.exact)
+    gc.collect()
+    for stored in itertools.product([False, True], repeat=len(places)):
+        with LiveMemory() as memory:
+            y, _ = run_cut(program, x, state, stored)
+            assert memory.live == cost.kept(stored, anchor_every), drawn(stored)
+            del y
+            assert memory.live == 0
 
 
 @pytest.mark.parametrize("options", [{"anchor_every": 1}, {"drift_guard": True}])
