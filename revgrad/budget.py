@@ -15,12 +15,13 @@ from typing import NamedTuple
 import torch
 
 from revgrad.chain import ChainState, run_chain
-from revgrad.cost import ChainCost, Run, Storages, runs_of
+from revgrad.cost import ChainCost, Run, Storages, measure, runs_of
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue
+from revgrad.tracing import untraced
 
 _UNITS = {
     "B": 1,
@@ -178,11 +179,12 @@ def run_cut(
     own: list[State] = []
     carry = state.carry
     for first, last, is_stored in runs:
-        part = replace(program, core=program.core[first:last], on_grid=first > 0)
+        arguments = ((), program.arguments[1][first:last], ())
+        part = replace(program, core=program.core[first:last], arguments=arguments, on_grid=first > 0)
         carries = any(layer.carries for _, layer in part.core)
         before = ChainState(state.layers[first:last], carry if carries else ())
         if is_stored:
-            streams, after = run_chain(part.core, streams, before, residue)
+            streams, after = run_chain(part.core, streams, before, residue, arguments=part.arguments[1])
         else:
             streams, after = run_reversible(part, [streams], before, stacked=False, residue=residue)
         own += after.layers
@@ -192,11 +194,23 @@ def run_cut(
     return streams, ChainState(tuple(own), carry)
 
 
-def signature(program: Program, streams: Streams, state: ChainState) -> Hashable:
+@untraced
+def stored_layers(
+    program: Program, streams: Streams, state: ChainState, budget: int, known: dict[Hashable, tuple[bool, ...]]
+) -> tuple[bool, ...]:
+    """Which layers of a program's core a budget stores. What has been decided is looked up in `known`."""
+    key = (budget, _signature(program, streams, state))
+    if key not in known:
+        known[key] = choose_stored(measure(program, streams, state), budget, program.anchor_every)
+    return known[key]
+
+
+def _signature(program: Program, streams: Streams, state: ChainState) -> Hashable:
     """What the cost of a chain depends on: equal signatures, equal costs."""
     kind = streams[0].device.type
+    tensors = (*streams, *state.tensors(), *program.conditioning())
     return (
-        tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in (*streams, *state.tensors())),
+        tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors),
         tuple(
             (id(layer), layer.training, *(p.requires_grad for p in layer.parameters())) for layer in program.layers()
         ),

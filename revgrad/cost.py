@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from revgrad.chain import ChainState, Link, run_chain
+from revgrad.chain import ChainState, run_chain
 from revgrad.function import uncached_autocast
-from revgrad.layer import Streams
+from revgrad.layer import NO_ARGUMENTS, Streams
+from revgrad.program import Program
 from revgrad.residue import Residue, snap
 
 Storages = dict[Hashable, int]
@@ -125,19 +126,19 @@ def runs_of(stored: Sequence[bool]) -> list[Run]:
     return runs
 
 
-def measure(links: tuple[Link, ...], streams: Streams, state: ChainState, *, exact: bool) -> ChainCost:
-    """Run every layer once, with its graph, which is dropped before the next one runs.
+def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
+    """Run every layer of a program's core once, with its graph, which is dropped before the next one runs.
 
     Under fake tensors nothing is computed. On real ones it is one forward pass more. Random state, buffers and
     attributes of the modules are restored.
 
     Args:
-        links: The layers.
-        streams: Input of the chain.
+        program: With one time step.
+        streams: Its input.
         state: Conditioning states.
-        exact: Whether in exact arithmetic.
     """
-    modules = list(dict.fromkeys(m for _, layer in links for m in layer.modules()))
+    modules = list(dict.fromkeys(m for layer in program.layers() for m in layer.modules()))
+    arguments = program.arguments[1] or (NO_ARGUMENTS,) * len(program.core)
     device = streams[0].device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
@@ -147,18 +148,18 @@ def measure(links: tuple[Link, ...], streams: Streams, state: ChainState, *, exa
         _Flops() as counter,
     ):
         weights = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
-        ledger = _Ledger([*streams, *state.tensors(), *weights])
-        residue = Residue(keep=False) if exact else None
-        streams = tuple(map(snap, streams)) if exact else streams
+        ledger = _Ledger([*streams, *state.tensors(), *program.conditioning(), *weights])
+        residue = Residue(keep=False) if program.exact else None
+        streams = tuple(map(snap, streams)) if program.exact else streams
         carry, layers = state.carry, []
         own_states: list[Tensor] = []
         places, reservoirs = [ledger.streams(streams)], [ledger.storages(_tensors(residue))]
-        for link, own in zip(links, state.layers, strict=True):
+        for link, own, given in zip(program.core, state.layers, arguments, strict=True):
             before = counter.total
             streams = tuple(x.detach().requires_grad_(x.requires_grad) for x in streams)
             read = ledger.storages([*own, *(carry if link.layer.carries else ())])
             with ledger.saving() as saved:
-                streams, new = run_chain((link,), streams, ChainState((own,), carry), residue)
+                streams, new = run_chain((link,), streams, ChainState((own,), carry), residue, arguments=(given,))
                 flops = counter.total - before
                 layers.append(LayerCost(link.name, flops, flops * link.layer.evaluations_in_rewind, saved, read))
                 places.append(ledger.streams(streams))
@@ -167,7 +168,7 @@ def measure(links: tuple[Link, ...], streams: Streams, state: ChainState, *, exa
             own_states += new.layers[0]
             ledger.forget_all_but([*streams, *own_states, *carry, *_tensors(residue)])
         returned = ledger.storages([*own_states, *carry])
-    return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned, exact)
+    return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned, program.exact)
 
 
 class _Flops(TorchDispatchMode):
@@ -198,7 +199,8 @@ class _Ledger:
     def __init__(self, given: Iterable[Tensor]) -> None:
         self._numbers: dict[int, int] = {}
         self._next = 0
-        self._given = {self._number(x.untyped_storage()) for x in given}
+        self._held = [x.untyped_storage() for x in given]
+        self._given = set(map(self._number, self._held))
         self._given_addresses = set(self._numbers)
 
     def storages(self, tensors: Iterable[Tensor]) -> Storages:
@@ -220,14 +222,12 @@ class _Ledger:
         found: Storages = {}
         alive = []
 
-        def pack(x: Tensor) -> None:
+        def pack(x: Tensor) -> Tensor:
             alive.append(x.untyped_storage())
             found.update(self.storages([x]))
+            return x.detach()  # a result that its own node keeps would be a reference cycle
 
-        def unpack(packed: None) -> Tensor:
-            raise RuntimeError("a transform runs a backward pass through what it has computed; its cost is not known")
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             yield found
 
     def forget_all_but(self, tensors: Iterable[Tensor]) -> None:

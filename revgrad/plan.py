@@ -10,8 +10,10 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from revgrad.budget import choose_stored, parse_bytes
 from revgrad.chain import ChainState
+from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
-from revgrad.layer import Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
+from revgrad.program import Program
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import Chain, chain_links, checked_state, checked_streams, is_exact
 
@@ -81,6 +83,7 @@ def plan(
     states: ChainState | None = None,
     *,
     budgets: Sequence[int | str] | None = None,
+    conditioning: Arguments = NO_ARGUMENTS,
 ) -> Plan:
     """Tell what every way to train a chain keeps and recomputes. Nothing is computed and no memory is taken.
 
@@ -89,10 +92,12 @@ def plan(
 
     Args:
         model: A reversible layer or chain; in whichever mode.
-        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be fake tensors.
+        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be fake tensors, of a
+            mode that lets real weights in (`allow_non_fake_inputs`).
         states: Conditioning states, if it is stateful.
         budgets: Memory budgets to plan for. By default the model's own, or else a quarter, a half and three quarters of
             what storing everything would add.
+        conditioning: Arguments for every transform that takes them.
 
     Raises:
         StreamError: Streams or states do not fit, or a budget is nonsense.
@@ -100,22 +105,27 @@ def plan(
     """
     links = chain_links(model)
     own = model if isinstance(model, ReversibleSequential) else ReversibleSequential()
-    exact = is_exact(own.arithmetic, links)
     streams = checked_streams("plan", (inputs,) if isinstance(inputs, Tensor) else inputs)
     state = checked_state(links, states)
+    arguments = ((), bind(links, conditioning), ())
+    exact = is_exact(own.arithmetic, links)
+    program = Program((), links, (), (True,), exact, arguments=arguments, anchor_every=own.anchor_every)
     if exact:
         level_costs(streams[0].device)  # a table that is made once: not of fake tensors
     with _fake_mode(streams) as mode:
-        fakes: Streams = tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in streams)
-        fake_state = state.replace(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in state.tensors())
-        cost = measure(links, fakes, fake_state, exact=exact)
+
+        def fake(tensors: Sequence[Tensor]) -> Streams:
+            return tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in tensors)
+
+        program = program.emptied().filled(fake(program.conditioning()))
+        cost = measure(program, fake(streams), state.replace(fake(state.tensors())))
     count = len(cost.layers)
     stored = _way("stored", cost, (True,) * count)
-    every_reversed = _way("reversible", cost, (False,) * count, own.anchor_every)
+    every_reversed = _way("reversible", cost, (False,) * count, program.anchor_every)
     if budgets is None and own.memory_budget is not None:
         budgets = [own.memory_budget]
     if budgets is None:
-        budgets = [(stored.kept_bytes - every_reversed.kept_bytes) * i // 4 for i in (1, 2, 3)]
+        budgets = [max(0, stored.kept_bytes - every_reversed.kept_bytes) * i // 4 for i in (1, 2, 3)]
     budgeted = [
         _way(
             f"budget {size if isinstance(size, str) else _bytes(size)}",

@@ -6,10 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from revgrad.budget import choose_stored, parse_bytes, run_cut, signature
+from revgrad.budget import parse_bytes, run_cut, stored_layers
 from revgrad.chain import ChainState, undo_chain
 from revgrad.conditioning import bind
-from revgrad.cost import measure
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
@@ -127,7 +126,8 @@ class ReversibleSequential(ReversibleLayer):
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        stored = self._stored(program, streams, state) if differentiated else ()
+        budget = self._budget() if differentiated else 0
+        stored = stored_layers(program, streams, state, budget, self._cuts) if budget else ()
         if any(stored):
             out, new = run_cut(program, streams, state, stored)
         elif differentiated:
@@ -205,17 +205,6 @@ class ReversibleSequential(ReversibleLayer):
 
     def _budget(self) -> int:
         return 0 if self.memory_budget is None else parse_bytes(self.memory_budget)
-
-    def _stored(self, program: Program, streams: Streams, state: ChainState) -> tuple[bool, ...]:
-        """Per layer, whether the memory budget lets it be stored."""
-        budget = self._budget()
-        if not budget:
-            return ()
-        key = (budget, signature(program, streams, state))
-        if key not in self._cuts:
-            cost = measure(program.core, streams, state, exact=program.exact)
-            self._cuts[key] = choose_stored(cost, budget, program.anchor_every)
-        return self._cuts[key]
 
     def _is_guarded(self) -> bool:
         """Whether this pass is among those that the drift guard watches."""

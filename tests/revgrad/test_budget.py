@@ -151,6 +151,7 @@ def real(kind, make, **options):
 BUDGETS = [0, 6 * STREAM, 12 * STREAM, 20 * STREAM, LOTS]
 
 
+@pytest.mark.composes("Modes", "a memory budget, with dropout and BatchNorm", "works: the same bits where exact")
 @pytest.mark.parametrize("budget", BUDGETS)
 @pytest.mark.parametrize("kind", ["additive", "gated", "mixed"])
 def test_exact_gradients_are_those_of_stored_layers(make, check, kind, budget):
@@ -197,9 +198,9 @@ def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every
     # One stream is never updated, and one only in the end.
     places = [(0, 1), (0, 1), (1, 0), (0, 1), (2, 1), (0, 2)]
     layers = [cls(make.coupling(kind).transform, *place) for place in places]
-    program = ReversibleSequential(*layers, arithmetic=arithmetic, anchor_every=anchor_every)._program()
+    program = ReversibleSequential(*layers, arithmetic=arithmetic, anchor_every=anchor_every)._program({}, None)
     x, state = make.streams(BATCH, WIDTH, count=4), stateless(program.core)
-    cost = measure(program.core, x, state, exact=program.exact)
+    cost = measure(program, x, state)
     gc.collect()
     for stored in itertools.product([False, True], repeat=len(places)):
         with LiveMemory() as memory:
@@ -209,12 +210,44 @@ def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every
             assert memory.live == 0
 
 
+class Told(nn.Module):
+    """A transform with an argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, context, scale=1.0):
+        return torch.tanh(self.linear(x) * context) * scale
+
+
+@pytest.mark.composes("Conditioning", "a memory budget")
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_conditioning_goes_to_all_runs(make, check, budget):
+    layers = [AdditiveCoupling(Told(), i % 2, 1 - i % 2) for i in range(6)]
+    model = ReversibleSequential(*layers, arithmetic="exact")
+    x, context = make.streams(BATCH, WIDTH), torch.randn(BATCH, WIDTH, requires_grad=True)
+    per_layer = [None, {"scale": 2.0}, None, None, {"scale": 0.5, "context": context.detach()}, None]
+    found = {}
+    for mode in ("stored", "reversible"):
+        model.mode, model.memory_budget = mode, budget if mode == "reversible" else None
+        y = model(*x, context=context, per_layer=per_layer)
+        grads = torch.autograd.grad(check.loss(y), [*x, *model.parameters(), context])
+        found[mode] = dict(enumerate([*y, *grads[:-1]]))
+        found[mode]["context"] = grads[-1]
+    context_grads = [f.pop("context") for f in found.values()]
+    check.same(found["reversible"], found["stored"])
+    # A tensor that many layers read: its gradient is added up in another order.
+    torch.testing.assert_close(*context_grads, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("options", [{"anchor_every": 1}, {"drift_guard": True}])
 def test_with_anchors_and_the_guard(make, check, options):
     model, x = make.chain("affine", 6, WIDTH, memory_budget=10 * STREAM, **options), make.streams(BATCH, WIDTH)
     check.same(check.gradients(model, x), check.gradients(model, x, "stored"), rtol=1e-4)
 
 
+@pytest.mark.composes("Modes", "a memory budget under autocast")
 def test_under_autocast(make, check):
     model, x = make.chain("additive", 6, WIDTH, memory_budget=8 * STREAM), make.streams(BATCH, WIDTH)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -19,9 +19,9 @@ from revgrad import (
     Split,
     Swap,
 )
-from revgrad.chain import fingerprint, stateless
+from revgrad.chain import fingerprint
 from revgrad.cost import Run, measure, runs_of
-from revgrad.unroll import chain_links, checked_state, is_exact
+from revgrad.unroll import checked_state
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -29,9 +29,9 @@ BATCH, WIDTH = 64, 4
 STREAM = BATCH * WIDTH * 4
 
 
-def cost_of(model, x, states=None):
-    links = chain_links(model)
-    return measure(links, x, checked_state(links, states), exact=is_exact(model.arithmetic, links))
+def cost_of(model, x, states=None, **conditioning):
+    program = model._program(conditioning, None)
+    return measure(program, x, checked_state(program.core, states))
 
 
 def held(model, x, mode, **call):
@@ -121,6 +121,44 @@ def test_bytes_of_states(make, states, carries):
     assert cost.kept([False] * 3) == (2 + 3 * states + 3 * carries) * STREAM + 2 * 24
 
 
+class Told(nn.Module):
+    """Multiplies by a context, which is then saved."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x, context):
+        return self.linear(x) * context
+
+
+def test_conditioning_is_the_callers(make):
+    model = ReversibleSequential(AdditiveCoupling(Told(WIDTH)), AdditiveCoupling(Told(WIDTH), 1, 0))
+    x, context = make.streams(BATCH, WIDTH), torch.randn(BATCH, WIDTH, requires_grad=True)
+    cost = cost_of(model, x, context=context)
+    assert cost.kept([True] * 2) == held(model, x, "stored", context=context)
+    assert cost.kept([False] * 2) == held(model, x, "reversible", context=context)
+
+
+class Energy(nn.Module):
+    """The gradient of something: a transform with a backward pass inside."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, width)
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            (grad,) = torch.autograd.grad(torch.tanh(self.linear(x)).sum(), x, create_graph=True)
+        return grad
+
+
+def test_a_backward_pass_inside_a_transform_can_be_measured(make):
+    model = ReversibleSequential(AdditiveCoupling(Energy(WIDTH)))
+    assert cost_of(model, make.streams(BATCH, WIDTH)).layers[0].flops > 0
+
+
 def test_flops_are_those_of_the_transforms():
     model, x = convolutions()
     cost = cost_of(model, x)
@@ -191,8 +229,7 @@ def test_measuring_takes_the_memory_of_one_layer(make):
     for depth in (4, 12):
         model, x = make.chain("affine", depth, WIDTH), make.streams(BATCH, WIDTH)
         with LiveMemory() as memory:
-            links = chain_links(model)
-            measure(links, x, stateless(links), exact=False)
+            cost_of(model, x)
             peaks[depth] = memory.peak
     assert peaks[12] == peaks[4]
 

@@ -6,7 +6,7 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 
 from revgrad import AdditiveCoupling, LiveMemory, StreamError, plan
 from revgrad.chain import fingerprint
-from tests.revgrad.test_cost import CHAINS
+from tests.revgrad.test_cost import CHAINS, Told
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -96,6 +96,15 @@ def test_states(make):
     assert plan(model, x, state).stored.kept_bytes > 0
     with pytest.raises(StreamError, match="is stateful, but no state was given"):
         plan(model, x)
+
+
+def test_conditioning(make):
+    x, context = make.streams(64), torch.randn(64, 4)
+    found = plan(AdditiveCoupling(Told(4)), x, conditioning={"context": context})
+    # The gradient of the product needs the context, which is the caller's, and not the result.
+    assert found.stored.kept_bytes == 64 * 4 * 4
+    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'hint'"):
+        plan(AdditiveCoupling(Told(4)), x, conditioning={"hint": context})
 
 
 def test_budgets(make):
