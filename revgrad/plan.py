@@ -92,8 +92,8 @@ def plan(
 
     Args:
         model: A reversible layer or chain; in whichever mode.
-        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be fake tensors, of a
-            mode that lets real weights in (`allow_non_fake_inputs`).
+        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be fake tensors,
+            of a mode that lets real weights in (`allow_non_fake_inputs`).
         states: Conditioning states, if it is stateful.
         budgets: Memory budgets to plan for. By default the model's own, or else a quarter, a half and three quarters of
             what storing everything would add.
