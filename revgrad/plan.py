@@ -87,8 +87,9 @@ def plan(
 ) -> Plan:
     """Tell what every way to train a chain keeps and recomputes. Nothing is computed and no memory is taken.
 
-    The transforms run under fake tensors, which have shapes and no values. Train or eval mode, autocast and frozen
-    parameters are as they are now.
+    The transforms run under fake tensors, which have shapes and no values. What libraries reserve beside a result (as
+    recurrent layers of oneDNN and cuDNN do) only shows in a real run, and is not counted. Train or eval mode, autocast
+    and frozen parameters are as they are now.
 
     Args:
         model: A reversible layer or chain; in whichever mode.

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, StreamError, Swap
+from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, StreamError, Swap, plan
 from revgrad.budget import choose_stored, parse_bytes, run_cut
 from revgrad.chain import fingerprint, stateless
 from revgrad.cost import ChainCost, LayerCost, Stream, measure
+from tests.revgrad.test_cost import CHAINS
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -208,6 +209,24 @@ def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every
             assert memory.live == cost.kept(stored, anchor_every), drawn(stored)
             del y
             assert memory.live == 0
+
+
+@pytest.mark.parametrize("part", [0.4, 0.6, 0.8])
+@pytest.mark.parametrize("name", CHAINS)
+def test_architectures(check, name, part):
+    """Shared weights, an inverse, streams that are views, frozen weights, two backward passes through one graph."""
+    model, x = CHAINS[name]()
+    model.arithmetic = "exact"
+    next(layer for layer in model.modules() if isinstance(layer, nn.Linear | nn.Conv2d)).requires_grad_(False)
+    expected = check.gradients(model, x, "stored")
+    found = plan(model, x)
+    model.memory_budget = round(part * (found.stored.kept_bytes - found.reversible.kept_bytes))
+    check.same(check.gradients(model, x), expected)
+    assert 0 < plan(model, x).budgeted[0].stored_layers < found.layers
+    y = model(x[0].detach())  # an input without gradient
+    once = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad], retain_graph=True)
+    twice = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad])
+    check.same(dict(enumerate(twice)), dict(enumerate(once)))
 
 
 class Told(nn.Module):
