@@ -211,9 +211,9 @@ def _signature(program: Program, streams: Streams, state: ChainState) -> Hashabl
     tensors = (*streams, *state.tensors(), *program.conditioning())
     return (
         tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors),
-        tuple(
-            (id(layer), layer.training, *(p.requires_grad for p in layer.parameters())) for layer in program.layers()
-        ),
+        tuple(link.name for link in program.core),
+        tuple(module.training for layer in program.layers() for module in layer.modules()),
+        tuple(parameter.requires_grad for layer in program.layers() for parameter in layer.parameters()),
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         program.exact,
         program.anchor_every,

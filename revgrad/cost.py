@@ -99,7 +99,8 @@ class ChainCost:
         copies = self._copies(run)
         found = _storages(x for i, x in enumerate(self.streams[run.last]) if i not in copies)
         found |= {("copy", run.last, i): n for i, n in copies.items()}
-        for position in range(run.first + (anchor_every or run.last), run.last, anchor_every or 1):
+        anchors = range(run.first + anchor_every, run.last, anchor_every) if anchor_every else ()
+        for position in anchors:
             found |= _storages(self.streams[position])
         for layer in layers:
             found |= layer.read
@@ -156,7 +157,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         places, reservoirs = [ledger.streams(streams)], [ledger.storages(_tensors(residue))]
         for link, own, given in zip(program.core, state.layers, arguments, strict=True):
             before = counter.total
-            streams = tuple(x.detach().requires_grad_(x.requires_grad) for x in streams)
+            streams, carry = _cut_off(streams), _cut_off(carry)
             read = ledger.storages([*own, *(carry if link.layer.carries else ())])
             with ledger.saving() as saved:
                 streams, new = run_chain((link,), streams, ChainState((own,), carry), residue, arguments=(given,))
@@ -165,7 +166,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
                 places.append(ledger.streams(streams))
                 reservoirs.append(ledger.storages(_tensors(residue)))
             carry = new.carry
-            own_states += new.layers[0]
+            own_states += _cut_off(new.layers[0])
             ledger.forget_all_but([*streams, *own_states, *carry, *_tensors(residue)])
         returned = ledger.storages([*own_states, *carry])
     return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned, program.exact)
@@ -236,9 +237,10 @@ class _Ledger:
         self._numbers = {address: number for address, number in self._numbers.items() if address in alive}
 
     def _number(self, storage: torch.UntypedStorage) -> int:
-        number = self._numbers.setdefault(storage._cdata, self._next)
-        self._next += number == self._next
-        return number
+        if storage._cdata not in self._numbers:
+            self._numbers[storage._cdata] = self._next
+            self._next += 1
+        return self._numbers[storage._cdata]
 
 
 @contextmanager
@@ -260,6 +262,11 @@ def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module, attributes in zip(modules, before, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+
+
+def _cut_off(tensors: Streams) -> Streams:
+    """The same tensors without the graph that made them."""
+    return tuple(x.detach().requires_grad_(x.requires_grad) for x in tensors)
 
 
 def _tensors(residue: Residue | None) -> list[Tensor]:

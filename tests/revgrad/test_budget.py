@@ -223,6 +223,8 @@ def test_architectures(check, name, part):
     model.memory_budget = round(part * (found.stored.kept_bytes - found.reversible.kept_bytes))
     check.same(check.gradients(model, x), expected)
     assert 0 < plan(model, x).budgeted[0].stored_layers < found.layers
+    model(*x), model(*x)
+    assert len(model._cuts) == 1  # also where layers are made anew, as those of an inverse are
     y = model(x[0].detach())  # an input without gradient
     once = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad], retain_graph=True)
     twice = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad])

@@ -234,6 +234,19 @@ def test_measuring_takes_the_memory_of_one_layer(make):
     assert peaks[12] == peaks[4]
 
 
+def test_measuring_states_takes_no_graphs(make):
+    peaks = {}
+    for carries in (0, 1):
+        for depth in (4, 12):
+            model, x = make.recurrent("affine", depth, WIDTH, carries=carries), make.streams(BATCH, WIDTH)
+            state = make.state(model, BATCH, WIDTH)
+            with LiveMemory() as memory:
+                cost_of(model, x, state)
+                peaks[depth] = memory.peak
+        # The new states are alive, and nothing else of the eight layers more.
+        assert peaks[12] - peaks[4] == 8 * STREAM
+
+
 def test_runs():
     assert runs_of([]) == []
     assert runs_of([True]) == [Run(0, 1, True)]
