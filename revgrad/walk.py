@@ -154,7 +154,7 @@ class Walk:
         expected = self.tape.fingerprints.get((t, part, position))
         anchor = self.tape.anchors.pop((t, position), None) if part == 1 else None
         if anchor is not None:
-            expected = fingerprint(anchor) if expected is None else expected
+            expected = fingerprint(anchor, self.program.exact) if expected is None else expected
         if expected is not None:
             of_layer = f"of {name} " if name and part == 1 and self.program.guarded else ""
             self._compare(flow.streams, expected, of_layer)

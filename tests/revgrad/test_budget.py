@@ -12,11 +12,11 @@ from torch import nn
 
 from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, StreamError, Swap, plan
 from revgrad.budget import choose_stored, parse_bytes, run_cut
-from revgrad.chain import fingerprint, stateless
+from revgrad.chain import stateless
 from revgrad.cost import ChainCost, LayerCost, Stream, measure
 from tests.revgrad.test_cost import CHAINS
 
-pytestmark = pytest.mark.usefixtures("single_thread")
+pytestmark = pytest.mark.usefixtures("single_thread", "warm")
 
 BATCH, WIDTH = 64, 4
 STREAM = BATCH * WIDTH * 4
@@ -194,7 +194,6 @@ def test_states_go_through_all_runs(make, check, kind, carries, budget):
 @pytest.mark.parametrize("anchor_every", [None, 2])
 @pytest.mark.parametrize(("kind", "arithmetic"), [("additive", "float"), ("affine", "float"), ("additive", "exact")])
 def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every):
-    fingerprint((torch.zeros(1),))  # its weights are made once and stay
     cls = type(make.coupling(kind))
     # One stream is never updated, and one only in the end.
     places = [(0, 1), (0, 1), (1, 0), (0, 1), (2, 1), (0, 2)]
@@ -278,7 +277,6 @@ def test_under_autocast(make, check):
 
 
 def test_memory_is_what_was_promised(make, check):
-    fingerprint((torch.zeros(1),))
     held, peak = {}, {}
     for budget in (0, *range(2, 16, 2), 1000):
         torch.manual_seed(0)

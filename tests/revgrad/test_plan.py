@@ -5,15 +5,13 @@ import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from revgrad import AdditiveCoupling, LiveMemory, StreamError, plan
-from revgrad.chain import fingerprint
 from tests.revgrad.test_cost import CHAINS, Told
 
-pytestmark = pytest.mark.usefixtures("single_thread")
+pytestmark = pytest.mark.usefixtures("single_thread", "warm")
 
 
 def held(model, x, mode, budget=None):
     model.mode, model.memory_budget = mode, budget
-    fingerprint((torch.zeros(1),))  # its weights are made once and stay
     model(*x)
     with LiveMemory() as memory:
         y = model(*x)

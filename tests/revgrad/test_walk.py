@@ -17,9 +17,8 @@ from revgrad import (
     StreamError,
     unroll,
 )
-from revgrad.chain import fingerprint
 
-pytestmark = pytest.mark.usefixtures("single_thread")
+pytestmark = pytest.mark.usefixtures("single_thread", "warm")
 
 BATCH, WIDTH = 64, 4
 STREAM = BATCH * WIDTH * 4
@@ -98,7 +97,6 @@ def test_anchors_over_time(make, check):
 
 
 def test_anchors_take_their_own_memory_and_are_freed_when_used(make):
-    fingerprint((torch.zeros(1),))  # its weights are made once and stay
     depth, x = 8, make.streams(BATCH, WIDTH)
     held, peak = {}, {}
     gc.collect()
