@@ -50,7 +50,7 @@ class ReversibleSequential(ReversibleLayer):
             chain keeps anyway: its output, states, residue, and the graph of the layer at hand. What layers take is
             measured by one forward pass more for every new shape of the input.
 
-    Chained chains are flattened: mode, arithmetic and the options after them count on the outermost one.
+    Nested chains are flattened: mode, arithmetic and what follows them are those of the outermost one.
 
     Raises:
         StreamError: A layer is not reversible, streams and states do not fit (named by its place in the chain), or an

@@ -149,7 +149,7 @@ def real(kind, make, **options):
     )
 
 
-BUDGETS = [0, 6 * STREAM, 12 * STREAM, 20 * STREAM, LOTS]
+BUDGETS = [6 * STREAM, 12 * STREAM, 20 * STREAM, LOTS]
 
 
 @pytest.mark.composes("Modes", "a memory budget, with dropout and BatchNorm", "works: the same bits where exact")
@@ -191,8 +191,10 @@ def test_states_go_through_all_runs(make, check, kind, carries, budget):
     check.same(found["reversible"], found["stored"])
 
 
-@pytest.mark.parametrize("anchor_every", [None, 2])
-@pytest.mark.parametrize(("kind", "arithmetic"), [("additive", "float"), ("affine", "float"), ("additive", "exact")])
+@pytest.mark.parametrize(
+    ("kind", "arithmetic", "anchor_every"),
+    [("additive", "float", None), ("affine", "float", 2), ("additive", "exact", None), ("additive", "exact", 2)],
+)
 def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every):
     cls = type(make.coupling(kind))
     # One stream is never updated, and one only in the end.
@@ -278,7 +280,7 @@ def test_under_autocast(make, check):
 
 def test_memory_is_what_was_promised(make, check):
     held, peak = {}, {}
-    for budget in (0, *range(2, 16, 2), 1000):
+    for budget in (0, 3, 6, 9, 12, 15, 1000):
         torch.manual_seed(0)
         model = make.chain("additive", 8, WIDTH, memory_budget=budget * STREAM).requires_grad_(True)
         x = make.streams(BATCH, WIDTH)

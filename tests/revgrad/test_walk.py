@@ -168,6 +168,25 @@ def test_the_guard_names_the_layer(make, check, bad):
         check.loss(model(*make.streams())).backward()
 
 
+def test_the_guard_is_exact_in_exact_arithmetic(make, check):
+    class Restless(nn.Module):
+        """Returns something else by one grid step the second time."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return torch.tanh(x) + self.calls * 2.0**-16
+
+    layers = [make.coupling("additive", 4, i) for i in range(4)]
+    layers[2] = AdditiveCoupling(Restless(), 0, 1)
+    model = ReversibleSequential(*layers, arithmetic="exact", drift_guard=True)
+    with pytest.raises(ReversibilityError, match=r"the input of layer 2 \(AdditiveCoupling\) recovered"):
+        check.loss(model(*make.streams())).backward()
+
+
 def test_the_guard_names_the_layer_at_a_later_time_step(make, check):
     core = ReversibleSequential(*(make.coupling("additive", 4, i) for i in range(3)))
     core.layers[1] = Wrong(core[1].transform, 1, 0)
