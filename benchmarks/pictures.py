@@ -209,6 +209,32 @@ def engine_time(rows: Rows) -> bytes:
     return _png(figure)
 
 
+def time_against_budget(rows: Rows, subtitle: str) -> bytes:
+    """Draw the step time over that of stored autograd against the memory budget, and what FLOPs predict, as a PNG.
+
+    Args:
+        rows: Rows with `budget_mib`, `time_ratio`, `p20`, `p80` and `predicted`.
+        subtitle: What was measured.
+    """
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.subplots()
+    x, y = [r["budget_mib"] for r in rows], [r["time_ratio"] for r in rows]
+    spread = [[r["time_ratio"] - r["p20"] for r in rows], [r["p80"] - r["time_ratio"] for r in rows]]
+    axes.plot(x, [r["predicted"] for r in rows], "--", color=_TEXT, linewidth=1.2, label="operations, as planned")
+    style = _STYLES["reversible"]
+    axes.errorbar(
+        x, y, yerr=spread, linewidth=2.4, markersize=6, capsize=3, label="measured: p20, median, p80", **style
+    )
+    axes.set_xlabel("memory budget (MiB)", color=_TEXT)
+    axes.set_ylabel("step time over stored autograd", color=_TEXT)
+    axes.set_title(f"Speed bought with memory\n{subtitle}", fontsize=11, color=_TEXT)
+    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(colors=_TEXT)
+    axes.legend(frameon=False, labelcolor=_TEXT)
+    return _png(figure)
+
+
 def _contenders(rows: Rows) -> dict[str, dict[str, Any]]:
     """A style for each, in the order of the rows; ours thicker."""
     names = dict.fromkeys(r["contender"] for r in rows)

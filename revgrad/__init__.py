@@ -9,6 +9,7 @@ from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertib
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
+from revgrad.plan import Plan, Way, plan
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
@@ -28,6 +29,7 @@ __all__ = [
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
+    "Plan",
     "Residue",
     "ReversibilityError",
     "ReversibleLayer",
@@ -36,7 +38,9 @@ __all__ = [
     "Step",
     "StreamError",
     "Swap",
+    "Way",
     "check_invertible",
+    "plan",
     "snap",
     "unroll",
 ]

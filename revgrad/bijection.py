@@ -14,6 +14,8 @@ from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Run, Step, Stre
 class Bijection(ReversibleLayer):
     """A permutation of values. Its Jacobian is orthogonal: gradients go back by the inverse itself."""
 
+    evaluations_in_rewind = 0
+
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""
         return _rearrange(self.undo, flow, step, wrt)

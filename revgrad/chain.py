@@ -73,6 +73,7 @@ def run_chain(
     around: Around = no_context,
     keep: Callable[[Read], None] | None = None,
     arguments: Sequence[Arguments] = (),
+    entering: Callable[[int, Streams], None] | None = None,
 ) -> tuple[Streams, ChainState]:
     """Apply all layers in order.
 
@@ -84,6 +85,7 @@ def run_chain(
         around: Context manager around each layer, given its position.
         keep: Called with what each layer has read.
         arguments: Conditioning by layer; empty where there is none.
+        entering: Called with each layer's position and input.
     """
     new_states: list[State] = []
     carry = state.carry
@@ -91,6 +93,8 @@ def run_chain(
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         if layer.stateful:
             step.state = _joined(name, layer, state.layers[i], carry)
+        if entering is not None:
+            entering(i, streams)
         with around(i):
             streams = layer.run(streams, step)
         if keep is not None:

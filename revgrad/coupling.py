@@ -63,6 +63,7 @@ class Coupling(ReversibleLayer):
     """
 
     tensors_in_message = 1
+    evaluations_in_rewind = 1
 
     def __init__(
         self, transform: nn.Module, source: int = 0, target: int = 1, *, stateful: bool = False, carries: int = 0

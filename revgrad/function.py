@@ -43,11 +43,17 @@ class _Run(NamedTuple):
     given: list[Streams | None]
     state: ChainState
     stacked: bool
+    residue: Residue | None
 
 
 @untraced
 def run_reversible(
-    program: Program, given: list[Streams | None], state: ChainState, *, stacked: bool
+    program: Program,
+    given: list[Streams | None],
+    state: ChainState,
+    *,
+    stacked: bool,
+    residue: Residue | None = None,
 ) -> tuple[Streams, ChainState]:
     """Run a program whose backward pass recomputes it.
 
@@ -56,6 +62,8 @@ def run_reversible(
         given: Per time step the input streams, or None.
         state: The state that the first step reads.
         stacked: Whether to return one tensor per stream, time first, instead of the streams of the only step.
+        residue: In exact arithmetic, for a program that goes on where another one ends: its reservoirs, which become
+            those behind this program. What the program itself needs to be undone it keeps.
 
     Returns:
         The output streams and the final state.
@@ -71,7 +79,7 @@ def run_reversible(
     for application, indices in stages:
         lowest = application == stages[0][0]
         token = _Parameters.apply(application, indices, lowest, token, *(snapshot.parameters[i] for i in indices))
-    results = _Outputs.apply(_Run(program, snapshot, given, state, stacked), token)
+    results = _Outputs.apply(_Run(program, snapshot, given, state, stacked, residue), token)
     n = len(results) - len(state.tensors())
     return results[:n], state.replace(results[n:])
 
@@ -166,9 +174,9 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
-        program, snapshot, given, state, stacked = run
+        program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
-        with _uncached_autocast(), unchanged(conditioning):
+        with uncached_autocast(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
         storages = {x.untyped_storage().data_ptr() for x in inputs}
@@ -249,10 +257,12 @@ class _Progress:
 
 def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     """Run all time steps without a graph, keeping what the tape needs."""
-    program, snapshot, given, state, stacked = run
+    program, snapshot, given, state, stacked, before = run
     recompute = program.keep_states_every > 1
     length = program.keep_states_every if recompute else program.steps
     tape = Tape(residue=Residue(keep=not recompute) if program.exact else None)
+    if tape.residue is not None and before is not None:
+        tape.residue.resume(before)
     residue = tape.residue
     features: Streams = ()
     outputs: Streams = ()
@@ -263,20 +273,23 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
 
     for t in range(program.steps):
         if t % length == 0:
-            start = residue.clone(words=False) if residue is not None and recompute else None
-            before = () if program.fed[t] else features
-            tape.segments.append(Segment(t, min(t + length, program.steps) - 1, state, before, start))
+            start = residue.clone(words=False) if residue is not None else None
+            held = () if program.fed[t] else features
+            tape.segments.append(Segment(t, min(t + length, program.steps) - 1, state, held, start))
         entered = given[t]
         if entered is not None:
             entered = program.enter(entered, residue)
             if program.entry:
-                tape.fingerprints[t, 0] = fingerprint(entered, program.exact)
+                tape.fingerprints[t, 0, 0] = fingerprint(entered, program.exact)
 
-        def core_reads(streams: Streams, t: int = t) -> None:
-            tape.fingerprints[t, 1] = fingerprint(streams, program.exact)
+        def entering(position: int, streams: Streams, t: int = t) -> None:
+            if position == 0 or program.guarded:
+                tape.fingerprints[t, 1, position] = fingerprint(streams, program.exact)
+            if program.anchored(position):
+                tape.anchors[t, position] = streams
 
         keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
-        features, state = program.run_core(t, entered, features, state, residue, recording, keep, core_reads)
+        features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
         y = program.run_exit(t, features, residue, recording, keep)
         if not stacked:
             outputs = y
@@ -287,6 +300,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
                 whole[t] = part
     if residue is not None:
         residue.check_range()
+        if before is not None:
+            before.resume(residue)
     snapshot.check_buffers()
     if recompute:
         tape.residue = None
@@ -313,7 +328,7 @@ def _by_step(program: Program, given: Streams) -> list[Streams | None]:
 
 
 @contextmanager
-def _uncached_autocast() -> Iterator[None]:
+def uncached_autocast() -> Iterator[None]:
     """Autocast must not cache casts of weights made here without a graph: stored layers in the same region would use
     them.
     """

@@ -67,6 +67,8 @@ class ReversibleLayer(nn.Module):
 
     stateful = False
     """Whether the layer reads a conditioning state and returns a new one."""
+    evaluations_in_rewind = 2
+    """How often `rewind` evaluates what the forward pass evaluates once."""
     carries = 0
     """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step.
     """
@@ -116,6 +118,7 @@ class Inverse(ReversibleLayer):
         self.layer = layer
         self.stateful = layer.stateful
         self.carries = layer.carries
+        self.evaluations_in_rewind = layer.evaluations_in_rewind
 
     def updates(self) -> int | None:
         """What the inner layer updates."""

@@ -36,6 +36,18 @@ class Program:
     """States are kept at every n-th step and recomputed in between."""
     arguments: tuple[tuple[Arguments, ...], ...] = ((), (), ())
     """Conditioning by part (0 entry, 1 core, 2 exit) and layer; a part without any is empty."""
+    anchor_every: int | None = None
+    """The input of every n-th layer of the core is kept, where what has been recovered is replaced by it."""
+    guarded: bool = False
+    """Whether the recovered input of every layer of the core is compared with the one of the forward pass."""
+    on_grid: bool = False
+    """Whether given inputs are on the grid already, where exact."""
+
+    def __post_init__(self) -> None:
+        for name in ("keep_states_every", "anchor_every"):
+            value = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise StreamError(f"{name} must be at least 1 and whole, got {value!r}")
 
     @property
     def steps(self) -> int:
@@ -75,9 +87,13 @@ class Program:
         first = self.application(t, part, 0)
         return lambda position: context(first + position)
 
+    def anchored(self, position: int) -> bool:
+        """Whether the input of this layer of the core is kept. The first one's is the caller's."""
+        return self.anchor_every is not None and position > 0 and position % self.anchor_every == 0
+
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
         """Put a given input on the grid, where exact."""
-        if residue is None:
+        if residue is None or self.on_grid:
             return streams
         if torch._C._are_functorch_transforms_active():
             raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
@@ -95,18 +111,19 @@ class Program:
         residue: Residue | None,
         context: Callable[[int], AbstractContextManager[object]] | None = None,
         keep: Keep | None = None,
-        entered: Callable[[Streams], None] | None = None,
+        entering: Callable[[int, Streams], None] | None = None,
     ) -> tuple[Streams, ChainState]:
-        """One time step up to the core's output: features and state. `entered` is called with the core's input."""
+        """One time step up to the core's output: features and state. `entering` is called with position and input of
+        each layer of the core, of an empty core once.
+        """
         if given is not None:
             features, _ = run_chain(
                 self.entry, given, _NO_STATE, residue, self.around(t, 0, context), _part(keep, 0), self.arguments[0]
             )
-        if entered is not None:
-            entered(features)
-        return run_chain(
-            self.core, features, state, residue, self.around(t, 1, context), _part(keep, 1), self.arguments[1]
-        )
+        if entering is not None and not self.core:
+            entering(0, features)
+        around, arguments = self.around(t, 1, context), self.arguments[1]
+        return run_chain(self.core, features, state, residue, around, _part(keep, 1), arguments, entering)
 
     def run_exit(
         self,

@@ -281,6 +281,10 @@ class Residue:
             other._pools[numel] = pool.clone(words=words)
         return other
 
+    def resume(self, other: "Residue") -> None:
+        """Go on from where another one stands; the words that it holds stay with it."""
+        self._pools = {n: _Pool(p.value, p.level, [] if self.keep else None) for n, p in other._pools.items()}
+
     def tensors(self) -> list[Tensor]:
         """All tensors, for `save_for_backward`: per pool the values, the levels, and the words in one piece."""
         flat: list[Tensor] = []

@@ -1,11 +1,12 @@
 """`ReversibleSequential`: like `nn.Sequential`, for reversible layers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revgrad.budget import parse_bytes, run_cut, stored_layers
 from revgrad.chain import ChainState, undo_chain
 from revgrad.conditioning import bind
 from revgrad.errors import StreamError
@@ -40,17 +41,46 @@ class ReversibleSequential(ReversibleLayer):
             results from the same weights. May be changed at any time.
         arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated
             coupling.
+        anchor_every: In reversible mode, also keep the streams in front of every n-th layer: recovering goes on from
+            them, so that float errors add up over n layers at most.
+        drift_guard: In reversible mode, compare the recovered input of every layer with that of the forward pass, so
+            that an error names the first layer whose input cannot be recovered: always, or in so many first passes.
+        memory_budget: In reversible mode, bytes (a number, or a text such as `2 GiB`) that may be spent on speed: as
+            many layers as fit are stored, which are not evaluated again in backward. They count on top of what the
+            chain keeps anyway: its output, states, residue, and the graph of the layer at hand. What layers take is
+            measured by one forward pass more for every new shape of the input.
+
+    Nested chains are flattened: mode, arithmetic and what follows them are those of the outermost one.
 
     Raises:
-        StreamError: A layer is not reversible, or streams and states do not fit; named by its place in the chain.
+        StreamError: A layer is not reversible, streams and states do not fit (named by its place in the chain), or an
+            option makes no sense.
     """
 
-    def __init__(self, *layers: ReversibleLayer, mode: Mode = "reversible", arithmetic: Arithmetic = "auto") -> None:
+    def __init__(
+        self,
+        *layers: ReversibleLayer,
+        mode: Mode = "reversible",
+        arithmetic: Arithmetic = "auto",
+        anchor_every: int | None = None,
+        drift_guard: bool | int = False,
+        memory_budget: int | str | None = None,
+    ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
         self.mode = mode
         self.arithmetic = arithmetic
-        self.stateful = any(layer.stateful for _, layer in chain_links(self))
+        self.anchor_every = anchor_every
+        self.drift_guard = drift_guard
+        self.memory_budget = memory_budget
+        self._passes = 0
+        self._cuts: dict[Hashable, tuple[bool, ...]] = {}
+        if memory_budget is not None and mode != "reversible":
+            raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
+        if not isinstance(drift_guard, int) or drift_guard < 0:
+            raise StreamError(f"drift_guard must be True, False or a number of forward passes, got {drift_guard!r}")
+        self._budget()
+        self.stateful = any(layer.stateful for _, layer in self._program({}, None).core)
 
     def __iter__(self) -> Iterator[ReversibleLayer]:
         return iter(self.layers)  # type: ignore[arg-type]
@@ -88,14 +118,19 @@ class ReversibleSequential(ReversibleLayer):
             StreamError: Conditioning that no layer takes, besides what the class says.
         """
         check_mode(self.mode)
-        program = self._program(conditioning, per_layer)
+        differentiated = self.mode == "reversible" and recomputing()
+        program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        if self.mode == "reversible" and recomputing():
+        budget = self._budget() if differentiated else 0
+        stored = stored_layers(program, streams, state, budget, self._cuts) if budget else ()
+        if any(stored):
+            out, new = run_cut(program, streams, state, stored)
+        elif differentiated:
             out, new = run_reversible(program, [streams], state, stacked=False)
         elif self.mode == "checkpoint" and recomputing():
             out, new = run_layers_checkpointed(program, streams, state)
@@ -153,14 +188,34 @@ class ReversibleSequential(ReversibleLayer):
             streams = layer.undo(streams, step)
         return streams
 
-    def _program(self, common: Arguments, per_layer: Sequence[Arguments | None] | None) -> Program:
+    def _program(
+        self, common: Arguments, per_layer: Sequence[Arguments | None] | None, *, guarded: bool = False
+    ) -> Program:
         links = chain_links(self)
-        exact = is_exact(self.arithmetic, links)
-        return Program((), links, (), (True,), exact, arguments=((), bind(links, common, per_layer), ()))
+        return Program(
+            entry=(),
+            core=links,
+            exit=(),
+            fed=(True,),
+            exact=is_exact(self.arithmetic, links),
+            arguments=((), bind(links, common, per_layer), ()),
+            anchor_every=self.anchor_every,
+            guarded=guarded,
+        )
+
+    def _budget(self) -> int:
+        return 0 if self.memory_budget is None else parse_bytes(self.memory_budget)
+
+    def _is_guarded(self) -> bool:
+        """Whether this pass is among those that the drift guard watches."""
+        self._passes += 1
+        return self.drift_guard if isinstance(self.drift_guard, bool) else self._passes <= self.drift_guard
 
     def extra_repr(self) -> str:
-        """Mode and arithmetic."""
-        return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}"
+        """Mode, arithmetic, and the options that are not left at their defaults."""
+        options = {name: getattr(self, name) for name in ("anchor_every", "drift_guard", "memory_budget")}
+        chosen = [f", {name}={value!r}" for name, value in options.items() if value]
+        return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}{''.join(chosen)}"
 
 
 def _result(streams: Streams) -> Result:

@@ -33,8 +33,10 @@ class Tape:
     read: dict[tuple[int, int], list[Read]] = field(default_factory=dict)
     """Per time step and part (0 entry, 1 core, 2 exit), what each layer has read."""
     residue: Residue | None = None
-    fingerprints: dict[tuple[int, int], Tensor] = field(default_factory=dict)
-    """Per time step and part (0 entry, 1 core), what the part's recovered input is compared with."""
+    fingerprints: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
+    """Per time step, part (0 entry, 1 core) and position of a layer, what its recovered input is compared with."""
+    anchors: dict[tuple[int, int], Streams] = field(default_factory=dict)
+    """Per time step and position in the core, the layer's input."""
 
     def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
@@ -100,4 +102,10 @@ def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
 
 
 def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
-    return Tape(_map(tape.segments, change), _map(tape.read, change), _map(tape.residue, change), tape.fingerprints)
+    return Tape(
+        _map(tape.segments, change),
+        _map(tape.read, change),
+        _map(tape.residue, change),
+        tape.fingerprints,
+        _map(tape.anchors, change),
+    )

@@ -2,6 +2,7 @@
 memory.
 """
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
@@ -33,8 +34,10 @@ def unroll(
     exit: Chain = (),  # noqa: A002
     mode: Mode = "reversible",
     arithmetic: Arithmetic = "auto",
-    keep_states_every: int = 1,
+    keep_states_every: int | Literal["sqrt"] = 1,
     conditioning: Arguments = NO_ARGUMENTS,
+    anchor_every: int | None = None,
+    drift_guard: bool = False,
 ) -> tuple[Streams, ChainState]:
     """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
 
@@ -50,9 +53,14 @@ def unroll(
         arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
             as they come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
-            one more forward pass of entry and core.
+            one more forward pass of entry and core. `sqrt` is the root of the number of time steps, so that what is
+            kept grows as the root.
         conditioning: Arguments for every transform of entry, core and exit that takes them, the same at every step; as
             in `ReversibleSequential`.
+        anchor_every: In reversible mode, also keep the streams in front of every n-th layer of the core, at every time
+            step, for the recovering to go on from.
+        drift_guard: In reversible mode, compare the recovered input of every layer of the core, so that an error names
+            the first one that cannot be recovered.
 
     Returns:
         One tensor per output stream, `[T, ...]` with time first, and the final state.
@@ -65,8 +73,6 @@ def unroll(
     given = [x if x is None else checked_streams("unroll", (x,) if isinstance(x, Tensor) else x) for x in inputs]
     if not given or given[0] is None:
         raise StreamError("unroll: the first time step must be given an input")
-    if keep_states_every < 1:
-        raise StreamError(f"unroll: keep_states_every must be at least 1, got {keep_states_every}")
     widths = {len(streams) for streams in given if streams is not None}
     if len(widths) > 1:
         raise StreamError(
@@ -81,8 +87,10 @@ def unroll(
         exit=links[2],
         fed=tuple(x is not None for x in given),
         exact=is_exact(arithmetic, everything),
-        keep_states_every=keep_states_every,
+        keep_states_every=_segment_length(keep_states_every, len(given)),
         arguments=(bound[:first], bound[first:last], bound[last:]),
+        anchor_every=anchor_every,
+        guarded=drift_guard,
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
@@ -92,6 +100,15 @@ def unroll(
         return _run_checkpointed(program, given, state)
     check_mode(mode)
     return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
+
+
+def _segment_length(every: int | str, steps: int) -> int:
+    """Time steps between states that are kept; `sqrt` leaves as many segments as there are steps in each."""
+    if every == "sqrt":
+        return round(math.sqrt(steps))
+    if isinstance(every, str):
+        raise StreamError(f"unroll: keep_states_every must be a whole number or 'sqrt', got {every!r}")
+    return every
 
 
 def run_stored(

@@ -106,10 +106,8 @@ class Walk:
         """
         yield from self._rewind(t, 2, flow, None, feedback)
         yield from self._rewind(t, 1, flow, residue, earlier)
-        self._compare(flow.streams, self.tape.fingerprints[t, 1])
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
             yield from self._rewind(t, 0, flow, None)
-            self._compare(flow.streams, self.tape.fingerprints[t, 0])
 
     def _rewind(self, t: int, part: int, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
         links = (self.program.entry, self.program.core, self.program.exit)[part]
@@ -128,8 +126,11 @@ class Walk:
             self.program.arguments[part],
         )
         for i in positions:
+            self._arrive(t, part, i, flow, links[i].name)
             if t == 0:
                 yield self.program.application(t, part, i)
+        if not links:
+            self._arrive(t, part, 0, flow, "")
 
     def _recompute(self, segment: Segment) -> Residue | None:
         """Run a segment again from its start, this time keeping the states that are read."""
@@ -148,7 +149,19 @@ class Walk:
             residue.check_range()
         return residue
 
-    def _compare(self, streams: list[Tensor], expected: Tensor) -> None:
+    def _arrive(self, t: int, part: int, position: int, flow: Flow, name: str) -> None:
+        """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
+        expected = self.tape.fingerprints.get((t, part, position))
+        anchor = self.tape.anchors.pop((t, position), None) if part == 1 else None
+        if anchor is not None:
+            expected = fingerprint(anchor, self.program.exact) if expected is None else expected
+        if expected is not None:
+            of_layer = f"of {name} " if name and part == 1 and self.program.guarded else ""
+            self._compare(flow.streams, expected, of_layer)
+        if anchor is not None:
+            flow.streams[:] = [x.detach() for x in anchor]
+
+    def _compare(self, streams: list[Tensor], expected: Tensor, of_layer: str) -> None:
         """Raise unless the recovered input is the input that was given."""
         found = fingerprint(tuple(streams), self.program.exact)
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
@@ -160,9 +173,10 @@ class Walk:
         tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
         if self.program.exact or error > tolerance or math.isnan(error):
             raise ReversibilityError(
-                f"the input recovered in the backward pass differs from the one given by {error:.2g} of its size, "
-                "so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
-                "revgrad.check_invertible(module, inputs) names the layer; arithmetic='exact' or mode='stored' avoid it"
+                f"the input {of_layer}recovered in the backward pass differs from the one given by {error:.2g} of its "
+                "size, so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
+                f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
+                "arithmetic='exact' or mode='stored' avoid it, anchor_every= keeps rounding from adding up"
             )
 
 

@@ -1,6 +1,7 @@
 """What all tests share: a fixed seed, one thread where bits are compared, and tiny transforms and chains."""
 
 import copy
+import gc
 import os
 from types import SimpleNamespace
 
@@ -13,6 +14,7 @@ from hypothesis import settings
 from torch import nn
 
 from revgrad import AdditiveCoupling, AffineCoupling, ChainState, GatedCoupling, ReversibleSequential
+from revgrad.chain import fingerprint
 
 settings.register_profile("repository", deadline=None, derandomize=True, max_examples=40)
 settings.load_profile("repository")
@@ -152,6 +154,14 @@ def assert_same(found, expected, rtol=0.0, atol=0.0):
         else:
             error = float((a.double() - b.double()).abs().max())
             assert error <= atol + rtol * float(b.abs().max()), f"{name}: off by {error:.3g}"
+
+
+@pytest.fixture
+def warm():
+    """What is made once and stays is there: bytes can be counted."""
+    for precise in (True, False):
+        fingerprint((torch.zeros(1),), precise)
+    gc.collect()
 
 
 @pytest.fixture

@@ -332,6 +332,27 @@ def test_keeping_states_less_often_holds_fewer(make, no_collector):
             assert memory.live == 0
 
 
+@pytest.mark.parametrize(("steps", "every"), [(1, 1), (16, 4), (64, 8), (60, 8)])
+def test_states_at_the_root_of_the_time_steps(make, no_collector, steps, every):
+    """What is kept grows as the root of T, outputs aside: T = 64 keeps twice as many segments as T = 16 and one."""
+    layers = 2
+    x = make.streams(BATCH, WIDTH)
+    core = make.recurrent("additive", layers, WIDTH, states=2)
+    state = make.state(core, BATCH, WIDTH)
+    with LiveMemory() as memory:
+        outputs, final = unroll(core, [x] + [None] * (steps - 1), state, keep_states_every="sqrt")
+        later = -(-steps // every) - 1
+        starts = later * (layers * 2 + 2) * STREAM
+        assert memory.live == steps * 2 * (STREAM + FINGERPRINT) + starts + layers * 2 * STREAM
+        held = memory.live
+        memory.reset_peak()
+        sum(y.sum() for y in outputs).backward()
+        # In backward come the states of one segment, and the working set of one time step.
+        assert memory.peak - held < every * layers * 2 * STREAM + 40 * STREAM
+        del outputs, final
+        assert memory.live == sum(p.numel() * 4 for p in core.parameters()) + 2 * STREAM
+
+
 def test_backward_frees_states_as_it_goes(make, check, no_collector):
     """The peak of backward is what forward held plus the working set of one step, however many steps there are."""
     x = make.streams(BATCH, WIDTH)

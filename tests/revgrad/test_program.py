@@ -145,8 +145,11 @@ def test_core_input_is_reported(make):
     entry = make.chain("additive", 2)
     program = Program(chain_links(entry), chain_links([Swap()]), (), (True,), exact=False)
     seen = []
-    features, _ = program.run_core(0, make.streams(), (), ChainState(((),)), None, entered=seen.append)
-    assert all(map(torch.equal, seen[0], features[::-1]))
+    features, _ = program.run_core(
+        0, make.streams(), (), ChainState(((),)), None, entering=lambda position, x: seen.append((position, x))
+    )
+    assert [position for position, _ in seen] == [0]
+    assert all(map(torch.equal, seen[0][1], features[::-1]))
 
 
 def test_stack_and_flat():

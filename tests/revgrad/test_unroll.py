@@ -13,6 +13,7 @@ WAYS = {
     "every second": {"mode": "reversible", "keep_states_every": 2},
     "every third": {"mode": "reversible", "keep_states_every": 3},
     "only the first": {"mode": "reversible", "keep_states_every": 99},
+    "root": {"mode": "reversible", "keep_states_every": "sqrt"},
 }
 FED = {
     "teacher forcing": (True, True, True, True),
@@ -219,7 +220,9 @@ def test_wrong_calls(make, mode):
         (lambda: unroll(core, [x, x[:1]], mode=mode), r"different numbers of streams: \[1, 2\]"),
         (lambda: unroll(core, [x, ()], mode=mode), "unroll: the streams must be tensors, at least one; got none"),
         (lambda: unroll(core, [("a", "b")], mode=mode), "unroll: the streams must be tensors, at least one; got a str"),
-        (lambda: unroll(core, [x], mode=mode, keep_states_every=0), "keep_states_every must be at least 1, got 0"),
+        (lambda: unroll(core, [x], mode=mode, keep_states_every=0), "keep_states_every must be at least 1 and whole"),
+        (lambda: unroll(core, [x], mode=mode, keep_states_every="root"), "a whole number or 'sqrt', got 'root'"),
+        (lambda: unroll(core, [x], mode=mode, anchor_every=0), "anchor_every must be at least 1 and whole, got 0"),
         (lambda: unroll(core, [x], mode=mode, arithmetic="int"), "arithmetic must be"),
         (lambda: unroll([nn.ReLU()], [x], mode=mode), "layer 0 is a ReLU, not a reversible layer"),
         (lambda: unroll(recurrent, [x], mode=mode), r"layer 0 \(GatedCoupling\) is stateful, but no state was given"),
