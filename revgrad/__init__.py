@@ -2,11 +2,13 @@
 with depth.
 """
 
+from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState
-from revgrad.coupling import AdditiveCoupling, AffineCoupling, Coupling, GatedCoupling
+from revgrad.coupling import AdditiveCoupling, Coupling
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
+from revgrad.gated import GatedCoupling
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
 from revgrad.residue import Residue, snap

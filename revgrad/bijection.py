@@ -14,6 +14,9 @@ from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Run, Step, Stre
 class Bijection(ReversibleLayer):
     """A permutation of values. Its Jacobian is orthogonal: gradients go back by the inverse itself."""
 
+    def log_det(self, streams: Streams, step: Step) -> None:
+        """Zero."""
+
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""
         return _rearrange(self.undo, flow, step, wrt)
@@ -24,6 +27,7 @@ class Bijection(ReversibleLayer):
 
 
 def _rearrange(move: Run, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
+    step.log_det_grad = None  # the log-determinant is constant
     grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
     flow.streams[:] = move(tuple(flow.streams), step)
     flow.grads[:] = move(grads, step)
