@@ -11,6 +11,7 @@ from revgrad.errors import ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
+from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
@@ -27,6 +28,7 @@ __all__ = [
     "InvertibilityReport",
     "LayerReport",
     "LiveMemory",
+    "MomentumStep",
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
@@ -38,6 +40,7 @@ __all__ = [
     "Step",
     "StreamError",
     "Swap",
+    "VelocityCoupling",
     "check_invertible",
     "snap",
     "unroll",

@@ -154,7 +154,9 @@ class Walk:
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
             return
         # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
-        size = expected[2::3].sqrt().clamp_min(1e-18)
+        # A stream of zeros (a velocity at the start) has no size of its own and is judged by the others.
+        size = expected[2::3].sqrt()
+        size = torch.where(size > 0, size, size.max()).clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
         tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
