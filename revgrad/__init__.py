@@ -9,6 +9,7 @@ from revgrad.coupling import AdditiveCoupling, Coupling
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling
+from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCoupling, SymmetricTransform
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
 from revgrad.momentum import MomentumStep, VelocityCoupling
@@ -24,14 +25,17 @@ __all__ = [
     "Concatenate",
     "Coupling",
     "GatedCoupling",
+    "HamiltonianStep",
     "Inverse",
     "InvertibilityReport",
     "LayerReport",
+    "LeapfrogStep",
     "LiveMemory",
     "MomentumStep",
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
+    "ReflectionCoupling",
     "Residue",
     "ReversibilityError",
     "ReversibleLayer",
@@ -40,6 +44,7 @@ __all__ = [
     "Step",
     "StreamError",
     "Swap",
+    "SymmetricTransform",
     "VelocityCoupling",
     "check_invertible",
     "snap",
