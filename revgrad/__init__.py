@@ -2,6 +2,7 @@
 with depth.
 """
 
+from revgrad.actnorm import ActNorm
 from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState
@@ -10,6 +11,7 @@ from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertib
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling
 from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCoupling, SymmetricTransform
+from revgrad.invertible_conv import InvertibleConv1x1
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
 from revgrad.momentum import MomentumStep, VelocityCoupling
@@ -18,6 +20,7 @@ from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "Bijection",
@@ -28,6 +31,7 @@ __all__ = [
     "HamiltonianStep",
     "Inverse",
     "InvertibilityReport",
+    "InvertibleConv1x1",
     "LayerReport",
     "LeapfrogStep",
     "LiveMemory",
