@@ -76,13 +76,13 @@ class Program:
         return lambda position: context(first + position)
 
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
-        """Put a given input on the grid, where exact."""
+        """Put a given input on the grid, where exact; integers (the edges of a graph) are exact as they are."""
         if residue is None:
             return streams
         if torch._C._are_functorch_transforms_active():
             raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
-        streams = tuple(snap(x) for x in streams)
-        for x in streams:
+        streams = tuple(snap(x) if _is_real(x) else x for x in streams)
+        for x in filter(_is_real, streams):
             residue.watch("the input", x)
         return streams
 
@@ -124,6 +124,10 @@ class Program:
 
 def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
     return None if keep is None else lambda read: keep(part, read)
+
+
+def _is_real(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 _NO_STATE = ChainState(())

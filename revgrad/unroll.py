@@ -222,9 +222,9 @@ def checked_streams(what: str, streams: Iterable[Any]) -> Streams:
         StreamError: There are none, or one is not a tensor.
     """
     streams = tuple(streams)
-    wrong = next((x for x in streams if not isinstance(x, Tensor)), None)
-    if not streams or wrong is not None:
-        found = "none" if not streams else f"a {type(wrong).__name__}"
+    wrong = [type(x).__name__ for x in streams if not isinstance(x, Tensor)]
+    if wrong or not streams:
+        found = f"a {wrong[0]}" if wrong else "none"
         raise StreamError(f"{what}: the streams must be tensors, at least one; got {found}")
     return streams
 
