@@ -18,6 +18,7 @@ from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
+from revgrad.wrap import wrap
 
 __all__ = [
     "ActNorm",
@@ -53,4 +54,5 @@ __all__ = [
     "check_invertible",
     "snap",
     "unroll",
+    "wrap",
 ]
