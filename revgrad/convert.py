@@ -1,0 +1,113 @@
+"""From what others have written: pairs of residual functions, and stacks of residual blocks."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from revgrad.bijection import Concatenate, Split
+from revgrad.coupling import AdditiveCoupling
+from revgrad.errors import StreamError
+from revgrad.layer import ReversibleLayer
+from revgrad.momentum import MomentumStep
+from revgrad.sequential import ReversibleSequential
+from revgrad.unroll import Arithmetic, Mode
+
+
+def from_pairs(
+    pairs: Iterable[tuple[nn.Module | None, nn.Module | None]],
+    split_dim: int | None = None,
+    *,
+    mode: Mode = "reversible",
+    arithmetic: Arithmetic = "auto",
+) -> ReversibleSequential:
+    """A chain of the blocks of RevNet, Reformer, RevTorch and memcnn: `y1 = x1 + F(x2)`, then `y2 = x2 + G(y1)`.
+
+    Args:
+        pairs: `(F, G)` per block. None for one that adds nothing.
+        split_dim: Dimension along which a single tensor is halved on its way in and joined on its way out; by default
+            the chain takes and returns the two streams.
+        mode: See `ReversibleSequential`.
+        arithmetic: See `ReversibleSequential`.
+
+    Raises:
+        StreamError: A pair is not two modules or None; or nothing is left to run.
+    """
+    layers: list[ReversibleLayer] = []
+    for i, pair in enumerate(pairs):
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise StreamError(f"from_pairs: item {i} is not a pair (F, G) of modules, but a {type(pair).__name__}")
+        for module, source in zip(pair, (1, 0), strict=True):
+            if module is not None and not isinstance(module, nn.Module):
+                raise StreamError(f"from_pairs: pair {i} holds a {type(module).__name__}, neither a module nor None")
+            if module is not None:
+                layers.append(AdditiveCoupling(module, source=source, target=1 - source))
+    if not layers:
+        raise StreamError("from_pairs: there is no module in the pairs")
+    if split_dim is not None:
+        layers = [Split(2, split_dim), *layers, Concatenate(2, split_dim)]
+    return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
+
+
+class MomentumNetwork(nn.Module):
+    """A stack of residual blocks with a momentum: one tensor in, one of the same shape out.
+
+    The velocity starts at zero and is dropped at the end. `chain` is the `ReversibleSequential` inside, whose mode and
+    arithmetic may be changed.
+    """
+
+    def __init__(self, chain: ReversibleSequential) -> None:
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, ...]` to the same shape."""
+        return self.chain(x, torch.zeros_like(x))[0]
+
+
+def momentum_from(
+    blocks: Iterable[nn.Module],
+    gamma: float = 0.9,
+    *,
+    skip_inside: bool,
+    mode: Mode = "reversible",
+    arithmetic: Arithmetic = "auto",
+) -> MomentumNetwork:
+    """Run a stack of residual blocks, with their own parameters, as a momentum network (Sander et al. 2021).
+
+    With gamma near 0 it computes what the stack does; with a larger one, which inverts better, the network is another
+    and has to be trained or tuned. Blocks must not change the shape of their input: convert each stage of a ResNet by
+    itself.
+
+    Args:
+        blocks: An `nn.Sequential` or any other modules, in order.
+        gamma: Momentum, between 0 and 1, both excluded; see `VelocityCoupling`.
+        skip_inside: Whether a block adds its input itself, as in `x + f(x)` or `relu(x + f(x))`; its `f` is then
+            `block(x) - x`. False where a block is `f` alone.
+        mode: See `ReversibleSequential`.
+        arithmetic: See `ReversibleSequential`.
+
+    Raises:
+        StreamError: There are no blocks, or gamma is not between 0 and 1.
+    """
+    steps = [MomentumStep(_Change(block) if skip_inside else block, gamma) for block in blocks]
+    if not steps:
+        raise StreamError("momentum_from: there are no blocks")
+    return MomentumNetwork(ReversibleSequential(*steps, mode=mode, arithmetic=arithmetic))
+
+
+class _Change(nn.Module):
+    """What a block changes: `block(x) - x`."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.block(x)
+        if y.shape != x.shape:
+            raise StreamError(
+                f"momentum_from: {type(self.block).__name__} changes the shape from {tuple(x.shape)} to "
+                f"{tuple(y.shape)}; leave blocks that do outside, and convert each stage by itself"
+            )
+        return y - x
