@@ -15,7 +15,15 @@ class Bijection(ReversibleLayer):
     """A permutation of values. Its Jacobian is orthogonal: gradients go back by the inverse itself."""
 
     def log_det(self, streams: Streams, step: Step) -> None:
-        """Zero."""
+        """Zero.
+
+        Raises:
+            StreamError: Values move between samples, so that what later layers add would be another sample's.
+        """
+        if any(getattr(self, "dim", 1) in (0, -x.dim()) for x in streams):
+            raise StreamError(
+                f"{step.name}: moves values along the first dimension, which log_det takes for the samples"
+            )
 
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""

@@ -51,8 +51,9 @@ class Wrapped(ReversibleLayer):
         self.forward_map = forward
         self.inverse_map = inverse
         self.log_det_map = log_det
-        owners = [getattr(f, "__self__", None) for f in (forward, inverse, log_det)]
-        self.owners = nn.ModuleList(dict.fromkeys(m for m in owners if isinstance(m, nn.Module)))
+        maps = (forward, inverse, log_det)
+        owners = dict.fromkeys(getattr(f, "__self__", None) for f in maps)
+        self.owners = nn.ModuleList(m for m in owners if isinstance(m, nn.Module) and m not in maps)
         self._checked = False
 
     def run(self, streams: Streams, step: Step) -> Streams:

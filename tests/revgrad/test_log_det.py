@@ -323,6 +323,16 @@ def test_a_wrong_inverse_is_still_noticed():
         (y.sum() + log_det.sum()).backward()
 
 
+@pytest.mark.parametrize(
+    ("layer", "count"), [(Split(dim=0), 1), (Permute([1, 0], dim=-2), 1), (Concatenate(dim=0), 2)], ids=str
+)
+def test_values_must_stay_in_their_sample(layer, count):
+    x = torch.zeros(count, 2, 3).unbind()
+    ReversibleSequential(layer)(*x)
+    with pytest.raises(StreamError, match="moves values along the first dimension, which log_det takes for the"):
+        ReversibleSequential(layer)(*x, log_det=True)
+
+
 def test_log_determinant_of_another_shape():
     chain = ReversibleSequential(wrap(torch.neg, torch.neg, lambda x: x.sum()))
     with pytest.raises(StreamError, match=r"layer 0 \(Wrapped\): its log-determinant has shape \(\), .* each of the 3"):

@@ -82,6 +82,12 @@ def test_parameters_are_found_once(flow):
     assert len({id(p) for p in flow.parameters()}) == len(list(flow.parameters())) == 3
 
 
+def test_weights_are_saved_once():
+    flow = Flow()
+    assert len(wrap(flow.forward, flow.invert, flow.log_det).state_dict()) == 3
+    assert len(wrap(flow, flow.invert, flow.log_det).state_dict()) == 3
+
+
 def test_a_copy_has_parameters_of_its_own(make, flow):
     chain = ReversibleSequential(flow)
     other = copy.deepcopy(chain)
