@@ -6,7 +6,7 @@ from revgrad.actnorm import ActNorm
 from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState
-from revgrad.convert import MomentumNetwork, from_pairs, momentum_from
+from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
 from revgrad.coupling import AdditiveCoupling, Coupling
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
@@ -54,6 +54,7 @@ __all__ = [
     "SymmetricTransform",
     "VelocityCoupling",
     "check_invertible",
+    "from_groups",
     "from_pairs",
     "momentum_from",
     "snap",

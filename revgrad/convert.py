@@ -1,6 +1,7 @@
-"""From what others have written: pairs of residual functions, and stacks of residual blocks."""
+"""From what others have written: pairs and groups of residual functions, and stacks of residual blocks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,42 @@ def from_pairs(
     return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
 
 
+def from_groups(
+    blocks: Iterable[Sequence[nn.Module]],
+    *,
+    extras: int = 0,
+    mode: Mode = "reversible",
+    arithmetic: Arithmetic = "auto",
+) -> ReversibleSequential:
+    """A chain of grouped reversible blocks (Li et al. 2021, RevGNN; PyG's `GroupAddRev`) on k streams.
+
+    A block of functions `f_1 .. f_k` computes `y_1 = x_1 + f_1(x_2 + ... + x_k)`, then `y_i = x_i + f_i(y_(i-1))`.
+
+    Args:
+        blocks: k modules per block, at least two, the same number in each.
+        extras: How many more streams there are behind the k, which every function is given after its own input and
+            none changes: the edges of a graph, a mask.
+        mode: See `ReversibleSequential`.
+        arithmetic: See `ReversibleSequential`.
+
+    Raises:
+        StreamError: There are no blocks, or they are not of one size of at least two.
+    """
+    blocks = [tuple(block) for block in blocks]
+    sizes = {len(block) for block in blocks}
+    if len(sizes) != 1 or min(sizes) < 2:
+        raise StreamError(
+            f"from_groups: every block needs the same number of modules, at least 2; got blocks of {sorted(sizes)}"
+        )
+    k = sizes.pop()
+    others = tuple(range(k, k + extras))
+    layers: list[ReversibleLayer] = []
+    for first, *rest in blocks:
+        layers.append(AdditiveCoupling(_OfSum(first, k - 1), source=(*range(1, k), *others), target=0))
+        layers += [AdditiveCoupling(f, source=(i - 1, *others), target=i) for i, f in enumerate(rest, 1)]
+    return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
+
+
 class MomentumNetwork(nn.Module):
     """A stack of residual blocks with a momentum: one tensor in, one of the same shape out.
 
@@ -94,6 +131,18 @@ def momentum_from(
     if not steps:
         raise StreamError("momentum_from: there are no blocks")
     return MomentumNetwork(ReversibleSequential(*steps, mode=mode, arithmetic=arithmetic))
+
+
+class _OfSum(nn.Module):
+    """`f` of the sum of its first arguments, and of the others."""
+
+    def __init__(self, f: nn.Module, summands: int) -> None:
+        super().__init__()
+        self.f = f
+        self.summands = summands
+
+    def forward(self, *streams: Tensor) -> Tensor:
+        return self.f(reduce(torch.add, streams[: self.summands]), *streams[self.summands :])
 
 
 class _Change(nn.Module):

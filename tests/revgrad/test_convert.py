@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import MomentumNetwork, ReversibleSequential, StreamError, from_pairs, momentum_from
+from revgrad import MomentumNetwork, ReversibleSequential, StreamError, from_groups, from_pairs, momentum_from
 
 MODES = ["stored", "checkpoint", "reversible"]
 
@@ -54,6 +54,49 @@ def test_pairs_take_the_options_of_a_chain(make):
 def test_pairs_that_are_none(items, message):
     with pytest.raises(StreamError, match=message):
         from_pairs(items)
+
+
+class Convolution(nn.Module):
+    """Of a graph: the mean over neighbours, by the edges."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, edges, weights):
+        return torch.zeros_like(x).index_add(0, edges[1], self.net(x)[edges[0]] * weights[:, None])
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+@pytest.mark.parametrize("k", [2, 4])
+def test_groups_compute_what_the_convention_says(make, check, k, arithmetic):
+    blocks = [[Convolution(make.net(4)).double() for _ in range(k)] for _ in range(3)]
+    edges = torch.tensor([[0, 1, 2, 4, 4], [1, 2, 0, 3, 1]])
+    weights = torch.rand(5, dtype=torch.float64, requires_grad=True)
+    x = make.streams(5, count=k, dtype=torch.float64)
+    expected = list(x)
+    for block in blocks:
+        y = sum(expected[1:])
+        for i, f in enumerate(block):
+            y = expected[i] = expected[i] + f(y, edges, weights)
+    chain = from_groups(blocks, extras=2, arithmetic=arithmetic)
+    y = chain(*x, edges, weights)
+    torch.testing.assert_close(y[:k], tuple(expected), rtol=1e-6, atol=1e-6)
+    assert torch.equal(y[k], edges)
+    grads = {}
+    for chain.mode in MODES:
+        y = chain(*x, edges, weights)[:k]
+        grads[chain.mode] = torch.autograd.grad(check.loss(y), (*x, weights, *chain.parameters()))
+    for mode in ("checkpoint", "reversible"):
+        for a, b in zip(grads[mode], grads["stored"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    assert [f.net.calls for block in blocks for f in block] == [1 + 1 + 1 + 2 + 2] * 3 * k
+
+
+@pytest.mark.parametrize("blocks", [[], [[nn.ReLU()]], [[nn.ReLU()] * 2, [nn.ReLU()] * 3]])
+def test_groups_of_no_one_size(blocks):
+    with pytest.raises(StreamError, match="every block needs the same number of modules, at least 2"):
+        from_groups(blocks)
 
 
 class Block(nn.Module):

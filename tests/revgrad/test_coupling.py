@@ -225,32 +225,6 @@ def test_any_sources_of_any_widths(check, data):
         check.same(check.gradients(chain, x, mode), stored, rtol=0 if arithmetic == "exact" else 1e-10)
 
 
-def test_grouped_blocks_of_a_graph_network(make, check):
-    """k groups; the first is updated from the sum of the others, each other from the one before (Li et al. 2021)."""
-
-    class OfSum(nn.Module):
-        def __init__(self, net):
-            super().__init__()
-            self.net = net
-
-        def forward(self, *groups):
-            return self.net(sum(groups))
-
-    nets = [make.net(4).double() for _ in range(4)]
-    layers = [AdditiveCoupling(OfSum(nets[0]), source=(1, 2, 3), target=0)]
-    layers += [AdditiveCoupling(nets[i], source=i - 1, target=i) for i in (1, 2, 3)]
-    chain, x = ReversibleSequential(*layers), make.streams(count=4, dtype=torch.float64)
-    expected = [x[0] + nets[0](x[1] + x[2] + x[3])]
-    for i in (1, 2, 3):
-        expected.append(x[i] + nets[i](expected[-1]))
-    torch.testing.assert_close(chain(*x), tuple(expected))
-    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-12)
-    assert [net.calls for net in nets] == [2] * 4  # the formula and one run; the others were copies
-    loss = sum(y.sum() for y in chain(*x))
-    loss.backward()
-    assert [net.calls for net in nets] == [4] * 4
-
-
 def test_source_of_integers_is_read_and_has_no_gradient(make, check):
     """The edges of a graph as a stream."""
 
