@@ -28,14 +28,14 @@ CONFIG = ReformerConfig(
 
 
 class Attention(nn.Module):
-    """Their attention with the mask as a second source."""
+    """Their attention without what it returns besides."""
 
     def __init__(self, attention: nn.Module) -> None:
         super().__init__()
         self.attention = attention
 
-    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-        return self.attention(x, attention_mask=mask).hidden_states
+    def forward(self, x: Tensor, attention_mask: Tensor | None) -> Tensor:
+        return self.attention(x, attention_mask=attention_mask).hidden_states
 
 
 class ReversibleEncoder(nn.Module):
@@ -46,7 +46,7 @@ class ReversibleEncoder(nn.Module):
         self.layer_norm, self.dropout = encoder.layer_norm, nn.Dropout(encoder.dropout)
         couplings = []
         for layer in encoder.layers:
-            couplings.append(AdditiveCoupling(Attention(layer.attention), source=(1, 2), target=0))
+            couplings.append(AdditiveCoupling(Attention(layer.attention), source=1, target=0))
             couplings.append(AdditiveCoupling(layer.feed_forward, source=0, target=1))
         self.chain = ReversibleSequential(*couplings, arithmetic="exact")
 
@@ -54,9 +54,7 @@ class ReversibleEncoder(nn.Module):
         asked = [name for name in ("past_buckets_states", "output_hidden_states", "output_attentions") if options[name]]
         if asked:
             raise ValueError(f"a reversible encoder keeps nothing, and so cannot give {', '.join(asked)}")
-        if attention_mask is None:
-            attention_mask = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        *streams, _ = self.chain(hidden_states, hidden_states, attention_mask)
+        streams = self.chain(hidden_states, hidden_states, attention_mask=attention_mask)
         out = self.dropout(self.layer_norm(torch.cat(streams, dim=-1)))
         return ReformerEncoderOutput(out, all_hidden_states=[], all_attentions=[], past_buckets_states=None)
 

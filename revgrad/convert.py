@@ -2,10 +2,12 @@
 
 from collections.abc import Iterable, Sequence
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from revgrad.adapter import Adapter
 from revgrad.bijection import Concatenate, Split
 from revgrad.coupling import AdditiveCoupling
 from revgrad.errors import StreamError
@@ -53,18 +55,16 @@ def from_pairs(
 def from_groups(
     blocks: Iterable[Sequence[nn.Module]],
     *,
-    extras: int = 0,
     mode: Mode = "reversible",
     arithmetic: Arithmetic = "auto",
 ) -> ReversibleSequential:
     """A chain of grouped reversible blocks (Li et al. 2021, RevGNN; PyG's `GroupAddRev`) on k streams.
 
-    A block of functions `f_1 .. f_k` computes `y_1 = x_1 + f_1(x_2 + ... + x_k)`, then `y_i = x_i + f_i(y_(i-1))`.
+    A block of functions `f_1 .. f_k` computes `y_1 = x_1 + f_1(x_2 + ... + x_k)`, then `y_i = x_i + f_i(y_(i-1))`. What
+    all functions are told besides, such as the edges of a graph, is given by name: `chain(*streams, edge_index=edges)`.
 
     Args:
         blocks: k modules per block, at least two, the same number in each.
-        extras: How many more streams there are behind the k, which every function is given after its own input and
-            none changes: the edges of a graph, a mask.
         mode: See `ReversibleSequential`.
         arithmetic: See `ReversibleSequential`.
 
@@ -78,11 +78,10 @@ def from_groups(
             f"from_groups: every block needs the same number of modules, at least 2; got blocks of {sorted(sizes)}"
         )
     k = sizes.pop()
-    others = tuple(range(k, k + extras))
     layers: list[ReversibleLayer] = []
     for first, *rest in blocks:
-        layers.append(AdditiveCoupling(_OfSum(first, k - 1), source=(*range(1, k), *others), target=0))
-        layers += [AdditiveCoupling(f, source=(i - 1, *others), target=i) for i, f in enumerate(rest, 1)]
+        layers.append(AdditiveCoupling(_OfSum(first), source=tuple(range(1, k)), target=0))
+        layers += [AdditiveCoupling(f, source=i - 1, target=i) for i, f in enumerate(rest, 1)]
     return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
 
 
@@ -97,9 +96,9 @@ class MomentumNetwork(nn.Module):
         super().__init__()
         self.chain = chain
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, ...]` to the same shape."""
-        return self.chain(x, torch.zeros_like(x))[0]
+    def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
+        """`[B, ...]` to the same shape. Conditioning goes to the blocks that take it by its name."""
+        return self.chain(x, torch.zeros_like(x), **conditioning)[0]
 
 
 def momentum_from(
@@ -133,30 +132,24 @@ def momentum_from(
     return MomentumNetwork(ReversibleSequential(*steps, mode=mode, arithmetic=arithmetic))
 
 
-class _OfSum(nn.Module):
-    """`f` of the sum of its first arguments, and of the others."""
+class _OfSum(Adapter):
+    """`f` of the sum of the streams."""
 
-    def __init__(self, f: nn.Module, summands: int) -> None:
-        super().__init__()
-        self.f = f
-        self.summands = summands
+    def takes(self, name: str, positional: int) -> bool:
+        return super().takes(name, positional=1)
 
-    def forward(self, *streams: Tensor) -> Tensor:
-        return self.f(reduce(torch.add, streams[: self.summands]), *streams[self.summands :])
+    def forward(self, *streams: Tensor, **conditioning: Any) -> Tensor:
+        return self.inner(reduce(torch.add, streams), **conditioning)
 
 
-class _Change(nn.Module):
+class _Change(Adapter):
     """What a block changes: `block(x) - x`."""
 
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.block(x)
+    def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
+        y = self.inner(x, **conditioning)
         if y.shape != x.shape:
             raise StreamError(
-                f"momentum_from: {type(self.block).__name__} changes the shape from {tuple(x.shape)} to "
+                f"momentum_from: {type(self.inner).__name__} changes the shape from {tuple(x.shape)} to "
                 f"{tuple(y.shape)}; leave blocks that do outside, and convert each stage by itself"
             )
         return y - x

@@ -9,7 +9,6 @@ The transform reads only the source, which the coupling leaves as it is. Undoing
 therefore evaluates the transform exactly once, on the very input that the forward pass gave it.
 """
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -19,6 +18,7 @@ from revgrad_kernels import exact_additive, exact_additive_inverse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from revgrad.adapter import takes
 from revgrad.errors import StreamError
 from revgrad.layer import (
     NO_ARGUMENTS,
@@ -94,11 +94,7 @@ class Coupling(ReversibleLayer):
 
     def accepts(self, name: str) -> bool:
         """Whether the transform has a parameter of this name besides those for sources and state."""
-        positional = len(self._sources) + self.stateful
-        found = list(inspect.signature(self.transform.forward).parameters.values())
-        if any(p.kind is p.VAR_KEYWORD for p in found):
-            return name not in [p.name for p in found[:positional] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return any(p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in found[positional:])
+        return takes(self.transform, name, len(self._sources) + self.stateful)
 
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Float arithmetic: the updated target. Differentiable."""

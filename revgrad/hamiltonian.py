@@ -10,6 +10,7 @@ from revgrad_kernels import exact_additive
 from torch import Tensor, nn
 from torch.nn import functional
 
+from revgrad.adapter import Adapter
 from revgrad.bijection import Swap
 from revgrad.coupling import AdditiveCoupling, Coupling
 from revgrad.errors import StreamError
@@ -129,28 +130,22 @@ class LeapfrogStep(ReversibleSequential):
     """
 
     def __init__(self, f: nn.Module, step_size: float = 1.0) -> None:
-        super().__init__(ReflectionCoupling(_Leap(f, step_size), source=0, target=1), Swap())
+        super().__init__(ReflectionCoupling(_Leap(f, step_size**2), source=0, target=1), Swap())
 
 
-class _Scaled(nn.Module):
+class _Scaled(Adapter):
     """`factor * inner(x)`."""
 
     def __init__(self, inner: nn.Module, factor: float) -> None:
-        super().__init__()
-        self.inner = inner
+        super().__init__(inner)
         self.factor = factor
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.factor * self.inner(x)
+    def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
+        return self.factor * self.inner(x, **conditioning)
 
 
-class _Leap(nn.Module):
-    """`2 x + h^2 f(x)`."""
+class _Leap(_Scaled):
+    """`2 x + factor * inner(x)`."""
 
-    def __init__(self, f: nn.Module, step_size: float) -> None:
-        super().__init__()
-        self.f = f
-        self.step_size = step_size
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * x + self.step_size**2 * self.f(x)
+    def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
+        return 2 * x + super().forward(x, **conditioning)

@@ -63,7 +63,7 @@ class Convolution(nn.Module):
         super().__init__()
         self.net = net
 
-    def forward(self, x, edges, weights):
+    def forward(self, x, edges, weights=None):
         return torch.zeros_like(x).index_add(0, edges[1], self.net(x)[edges[0]] * weights[:, None])
 
 
@@ -79,13 +79,12 @@ def test_groups_compute_what_the_convention_says(make, check, k, arithmetic):
         y = sum(expected[1:])
         for i, f in enumerate(block):
             y = expected[i] = expected[i] + f(y, edges, weights)
-    chain = from_groups(blocks, extras=2, arithmetic=arithmetic)
-    y = chain(*x, edges, weights)
-    torch.testing.assert_close(y[:k], tuple(expected), rtol=1e-6, atol=1e-6)
-    assert torch.equal(y[k], edges)
+    chain = from_groups(blocks, arithmetic=arithmetic)
+    y = chain(*x, edges=edges, weights=weights)
+    torch.testing.assert_close(y, tuple(expected), rtol=1e-6, atol=1e-6)
     grads = {}
     for chain.mode in MODES:
-        y = chain(*x, edges, weights)[:k]
+        y = chain(*x, edges=edges, weights=weights)
         grads[chain.mode] = torch.autograd.grad(check.loss(y), (*x, weights, *chain.parameters()))
     for mode in ("checkpoint", "reversible"):
         for a, b in zip(grads[mode], grads["stored"], strict=True):
@@ -166,6 +165,31 @@ def test_momentum_network_in_exact_arithmetic_starts_on_the_grid_by_itself(make)
     assert isinstance(network, MomentumNetwork)
     assert network.chain.arithmetic == "auto"
     network(torch.randn(3, 4)).sum().backward()
+
+
+class Told(nn.Module):
+    """A block that is told how much to add."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x, context):
+        return x + context * self.net(x)
+
+
+def test_blocks_are_told_what_the_network_is_told(make):
+    network = momentum_from([Told(make.net(4)) for _ in range(3)], skip_inside=True).double()
+    x, context = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True).unbind()
+    found = {}
+    for network.chain.mode in MODES:
+        loss = network(x, context=context).square().sum()
+        found[network.chain.mode] = torch.autograd.grad(loss, (x, context, *network.parameters()))
+    for mode in ("checkpoint", "reversible"):
+        for a, b in zip(found[mode], found["stored"], strict=True):
+            torch.testing.assert_close(a, b)
+    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'contxt'"):
+        network(x, contxt=context)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -258,6 +258,37 @@ def test_source_of_integers_is_read_and_has_no_gradient(make, check):
                 torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.usefixtures("single_thread")
+def test_every_source_is_read_again_in_its_own_layout(check):
+    """A view with gaps is made dense, and a layout that later layers change is restored."""
+
+    class Reads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.strides = []
+
+        def forward(self, a, b):
+            self.strides.append((a.stride(), b.stride()))
+            return a * b
+
+    class Contiguous(nn.Module):
+        def forward(self, x):
+            return torch.tanh(x).contiguous()
+
+    reads = Reads()
+    chain = ReversibleSequential(
+        AdditiveCoupling(reads, (0, 2), 1),
+        AdditiveCoupling(Contiguous(), 1, 0),
+        AdditiveCoupling(Contiguous(), 1, 2),
+        arithmetic="exact",
+    )
+    a, b = torch.randn(2, 2, 3, 4, 4).unbind()
+    x = [t.requires_grad_() for t in (a.to(memory_format=torch.channels_last), b, torch.randn(2, 6, 4, 4)[:, ::2])]
+    chain(*x)[1].sum().backward()
+    assert reads.strides[0] == reads.strides[1]
+    assert reads.strides[0][0] == x[0].stride()
+
+
 def test_stateful_coupling_of_several_sources(check):
     class Cell(nn.Module):
         def __init__(self):

@@ -69,6 +69,17 @@ def test_gradients_in_exact_arithmetic_bit_for_bit(make, check, build, wrap, dty
     assert check_invertible(chain, x).invertible
 
 
+@pytest.mark.parametrize("step", [lambda f: HamiltonianStep(f, f), LeapfrogStep])
+def test_functions_are_told_what_the_chain_is_told(make, step):
+    class Told(nn.Module):
+        def forward(self, x, *, context):
+            return torch.sin(x * context)
+
+    chain, x = ReversibleSequential(step(Told()), step(Told())).double(), make.streams(dtype=torch.float64)
+    context = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda a, b, c: chain(a, b, context=c), (*x, context))
+
+
 @given(seed=st.integers(0, 1000), size=st.floats(0.01, 30))
 def test_reflection_is_its_own_inverse_to_the_bit(seed, size):
     torch.manual_seed(seed)

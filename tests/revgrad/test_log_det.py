@@ -240,6 +240,50 @@ def test_states_come_between_result_and_log_determinant(make):
                 torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_under_autocast_it_is_summed_in_the_streams_precision(make, mode):
+    chain = ReversibleSequential(ActNorm(3), *pair(AffineCoupling, bound=1.0)(make), ActNorm(3, target=1))
+    x = make.streams(4, 3)
+    chain(*x)
+    found = {}
+    for chain.mode in ("stored", mode):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y, log_det = chain(*x, log_det=True)
+        assert log_det.dtype == torch.float32
+        grads = torch.autograd.grad(log_det.square().sum() + y[0].sum(), (*x, *chain.parameters()), allow_unused=True)
+        found[chain.mode] = [log_det, *(torch.zeros(1) if g is None else g for g in grads)]
+    for a, b in zip(found[mode], found["stored"], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+
+
+def test_transforms_are_told_what_the_chain_is_told(check):
+    class Told(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(6, 6)
+
+        def forward(self, x, *, context):
+            return torch.tanh(self.net(torch.cat([x, context], 1))).chunk(2, 1)
+
+    layers = [AffineCoupling(Told(), 0, 1), LeakyReLU(), Inverse(AffineCoupling(Told(), 1, 0))]
+    chain = ReversibleSequential(*layers).double()
+    *x, context = (torch.randn(2, 3, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    found = {}
+    for chain.mode in MODES:
+        y, log_det = chain(*x, context=context, log_det=True, per_layer=[None, None, {"context": context.sin()}])
+        found[chain.mode] = torch.autograd.grad(
+            log_det.square().sum() + check.loss(y), (*x, context, *chain.parameters())
+        )
+    for mode in ("checkpoint", "reversible"):
+        for a, b in zip(found[mode], found["stored"], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    back, opposite = chain.inverse(
+        *y, context=context, log_det=True, per_layer=[None, None, {"context": context.sin()}]
+    )
+    torch.testing.assert_close(opposite, -log_det)
+    torch.testing.assert_close(back, tuple(x))
+
+
 def test_backward_evaluates_every_transform_once(make):
     layers = [*pair(AffineCoupling)(make), *map(Inverse, pair(AffineCoupling)(make))]
     y, log_det = ReversibleSequential(*layers)(*make.streams(2, 3), log_det=True)

@@ -105,6 +105,14 @@ def test_velocity_may_start_at_zero(make, check):
         check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-4)
 
 
+def test_exact_gradient_has_the_weights_that_were_used():
+    layer = VelocityCoupling(nn.Identity(), gamma=1.4 * 2.0**-16)
+    x, f = torch.zeros(2, 3), torch.ones(2, 3)
+    for exact, g in ((True, 2.0**-16), (False, 1.4 * 2.0**-16)):
+        found = layer.merge_vjp(torch.ones(2, 3), exact, x, f)
+        assert [float(t[0, 0]) for t in found] == pytest.approx([g, 1 - g], rel=1e-6)
+
+
 def test_message_in_another_dtype(make, check):
     class Half(nn.Module):
         def __init__(self):
