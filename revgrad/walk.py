@@ -154,9 +154,11 @@ class Walk:
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
             return
         # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
-        # A stream of zeros (a velocity at the start) has no size of its own and is judged by the others.
+        # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
+        # stream, and where all are zero, as if all were ones.
         size = expected[2::3].sqrt()
-        size = torch.where(size > 0, size, size.max()).clamp_min(1e-18)
+        ones = size.new_tensor([x.numel() for x in streams]).sqrt()
+        size = torch.where(size > 0, size, size.max() if size.any() else ones).clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
         tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams if x.is_floating_point())

@@ -169,3 +169,11 @@ def test_diagnosis_and_representation():
     assert check_invertible(ReversibleSequential(one_stream()), torch.randn(5, 3)).invertible
     assert "asinh" in repr(one_stream())
     assert "Flow.invert" in repr(methods())
+
+
+@pytest.mark.parametrize("zeros", [(0,), (0, 1)])
+def test_streams_of_zeros_may_come_back_a_rounding_off(zeros):
+    x = [torch.zeros(4, 3) if i in zeros else torch.randn(4, 3) for i in range(2)]
+    ReversibleSequential(wrap(lambda *x: x, lambda *x: tuple(t + 1e-6 for t in x)))(*x)
+    with pytest.raises(ReversibilityError, match=r"the inverse is off by 0\.[1-9]"):
+        ReversibleSequential(wrap(lambda *x: x, lambda *x: tuple(t + 0.5 for t in x)))(*x)
