@@ -49,6 +49,7 @@ def test_is_its_formula_and_inverts(shape):
 
 @pytest.mark.parametrize("wrap", [lambda layer: layer, Inverse])
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.composes("Structure", "parameters that the first batch sets (ActNorm), also through Inverse")
 def test_gradients_of_first_and_later_batches(make, check, wrap, mode):
     """Also on the batch that initialises: recomputation sees the parameters that the forward pass has set."""
     chain, x = ReversibleSequential(wrap(flow(make))).double(), batch(5, 4)

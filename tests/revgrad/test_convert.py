@@ -69,6 +69,7 @@ class Convolution(nn.Module):
 
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])
 @pytest.mark.parametrize("k", [2, 4])
+@pytest.mark.composes("Structure", "grouped blocks of a graph network, edges and edge weights given by name")
 def test_groups_compute_what_the_convention_says(make, check, k, arithmetic):
     blocks = [[Convolution(make.net(4)).double() for _ in range(k)] for _ in range(3)]
     edges = torch.tensor([[0, 1, 2, 4, 4], [1, 2, 0, 3, 1]])

@@ -204,6 +204,7 @@ class Mixing(nn.Module):
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])  # which only compares
 @given(data=st.data())
+@pytest.mark.composes("Structure", "couplings that read several streams, of any widths")
 def test_any_sources_of_any_widths(check, data):
     """Chains over two to five streams, each coupling reading some of them and updating another."""
     torch.manual_seed(data.draw(st.integers(0, 999)))
@@ -225,6 +226,7 @@ def test_any_sources_of_any_widths(check, data):
         check.same(check.gradients(chain, x, mode), stored, rtol=0 if arithmetic == "exact" else 1e-10)
 
 
+@pytest.mark.composes("Structure", "a stream of integers (the edges of a graph)", "works: read, compared, no gradient")
 def test_source_of_integers_is_read_and_has_no_gradient(make, check):
     """The edges of a graph as a stream."""
 

@@ -380,6 +380,7 @@ def test_differences_that_cancel_in_the_weighted_sum_are_seen_in_exact_arithmeti
 
 
 @pytest.mark.parametrize("zeros", [(0,), (1,), (0, 1)])
+@pytest.mark.composes("Structure", "streams of zeros")
 def test_streams_of_zeros_are_compared_and_not_divided_by_their_size(make, check, zeros):
     """A velocity that starts at zero, or a batch of padding: what is recovered is a rounding away from zero."""
     chain = make.chain("additive", 8)

@@ -182,6 +182,7 @@ def test_is_that_of_the_dense_jacobian(case, mode):
 
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.composes("Log-determinants", "gradients in reversible and checkpoint mode, through Inverse, repeated")
 def test_gradients_are_those_of_stored_autograd(case, check, mode, outputs):
     chain, x = case
     for layer in (chain, ReversibleSequential(Inverse(chain), arithmetic="float"), ReversibleSequential(*[chain] * 2)):
@@ -210,6 +211,7 @@ def test_volume_preserving_chains_give_zero(make):
     (y[0].sum() + log_det.sum()).backward()
 
 
+@pytest.mark.composes("Log-determinants", "exact arithmetic", "works: that of the unrounded map")
 def test_exact_arithmetic_has_the_determinants_of_the_unrounded_map(make, check):
     chain = ReversibleSequential(*(MomentumStep(make.net(4), 0.5) for _ in range(3)), make.coupling("gated"))
     x = make.streams(dtype=torch.float64)
@@ -220,6 +222,7 @@ def test_exact_arithmetic_has_the_determinants_of_the_unrounded_map(make, check)
     torch.testing.assert_close(exact, chain(*x, log_det=True)[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.composes("Log-determinants", "conditioning states")
 def test_states_come_between_result_and_log_determinant(make):
     chain = make.recurrent("affine", 3, states=2, carries=1).double()
     x, state = make.streams(dtype=torch.float64), make.state(chain, dtype=torch.float64, requires_grad=True)
@@ -241,6 +244,7 @@ def test_states_come_between_result_and_log_determinant(make):
 
 
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.composes("Log-determinants", "autocast", "works: summed in the streams' precision")
 def test_under_autocast_it_is_summed_in_the_streams_precision(make, mode):
     chain = ReversibleSequential(ActNorm(3), *pair(AffineCoupling, bound=1.0)(make), ActNorm(3, target=1))
     x = make.streams(4, 3)
@@ -256,6 +260,7 @@ def test_under_autocast_it_is_summed_in_the_streams_precision(make, mode):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.composes("Log-determinants", "conditioning, common and per layer")
 def test_transforms_are_told_what_the_chain_is_told(check):
     class Told(nn.Module):
         def __init__(self):
@@ -336,6 +341,11 @@ SILENT = {
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", SILENT)
+@pytest.mark.composes(
+    "Log-determinants",
+    "a layer that does not say what its log-determinant is",
+    "error: *does not say what its log-determinant is*",
+)
 def test_layer_that_does_not_say_raises_instead_of_giving_zero(make, mode, name):
     build, message = SILENT[name]
     chain, x = ReversibleSequential(Swap(), build(make), mode=mode), make.streams()
@@ -369,6 +379,9 @@ def test_a_wrong_inverse_is_still_noticed():
 
 @pytest.mark.parametrize(
     ("layer", "count"), [(Split(dim=0), 1), (Permute([1, 0], dim=-2), 1), (Concatenate(dim=0), 2)], ids=str
+)
+@pytest.mark.composes(
+    "Log-determinants", "values moved from sample to sample", "error: *moves values along the first dimension*"
 )
 def test_values_must_stay_in_their_sample(layer, count):
     x = torch.zeros(count, 2, 3).unbind()

@@ -62,6 +62,7 @@ def flow(request):
 
 @pytest.mark.parametrize("turn", [lambda layer: layer, Inverse])
 @pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+@pytest.mark.composes("Structure", "a bijection in two methods or two modules (wrap)")
 def test_gradients_are_those_of_autograd(make, check, flow, turn, mode):
     chain = ReversibleSequential(turn(flow), turn(flow))
     x = make.streams(width=3, dtype=torch.float64)
