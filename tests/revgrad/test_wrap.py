@@ -166,6 +166,13 @@ def test_has_no_exact_form():
         ReversibleSequential(one_stream(), arithmetic="exact")(torch.zeros(2, 3))
 
 
+def test_transforms_of_functions_leave_the_check_to_the_first_real_use():
+    chain, x = ReversibleSequential(wrap(lambda x: 2 * x, lambda x: x)), torch.randn(4, 3)
+    assert torch.equal(torch.func.vmap(chain)(x), 2 * x)
+    with pytest.raises(ReversibilityError, match="the inverse is off"):
+        chain(x)
+
+
 def test_diagnosis_and_representation():
     assert check_invertible(ReversibleSequential(one_stream()), torch.randn(5, 3)).invertible
     assert "asinh" in repr(one_stream())
