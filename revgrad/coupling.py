@@ -210,7 +210,14 @@ class Coupling(ReversibleLayer):
     def _log_det(self, target: Tensor, message: Streams) -> Tensor | None:
         with no_autocast(target):
             derivative = self.log_derivative(target, *(m.to(target.dtype) for m in message))
-        return None if derivative is None else per_sample(derivative)
+        if derivative is None:
+            return None
+        if derivative.shape != target.shape:
+            raise StreamError(
+                f"{type(self).__name__}: log_derivative returned shape {tuple(derivative.shape)}, but there is one "
+                f"derivative for every element of the target, of shape {tuple(target.shape)}"
+            )
+        return per_sample(derivative)
 
     def _pull_log_det(self, flow: Flow, grad: Tensor | None, message: Streams, message_grads: Grads) -> Grads:
         """Add what the log-determinant contributes to the gradients of target and message."""

@@ -377,6 +377,17 @@ def test_a_wrong_inverse_is_still_noticed():
         (y.sum() + log_det.sum()).backward()
 
 
+def test_derivatives_are_element_by_element(make):
+    """One that broadcasts would be counted once instead of for every element."""
+
+    class Constant(Doubling):
+        def log_derivative(self, target, *message):
+            return torch.full((len(target), 1), 2.0).log()
+
+    with pytest.raises(StreamError, match=r"Constant: log_derivative returned shape \(3, 1\), .* of shape \(3, 4\)"):
+        ReversibleSequential(Constant(make.net(4)))(*make.streams(), log_det=True)
+
+
 @pytest.mark.parametrize(
     ("layer", "count"), [(Split(dim=0), 1), (Permute([1, 0], dim=-2), 1), (Concatenate(dim=0), 2)], ids=str
 )
