@@ -2,19 +2,28 @@
 with depth.
 """
 
+from revgrad.actnorm import ActNorm
+from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.chain import ChainState
-from revgrad.coupling import AdditiveCoupling, AffineCoupling, Coupling, GatedCoupling
+from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
+from revgrad.coupling import AdditiveCoupling, Coupling
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
+from revgrad.gated import GatedCoupling
+from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCoupling, SymmetricTransform
+from revgrad.invertible_conv import InvertibleConv1x1
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
+from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.plan import Plan, Way, plan
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
+from revgrad.wrap import wrap
 
 __all__ = [
+    "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
     "Bijection",
@@ -22,14 +31,20 @@ __all__ = [
     "Concatenate",
     "Coupling",
     "GatedCoupling",
+    "HamiltonianStep",
     "Inverse",
     "InvertibilityReport",
+    "InvertibleConv1x1",
     "LayerReport",
+    "LeapfrogStep",
     "LiveMemory",
+    "MomentumNetwork",
+    "MomentumStep",
     "Permute",
     "PixelShuffle",
     "PixelUnshuffle",
     "Plan",
+    "ReflectionCoupling",
     "Residue",
     "ReversibilityError",
     "ReversibleLayer",
@@ -38,9 +53,15 @@ __all__ = [
     "Step",
     "StreamError",
     "Swap",
+    "SymmetricTransform",
+    "VelocityCoupling",
     "Way",
     "check_invertible",
+    "from_groups",
+    "from_pairs",
+    "momentum_from",
     "plan",
     "snap",
     "unroll",
+    "wrap",
 ]

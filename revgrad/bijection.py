@@ -16,6 +16,17 @@ class Bijection(ReversibleLayer):
 
     evaluations_in_rewind = 0
 
+    def log_det(self, streams: Streams, step: Step) -> None:
+        """Zero.
+
+        Raises:
+            StreamError: Values move between samples, so that what later layers add would be another sample's.
+        """
+        if any(getattr(self, "dim", 1) in (0, -x.dim()) for x in streams):
+            raise StreamError(
+                f"{step.name}: moves values along the first dimension, which log_det takes for the samples"
+            )
+
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""
         return _rearrange(self.undo, flow, step, wrt)
@@ -26,6 +37,7 @@ class Bijection(ReversibleLayer):
 
 
 def _rearrange(move: Run, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
+    step.log_det_grad = None  # the log-determinant is constant
     grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
     flow.streams[:] = move(tuple(flow.streams), step)
     flow.grads[:] = move(grads, step)

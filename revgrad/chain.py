@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revgrad.errors import StreamError
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, State, Step, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, State, Step, Streams, add
 from revgrad.residue import Residue
 
 
@@ -28,7 +28,7 @@ class Read:
 
     state: State
     """Its own state and the carry."""
-    strides: tuple[int, ...] | None
+    strides: tuple[tuple[int, ...], ...] | None
     """See `Step.strides`."""
 
 
@@ -220,13 +220,6 @@ def first_updates(links: tuple[Link, ...], count: int) -> list[int]:
         elif stream < count:
             first[stream] = i
     return first
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, None being zero."""
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b
 
 
 def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:

@@ -1,30 +1,24 @@
-"""Couplings: one stream is read, another is updated by an operation that can be undone once the message is known.
+"""Couplings: one stream or several are read, another is updated by an operation that can be undone once the message is
+known.
 
     message, state' = transform(source, state)       expensive, arbitrary, never inverted
     target'         = merge(target, message)         cheap, pointwise, invertible in target
     target          = unmerge(target', message)
 
-The transform reads only the source stream, which the coupling leaves as it is. Undoing or rewinding a coupling
+The transform reads only the source, which the coupling leaves as it is. Undoing or rewinding a coupling
 therefore evaluates the transform exactly once, on the very input that the forward pass gave it.
 """
 
-import inspect
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from revgrad_kernels import (
-    exact_additive,
-    exact_additive_inverse,
-    exact_weighted_sum_backward,
-    weighted_sum,
-    weighted_sum_backward,
-    weighted_sum_inverse,
-)
+from revgrad_kernels import exact_additive, exact_additive_inverse
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from revgrad.adapter import takes
 from revgrad.errors import StreamError
 from revgrad.layer import (
     NO_ARGUMENTS,
@@ -35,10 +29,13 @@ from revgrad.layer import (
     Rewound,
     Step,
     Streams,
+    add,
     check_closed,
     edge,
     gradients,
     leaf,
+    negated,
+    per_sample,
 )
 from revgrad.residue import Residue
 
@@ -46,39 +43,48 @@ Message = Tensor | tuple[Tensor, ...]
 
 
 class Coupling(ReversibleLayer):
-    """A coupling of two streams. Subclasses define `merge` and `unmerge`, and may define their exact forms.
+    """A coupling of streams. Subclasses define `merge` and `unmerge`, and may define `log_derivative` and exact forms.
 
     Args:
-        transform: Called as `transform(source)`, returns the message; or, where stateful, as `transform(source,
-            state)` with a tuple of tensors, returns `(message, new_state)`. Conditioning follows by keyword, as far as
-            its `forward` has parameters of these names.
-        source: Index of the stream that is read.
+        transform: Called as `transform(*sources)`, returns the message: as many tensors as the coupling needs, of the
+            target's shape. Where stateful, called as `transform(*sources, state)` with a tuple of tensors, it returns
+            `(message, new_state)`. Conditioning follows by keyword, as far as its `forward` has parameters of these
+            names.
+        source: Index of the stream that is read, or several of them. A source may have another shape than the target,
+            and may be a tensor of integers, which has no gradient.
         target: Index of the stream that is updated.
         stateful: Whether the transform takes and returns a conditioning state.
         carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag
             memory) instead of the same layer at the next time step.
 
     Raises:
-        StreamError: Source and target are the same stream.
+        StreamError: There is no source, one is given twice, or the target is among them.
     """
 
     tensors_in_message = 1
     evaluations_in_rewind = 1
 
     def __init__(
-        self, transform: nn.Module, source: int = 0, target: int = 1, *, stateful: bool = False, carries: int = 0
+        self,
+        transform: nn.Module,
+        source: int | tuple[int, ...] = 0,
+        target: int = 1,
+        *,
+        stateful: bool = False,
+        carries: int = 0,
     ) -> None:
         super().__init__()
-        if source == target:
-            raise StreamError(
-                f"{type(self).__name__}: source and target are both stream {source}; a coupling needs two"
-            )
-        if min(source, target) < 0:
-            raise StreamError(
-                f"{type(self).__name__}: streams are counted from 0, got source={source} and target={target}"
-            )
+        name = type(self).__name__
+        sources = (source,) if isinstance(source, int) else tuple(source)
+        if len(set(sources)) != len(sources) or not sources:
+            raise StreamError(f"{name}: source={source} must name one stream or several, each once")
+        if target in sources:
+            raise StreamError(f"{name}: source and target are both stream {target}; a coupling needs two")
+        if min(*sources, target) < 0:
+            raise StreamError(f"{name}: streams are counted from 0, got source={source} and target={target}")
         self.transform = transform
         self.source = source
+        self._sources = sources
         self.target = target
         self.stateful = stateful
         self.carries = carries
@@ -88,13 +94,8 @@ class Coupling(ReversibleLayer):
         return self.target
 
     def accepts(self, name: str) -> bool:
-        """Whether the transform has a parameter of this name besides those for source and state."""
-        found = list(inspect.signature(self.transform.forward).parameters.values())
-        if any(p.kind is p.VAR_KEYWORD for p in found):
-            return name not in [p.name for p in found[: 1 + self.stateful] if p.kind is p.POSITIONAL_OR_KEYWORD]
-        return any(
-            p.name == name and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) for p in found[1 + self.stateful :]
-        )
+        """Whether the transform has a parameter of this name besides those for sources and state."""
+        return takes(self.transform, name, len(self._sources) + self.stateful)
 
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Float arithmetic: the updated target. Differentiable."""
@@ -120,13 +121,33 @@ class Coupling(ReversibleLayer):
         """As `merge_vjp`, for `unmerge`."""
         return _vjp(self.unmerge, grad, merged, *message)
 
+    def log_derivative(self, target: Tensor, *message: Tensor) -> Tensor | None:
+        """`log |d merge / d target|`, element by element in the target's shape; differentiable.
+
+        None where it is zero everywhere. `target` is what `merge` reads, not what it returns.
+        """
+        raise StreamError(
+            f"{type(self).__name__} does not say what its log-determinant is: define "
+            "log_derivative(target, *message); return None where it is zero"
+        )
+
     def run(self, streams: Streams, step: Step) -> Streams:
         """Update the target."""
-        return self._update(streams, step, undo=False)
+        return self._update(streams, step, undo=False)[0]
 
     def undo(self, streams: Streams, step: Step) -> Streams:
         """Restore the target."""
-        return self._update(streams, step, undo=True)
+        return self._update(streams, step, undo=True)[0]
+
+    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """As `run`, with the sum of the target's logarithmic derivatives."""
+        out, message = self._update(streams, step, undo=False)
+        return out, self._log_det(streams[self.target], message)
+
+    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """As `undo`, with the opposite sum."""
+        out, message = self._update(streams, step, undo=True)
+        return out, negated(self._log_det(out[self.target], message))
 
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Restore the target and pull the gradients back, with one evaluation of the transform."""
@@ -136,59 +157,96 @@ class Coupling(ReversibleLayer):
         """As `rewind`, for an application of `undo`."""
         return self._rewind(flow, step, state_grads, wrt, undo=True)
 
-    def _update(self, streams: Streams, step: Step, *, undo: bool) -> Streams:
+    def _update(self, streams: Streams, step: Step, *, undo: bool) -> tuple[Streams, Streams]:
+        """The streams after `run` or `undo`, and the message."""
         self._check_streams(streams, step)
-        source, target = _dense(streams[self.source]), streams[self.target]
-        step.strides = source.stride()
-        message, step.new_state = self._message(source, target, step.state, step.name, step.arguments)
+        sources, target = tuple(_dense(streams[s]) for s in self._sources), streams[self.target]
+        step.strides = tuple(x.stride() for x in sources)
+        message, step.new_state = self._message(sources, target, step.state, step.name, step.arguments)
         updated = self._updated(target, message, step.residue, undo=undo)
         if step.residue is not None:
             step.residue.watch(step.name, updated)
-        return _replace(streams, self.target, updated)
+        return _replace(streams, self.target, updated), message
 
     def _rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool) -> Rewound:
         streams, grads = flow.streams, flow.grads
         # A copy in the layout of the forward pass takes the stream's place: there are never both.
-        streams[self.source] = _laid_out(streams[self.source], step.strides)
-        source = leaf(streams[self.source])
+        for i, strides in zip(self._sources, step.strides or (), strict=step.strides is not None):
+            streams[i] = _laid_out(streams[i], strides)
+        sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
-            message, new_state = self._message(source, streams[self.target], states, step.name, step.arguments)
-        check_closed(step.name, (*message, *new_state), (source, *states, *wrt))
+            message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments)
+        check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)
         del message, new_state
+        log_det_grad, step.log_det_grad = step.log_det_grad, None
+        message_grads: Grads = (None,) * len(values)
+        if undo:
+            message_grads = self._pull_log_det(flow, negated(log_det_grad), values, message_grads)
         with torch.no_grad():
             streams[self.target] = self._updated(streams[self.target], values, step.residue, undo=not undo)
         grad = grads[self.target]
-        message_grads: Grads = (None,) * len(values)
         if grad is not None:
             vjp = self.unmerge_vjp if undo else self.merge_vjp
-            with _no_autocast(grad):
+            with no_autocast(grad):
                 grads[self.target], *rest = vjp(grad, step.residue is not None, streams[self.target], *values)
-            message_grads = tuple(rest)
+            message_grads = tuple(map(add, rest, message_grads))
+        if not undo:
+            message_grads = self._pull_log_det(flow, log_det_grad, values, message_grads)
         del values, grad
         # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
         found = gradients(
-            (*outputs, source), (*message_grads, *state_grads, grads[self.source]), (source, *states, *wrt)
+            (*outputs, *sources),
+            (*message_grads, *state_grads, *(grads[i] for i in self._sources)),
+            (*sources, *states, *wrt),
         )
-        grads[self.source] = found[0]
-        n = 1 + len(states)
-        return Rewound(found[1:n], found[n:])
+        n, m = len(sources), len(states)
+        for i, grad in zip(self._sources, found, strict=False):
+            grads[i] = grad
+        return Rewound(found[n : n + m], found[n + m :])
+
+    def _log_det(self, target: Tensor, message: Streams) -> Tensor | None:
+        with no_autocast(target):
+            derivative = self.log_derivative(target, *(m.to(target.dtype) for m in message))
+        if derivative is None:
+            return None
+        if derivative.shape != target.shape:
+            raise StreamError(
+                f"{type(self).__name__}: log_derivative returned shape {tuple(derivative.shape)}, but there is one "
+                f"derivative for every element of the target, of shape {tuple(target.shape)}"
+            )
+        return per_sample(derivative)
+
+    def _pull_log_det(self, flow: Flow, grad: Tensor | None, message: Streams, message_grads: Grads) -> Grads:
+        """Add what the log-determinant contributes to the gradients of target and message."""
+        if grad is None:
+            return message_grads
+        with torch.enable_grad():
+            target, *leaves = map(leaf, (flow.streams[self.target], *message))
+            log_det = self._log_det(target, tuple(leaves))
+        own, *rest = gradients((log_det,), (grad,), (target, *leaves))
+        flow.grads[self.target] = add(flow.grads[self.target], own)
+        return tuple(map(add, message_grads, rest))
 
     def _message(
-        self, source: Tensor, target: Tensor, state: Streams, name: str, arguments: Arguments = NO_ARGUMENTS
+        self, sources: Streams, target: Tensor, state: Streams, name: str, arguments: Arguments = NO_ARGUMENTS
     ) -> tuple[Streams, Streams]:
         """Evaluate the transform and check what it returns."""
         # Neither can be traced; a compiled graph has no versions.
-        version = None if torch.compiler.is_compiling() or source.is_inference() else source._version
+        compiling = torch.compiler.is_compiling()
+        versions = [None if compiling or x.is_inference() else x._version for x in sources]
         try:
-            out = self.transform(source, state, **arguments) if self.stateful else self.transform(source, **arguments)
+            out = self.transform(*sources, *((state,) if self.stateful else ()), **arguments)
         except Exception as error:
-            error.add_note(f"{name}: in its transform, given stream {self.source} of shape {tuple(source.shape)}")
+            shapes = ", ".join(
+                f"stream {i} of shape {tuple(x.shape)}" for i, x in zip(self._sources, sources, strict=True)
+            )
+            error.add_note(f"{name}: in its transform, given {shapes}")
             raise
-        if version is not None and source._version != version:
+        if any(v is not None and x._version != v for x, v in zip(sources, versions, strict=True)):
             raise StreamError(
                 f"{name}: the transform changed its input in place, and with it the stream; "
                 "make its first operation out of place (ReLU(inplace=False))"
@@ -220,7 +278,7 @@ class Coupling(ReversibleLayer):
         return message, new_state
 
     def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
-        with _no_autocast(target):
+        with no_autocast(target):
             if residue is None:
                 message = tuple([m.to(target.dtype) for m in message])
                 return self.unmerge(target, *message) if undo else self.merge(target, *message)
@@ -229,7 +287,7 @@ class Coupling(ReversibleLayer):
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 
     def _check_streams(self, streams: Streams, step: Step) -> None:
-        if len(streams) <= max(self.source, self.target):
+        if len(streams) <= max(*self._sources, self.target):
             raise StreamError(
                 f"{step.name}: couples stream {self.source} to stream {self.target}, but there are {len(streams)} "
                 f"streams; put a Split before it"
@@ -262,6 +320,9 @@ class AdditiveCoupling(Coupling):
         """Subtract the message rounded to the grid."""
         return exact_additive_inverse(merged, message[0])
 
+    def log_derivative(self, target: Tensor, *message: Tensor) -> None:
+        """Zero."""
+
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
         """The same gradient for both."""
         return grad, grad.to(message[0].dtype)
@@ -269,58 +330,6 @@ class AdditiveCoupling(Coupling):
     def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
         """The opposite gradient for the message."""
         return grad, -grad.to(message[0].dtype)
-
-
-class AffineCoupling(Coupling):
-    """`target' = target * exp(s) + t` with the message `(s, t)` (Real NVP, Glow). Float arithmetic only."""
-
-    tensors_in_message = 2
-
-    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
-        """Scale and shift."""
-        s, t = message
-        return target * torch.exp(s) + t
-
-    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
-        """Shift and scale back."""
-        s, t = message
-        return (merged - t) * torch.exp(-s)
-
-
-class GatedCoupling(Coupling):
-    """`target' = (1 - g) target + g h` with `g = sigmoid(a)` and the message `(a, h)` (section 2.2, appendix B).
-
-    In float arithmetic the inverse divides by `1 - g` and loses what the gate forgot. In exact arithmetic `1 - g` is
-    rounded to `n / 2^16` with `n >= 1` and the forgotten bits go to the residue.
-    """
-
-    tensors_in_message = 2
-
-    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
-        """Weighted sum."""
-        a, h = message
-        return weighted_sum(a, target, h)
-
-    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
-        """Weighted sum solved for the target."""
-        a, h = message
-        return weighted_sum_inverse(a, merged, h)
-
-    def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
-        """Scale the target exactly and add `g h` rounded to the grid."""
-        a, h = message
-        return residue.merge(a, target, h)
-
-    def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
-        """Subtract `g h`, then undo the scaling."""
-        a, h = message
-        return residue.unmerge(a, merged, h)
-
-    def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
-        """In one pass, with the gate that the forward pass used."""
-        backward = exact_weighted_sum_backward if exact else weighted_sum_backward
-        grad_a, grad_x, grad_h = backward(message[0], target, message[1], grad)
-        return grad_x, grad_a, grad_h
 
 
 class _ExactUpdate(torch.autograd.Function):
@@ -352,7 +361,7 @@ def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
 _NOTHING = nullcontext()
 
 
-def _no_autocast(x: Tensor) -> AbstractContextManager[object]:
+def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
     if not torch._C._is_any_autocast_enabled():
         return _NOTHING

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
-from revgrad.errors import ReversibilityError
+from revgrad.errors import ReversibilityError, StreamError
 from revgrad.residue import Residue
 
 Streams = tuple[Tensor, ...]
@@ -33,13 +33,16 @@ class Step:
     """Set by the layer: the state it hands on."""
     arguments: Arguments = field(default_factory=dict)
     """Conditioning that the layer accepts, by name."""
-    strides: tuple[int, ...] | None = None
-    """Memory layout of the stream that a transform read, set by the layer: a second evaluation reads the same
+    strides: tuple[tuple[int, ...], ...] | None = None
+    """Memory layout of each stream that a transform read, set by the layer: a second evaluation reads the same
     layout, since kernels for other layouts round differently."""
     residue: Residue | None = None
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     """Context that makes a second evaluation see what the first one saw (random numbers, autocast)."""
+    log_det_grad: Tensor | None = None
+    """Gradient with respect to the layer's log-determinant, `[B]`, where a rewind is to pull it back. The rewind takes
+    it, that is, leaves None."""
 
 
 @dataclass
@@ -73,6 +76,9 @@ class ReversibleLayer(nn.Module):
     """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step.
     """
 
+    forgets = False
+    """Whether exact arithmetic needs a residue to undo the layer."""
+
     def updates(self) -> int | None:
         """Index of the only stream that the layer changes; None where it may change any."""
         return None
@@ -89,6 +95,33 @@ class ReversibleLayer(nn.Module):
         """The inverse of `run`, given the same `step.state`; differentiable, sets `step.new_state` likewise."""
         raise TypeError(f"{type(self).__name__} does not define undo(streams, step), its inverse")
 
+    def log_det(self, streams: Streams, step: Step) -> Tensor | None:
+        """The logarithm of the absolute determinant of the Jacobian of `run`, per sample of the first dimension.
+
+        Args:
+            streams: What `run` reads.
+            step: The application.
+
+        Returns:
+            `[B]`, differentiable; None where it is zero for every input.
+
+        Raises:
+            StreamError: The layer does not say, which is the default.
+        """
+        raise StreamError(
+            f"{step.name}: {type(self).__name__} does not say what its log-determinant is: define "
+            "log_det(streams, step), or log_derivative(target, *message) in a coupling; return None where it is zero"
+        )
+
+    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """`run`, and the log-determinant of its Jacobian."""
+        return self.run(streams, step), self.log_det(streams, step)
+
+    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """`undo`, and the log-determinant of its Jacobian."""
+        out = self.undo(streams, step)
+        return out, negated(self.log_det(out, step))
+
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Recover the inputs of `run` from its outputs, and pull the gradients back.
 
@@ -99,11 +132,11 @@ class ReversibleLayer(nn.Module):
             state_grads: Gradients with respect to `step.new_state`.
             wrt: Parameters and conditioning tensors to differentiate with respect to.
         """
-        return _rewind(self.undo, self.run, flow, step, state_grads, wrt)
+        return _rewind(self.undo, self.run, self.run_log_det, flow, step, state_grads, wrt)
 
     def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, for an application of `undo`: what `Inverse` calls."""
-        return _rewind(self.run, self.undo, flow, step, state_grads, wrt)
+        return _rewind(self.run, self.undo, self.undo_log_det, flow, step, state_grads, wrt)
 
     def extra_repr(self) -> str:
         """Nothing by default."""
@@ -135,6 +168,14 @@ class Inverse(ReversibleLayer):
     def undo(self, streams: Streams, step: Step) -> Streams:
         """Run the inner layer."""
         return self.layer.run(streams, step)
+
+    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """Undo the inner layer."""
+        return self.layer.undo_log_det(streams, step)
+
+    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+        """Run the inner layer."""
+        return self.layer.run_log_det(streams, step)
 
     def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Rewind the inner layer's `undo`."""
@@ -168,6 +209,23 @@ def gradients(
         _engine_run_backward(tuple(roots), tuple(values), False, False, tuple(wanted), True, accumulate_grad=False)
     )
     return tuple([next(found) if x.requires_grad else None for x in inputs])
+
+
+def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    """The sum of two gradients, None being zero."""
+    if a is None or b is None:
+        return a if b is None else b
+    return a + b
+
+
+def negated(x: Tensor | None) -> Tensor | None:
+    """`-x`, None being zero."""
+    return None if x is None else -x
+
+
+def per_sample(x: Tensor) -> Tensor:
+    """The sum of all elements of each sample, `[B, ...]` to `[B]`, in float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), -1 if x.numel() else 0).sum(1)
 
 
 def edge(x: Tensor) -> GradientEdge | None:
@@ -207,9 +265,12 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
 
 
 Run = Callable[[Streams, Step], Streams]
+RunLogDet = Callable[[Streams, Step], tuple[Streams, Tensor | None]]
 
 
-def _rewind(undo: Run, run: Run, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+def _rewind(
+    undo: Run, run: Run, run_log_det: RunLogDet, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+) -> Rewound:
     """The generic rewind: undo without gradients, then run again with them."""
     with torch.no_grad(), step.replay():
         flow.streams[:] = [x.detach() for x in undo(tuple(flow.streams), step)]
@@ -218,10 +279,13 @@ def _rewind(undo: Run, run: Run, flow: Flow, step: Step, state_grads: Grads, wrt
     # What the second run forgets again must not end up in the residue that later layers undo.
     residue = step.residue.clone(words=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
+    log_det_grad, step.log_det_grad = step.log_det_grad, None
     with torch.enable_grad(), step.replay():
-        outputs = run(inputs, again)
-    check_closed(step.name, (*outputs, *again.new_state), (*inputs, *states, *wrt))
-    found = gradients((*outputs, *again.new_state), (*flow.grads, *state_grads), (*inputs, *states, *wrt))
+        outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
+    results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
+    check_closed(step.name, results, (*inputs, *states, *wrt))
+    grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
+    found = gradients(results, grads, (*inputs, *states, *wrt))
     n, m = len(inputs), len(states)
     flow.grads[:] = found[:n]
     return Rewound(found[n : n + m], found[n + m :])

@@ -92,13 +92,13 @@ class Program:
         return self.anchor_every is not None and position > 0 and position % self.anchor_every == 0
 
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
-        """Put a given input on the grid, where exact."""
+        """Put a given input on the grid, where exact; integers (the edges of a graph) are exact as they are."""
         if residue is None or self.on_grid:
             return streams
         if torch._C._are_functorch_transforms_active():
             raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
-        streams = tuple(snap(x) for x in streams)
-        for x in streams:
+        streams = tuple(snap(x) if _is_real(x) else x for x in streams)
+        for x in filter(_is_real, streams):
             residue.watch("the input", x)
         return streams
 
@@ -141,6 +141,10 @@ class Program:
 
 def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
     return None if keep is None else lambda read: keep(part, read)
+
+
+def _is_real(x: Tensor) -> bool:
+    return x.is_floating_point() or x.is_complex()
 
 
 _NO_STATE = ChainState(())

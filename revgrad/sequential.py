@@ -12,6 +12,7 @@ from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
+from revgrad.log_det import start, with_log_det
 from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
@@ -39,8 +40,8 @@ class ReversibleSequential(ReversibleLayer):
         layers: Reversible layers or chains of them.
         mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same
             results from the same weights. May be changed at any time.
-        arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if there is a gated
-            coupling.
+        arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if a coupling
+            forgets (gated, momentum).
         anchor_every: In reversible mode, also keep the streams in front of every n-th layer: recovering goes on from
             them, so that float errors add up over n layers at most.
         drift_guard: In reversible mode, compare the recovered input of every layer with that of the forward pass, so
@@ -97,8 +98,9 @@ class ReversibleSequential(ReversibleLayer):
         states: ChainState | None = None,
         residue: Residue | None = None,
         per_layer: Sequence[Arguments | None] | None = None,
+        log_det: bool = False,
         **conditioning: Any,
-    ) -> Result | tuple[Result, ChainState]:
+    ) -> Any:
         """Run the chain.
 
         Args:
@@ -108,11 +110,13 @@ class ReversibleSequential(ReversibleLayer):
                 pass keeps its own.
             per_layer: Conditioning of single layers: one mapping per layer of the flattened chain, None for none. Adds
                 to `conditioning` and replaces it.
+            log_det: Whether to return `log |det dy/dx|` as well, `[B]`; the first dimension is that of the samples.
             conditioning: Arguments for every transform whose `forward` has a parameter of that name: tensors, plain
                 values, None, and tuples, lists and dicts of these. Tensors get their gradients, summed over layers.
 
         Returns:
-            The output streams (a lone one bare), and with `states` the pair of them and the new states.
+            The output streams (a lone one bare). With `states` the pair of them and the new states; with `log_det` one
+            item more, the log-determinant.
 
         Raises:
             StreamError: Conditioning that no layer takes, besides what the class says.
@@ -122,6 +126,8 @@ class ReversibleSequential(ReversibleLayer):
         program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
+        if log_det:
+            program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
@@ -139,7 +145,10 @@ class ReversibleSequential(ReversibleLayer):
             out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
             if bits is not None:
                 bits.check_range()
-        return _result(out) if states is None else (_result(out), new)
+        if log_det:
+            new, out, total = ChainState(new.layers[1:], new.carry), out[:-1], out[-1]
+        result = (_result(out), *(() if states is None else (new,)), *((total,) if log_det else ()))
+        return result if len(result) > 1 else result[0]
 
     def inverse(
         self,
@@ -147,8 +156,9 @@ class ReversibleSequential(ReversibleLayer):
         states: ChainState | None = None,
         residue: Residue | None = None,
         per_layer: Sequence[Arguments | None] | None = None,
+        log_det: bool = False,
         **conditioning: Any,
-    ) -> Result:
+    ) -> Any:
         """Recover the input streams from the output streams; differentiable in float arithmetic.
 
         Args:
@@ -156,6 +166,7 @@ class ReversibleSequential(ReversibleLayer):
             states: The conditioning states that were given to the forward pass.
             residue: What the forward pass collected; is used up. Needed to undo gated couplings in exact arithmetic.
             per_layer: As in the forward pass.
+            log_det: Whether to return `log |det dx/dy|` as well, `[B]`: a pair then.
             conditioning: As in the forward pass.
 
         Raises:
@@ -170,7 +181,13 @@ class ReversibleSequential(ReversibleLayer):
                 "inverse: what one layer carries to the next is not determined by the states alone; see undo_chain"
             )
         bits = (residue if residue is not None else Residue()) if program.exact else None
-        return _result(undo_chain(program.core, streams, list(state.layers), bits, arguments=program.arguments[1]))
+        if not log_det:
+            return _result(undo_chain(program.core, streams, list(state.layers), bits, arguments=program.arguments[1]))
+        links = with_log_det(program).core[1:]
+        *out, total = undo_chain(
+            links, (*streams, start(streams)), list(state.layers), bits, arguments=program.arguments[1]
+        )
+        return _result(tuple(out)), total
 
     def accepts(self, name: str) -> bool:
         """Whether one of the layers does."""

@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from revgrad.chain import ChainState, Link, stateless
 from revgrad.conditioning import bind
-from revgrad.coupling import GatedCoupling
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Streams
@@ -51,7 +50,7 @@ def unroll(
         mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible`
             recomputes from the outputs and keeps only outputs, states and residue.
         arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
-            as they come; `auto` is exact if there is a gated coupling, whose float inverse is ill-conditioned.
+            as they come; `auto` is exact if a coupling forgets (gated, momentum): its float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core. `sqrt` is the root of the number of time steps, so that what is
             kept grows as the root.
@@ -219,7 +218,12 @@ def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
         raise StreamError(f"arithmetic must be 'auto', 'exact' or 'float', got {arithmetic!r}")
     if arithmetic != "auto":
         return arithmetic == "exact"
-    return any(isinstance(m, GatedCoupling) for _, layer in links for m in layer.modules())
+    return any(forgets(layer) for _, layer in links)
+
+
+def forgets(layer: ReversibleLayer) -> bool:
+    """Whether exact arithmetic needs a residue to undo a layer, or one inside it."""
+    return any(isinstance(m, ReversibleLayer) and m.forgets for m in layer.modules())
 
 
 def check_mode(mode: str) -> None:
@@ -235,9 +239,9 @@ def checked_streams(what: str, streams: Iterable[Any]) -> Streams:
         StreamError: There are none, or one is not a tensor.
     """
     streams = tuple(streams)
-    wrong = next((x for x in streams if not isinstance(x, Tensor)), None)
-    if not streams or wrong is not None:
-        found = "none" if not streams else f"a {type(wrong).__name__}"
+    wrong = [type(x).__name__ for x in streams if not isinstance(x, Tensor)]
+    if wrong or not streams:
+        found = f"a {wrong[0]}" if wrong else "none"
         raise StreamError(f"{what}: the streams must be tensors, at least one; got {found}")
     return streams
 
@@ -247,9 +251,10 @@ def _check_ends(links: Iterable[Link], exact: bool) -> None:
     for name, layer in links:
         if layer.stateful:
             raise StreamError(f"unroll: {name} of entry or exit is stateful; only the core has states")
-        if exact and any(isinstance(m, GatedCoupling) for m in layer.modules()):
+        if exact and forgets(layer):
             raise StreamError(
-                f"unroll: {name} of entry or exit is gated, which exact arithmetic can undo in the core only"
+                f"unroll: {name} of entry or exit forgets (it is gated or has a momentum), which exact arithmetic can "
+                "undo in the core only"
             )
 
 

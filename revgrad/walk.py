@@ -167,10 +167,14 @@ class Walk:
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
             return
         # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
-        size = expected[2::3].sqrt().clamp_min(1e-18)
+        # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
+        # stream, and where all are zero, as if all were ones.
+        size = expected[2::3].sqrt()
+        ones = size.new_tensor([x.numel() for x in streams]).sqrt()
+        size = torch.where(size > 0, size, size.max() if size.any() else ones).clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
-        tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
+        tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams if x.is_floating_point())
         if self.program.exact or error > tolerance or math.isnan(error):
             raise ReversibilityError(
                 f"the input {of_layer}recovered in the backward pass differs from the one given by {error:.2g} of its "

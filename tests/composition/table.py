@@ -7,7 +7,17 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "composition.md"
-THEMES = ["Randomness", "Modes", "Autograd", "Misuse", "Conditioning", "Structure", "Hooks", "Systems"]
+THEMES = [
+    "Randomness",
+    "Modes",
+    "Autograd",
+    "Misuse",
+    "Conditioning",
+    "Structure",
+    "Log-determinants",
+    "Hooks",
+    "Systems",
+]
 HEAD = """# It composes
 
 What a reversible chain does beside the rest of PyTorch. Every row is a test, and the oracle is stored autograd with the

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from revgrad import AdditiveCoupling, ChainState, Inverse, Split, StreamError, Swap
-from revgrad.chain import ChainGradients, Link, add, fingerprint, first_updates, run_chain, stateless, undo_chain
+from revgrad.chain import ChainGradients, Link, fingerprint, first_updates, run_chain, stateless, undo_chain
 from revgrad.unroll import chain_links
 
 
@@ -70,14 +70,6 @@ def test_first_updates(make):
     assert first_updates(chain_links([Split(2), a]), 1) == [0]
     assert first_updates(chain_links([a]), 1) == [1]
     assert first_updates((), 2) == [0, 0]
-
-
-def test_add_takes_none_for_zero():
-    x = torch.ones(2)
-    assert add(None, None) is None
-    assert add(x, None) is x
-    assert add(None, x) is x
-    assert add(x, x).tolist() == [2, 2]
 
 
 def test_link_is_a_name_and_a_layer():

@@ -379,6 +379,19 @@ def test_differences_that_cancel_in_the_weighted_sum_are_seen_in_exact_arithmeti
         backward(ReversibleSequential(Sly(0.5), arithmetic="exact"), (x,), check)
 
 
+@pytest.mark.parametrize("zeros", [(0,), (1,), (0, 1)])
+@pytest.mark.composes("Structure", "streams of zeros")
+def test_streams_of_zeros_are_compared_and_not_divided_by_their_size(make, check, zeros):
+    """A velocity that starts at zero, or a batch of padding: what is recovered is a rounding away from zero."""
+    chain = make.chain("additive", 8)
+    x = tuple(t.detach() * (i not in zeros) for i, t in enumerate(make.streams()))
+    x = tuple(t.requires_grad_() for t in x)
+    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-4, atol=1e-5)
+    chain[1].transform = Drifting(chain[1].transform, 0.3)
+    with pytest.raises(ReversibilityError, match=r"recovered in the backward pass differs .* by 0\.\d+ of its size"):
+        backward(chain, x, check)
+
+
 @pytest.mark.parametrize(
     ("kind", "arithmetic"),
     [("additive", "float"), ("affine", "float"), ("gated", "float"), ("additive", "exact"), ("gated", "exact")],

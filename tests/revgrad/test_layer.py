@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, Swap
-from revgrad.layer import gradients, leaf
+from revgrad.layer import add, gradients, leaf, negated, per_sample
 
 
 class Shear(ReversibleLayer):
@@ -118,3 +118,26 @@ def test_gradients_take_none_for_zero():
     found = gradients((3 * x, constant, 5 * x), (one, one, None), (x, constant, y))
     assert found[0].tolist() == [3, 3]
     assert found[1:] == (None, None)
+
+
+def test_add_takes_none_for_zero():
+    x = torch.ones(2)
+    assert add(None, None) is None
+    assert add(x, None) is x
+    assert add(None, x) is x
+    assert add(x, x).tolist() == [2, 2]
+
+
+def test_negated_takes_none_for_zero():
+    assert negated(None) is None
+    assert negated(torch.ones(1)).item() == -1
+
+
+def test_per_sample_sums_everything_but_the_first_dimension():
+    x = torch.arange(12.0).view(2, 3, 2)
+    assert per_sample(x).tolist() == [15, 51]
+    assert per_sample(torch.tensor([1.0, 2.0])).tolist() == [1, 2]
+    assert per_sample(torch.zeros(0, 3)).shape == (0,)
+    assert per_sample(torch.zeros(3, 0)).tolist() == [0, 0, 0]
+    assert per_sample(torch.full((1, 1000), 1.001, dtype=torch.bfloat16)).dtype == torch.float32
+    assert per_sample(x.double()).dtype == torch.float64

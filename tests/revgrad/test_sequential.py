@@ -333,6 +333,8 @@ def test_wrong_streams(make, mode):
     chain = make.chain("additive", 2, mode=mode)
     with pytest.raises(StreamError, match="the streams must be tensors, at least one; got none"):
         chain()
+    with pytest.raises(StreamError, match="the streams must be tensors, at least one; got a NoneType"):
+        chain(torch.zeros(2, 4), None)
     with pytest.raises(StreamError, match="the streams must be tensors, at least one; got a list"):
         chain(torch.zeros(2, 4), [1.0])
     with pytest.raises(StreamError, match="inverse: the streams must be tensors, at least one; got a str"):

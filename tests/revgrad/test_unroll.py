@@ -233,11 +233,11 @@ def test_wrong_calls(make, mode):
         ),
         (
             lambda: unroll(core, [x], entry=make.chain("gated", 1), mode=mode, arithmetic="exact"),
-            r"layer 0 \(GatedCoupling\) of entry or exit is gated, .* in the core only",
+            r"layer 0 \(GatedCoupling\) of entry or exit forgets .*, .* in the core only",
         ),
         (
             lambda: unroll(core, [x], exit=Inverse(make.chain("gated", 1)), mode=mode),
-            r"inverse of layer 0 \(GatedCoupling\) of entry or exit is gated",
+            r"inverse of layer 0 \(GatedCoupling\) of entry or exit forgets",
         ),
     ]
     for call, message in cases:

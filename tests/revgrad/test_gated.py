@@ -1,0 +1,22 @@
+import torch
+from torch.nn import functional
+
+from revgrad import GatedCoupling, Step
+
+
+def test_forgets_what_the_gate_lets_go():
+    assert GatedCoupling.forgets
+
+
+def test_merge_and_its_derivative_are_their_formulas(make):
+    x, a, h = torch.randn(3, 2, 4, dtype=torch.float64).unbind()
+    layer = GatedCoupling(make.net(4, 2))
+    torch.testing.assert_close(layer.merge(x, a, h), (1 - a.sigmoid()) * x + a.sigmoid() * h)
+    torch.testing.assert_close(layer.log_derivative(x, a, h), (1 - a.sigmoid()).log())
+    far = torch.tensor([200.0])
+    assert layer.log_derivative(far, far, far).item() == functional.logsigmoid(-far).item() == -200
+
+
+def test_stream_that_is_read_stays(make):
+    x = make.streams(requires_grad=False)
+    assert GatedCoupling(make.net(4, 2)).run(x, Step())[0] is x[0]
