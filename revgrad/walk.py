@@ -106,10 +106,10 @@ class Walk:
         """
         yield from self._rewind(t, 2, flow, None, feedback)
         yield from self._rewind(t, 1, flow, residue, earlier)
-        self._compare(flow.streams, self.tape.fingerprints[t, 1])
+        self.compare(flow.streams, self.tape.fingerprints[t, 1])
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
             yield from self._rewind(t, 0, flow, None)
-            self._compare(flow.streams, self.tape.fingerprints[t, 0])
+            self.compare(flow.streams, self.tape.fingerprints[t, 0])
 
     def _rewind(self, t: int, part: int, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
         links = (self.program.entry, self.program.core, self.program.exit)[part]
@@ -148,7 +148,7 @@ class Walk:
             residue.check_range()
         return residue
 
-    def _compare(self, streams: list[Tensor], expected: Tensor) -> None:
+    def compare(self, streams: list[Tensor], expected: Tensor) -> None:
         """Raise unless the recovered input is the input that was given."""
         found = fingerprint(tuple(streams), self.program.exact)
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
