@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from revgrad.errors import StreamError
@@ -262,10 +263,10 @@ def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
 
 
 def _fingerprint(x: Tensor, precise: bool) -> Tensor:
-    flat = x.flatten()
-    dtype = torch.float64 if precise or x.dtype == torch.float64 else torch.float32
+    flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
+    dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
     # Always read from the same buffer: a view may be unaligned, and the sum then in another order.
-    buffer = x.new_empty(min(_PIECE, len(flat)), dtype=dtype)
+    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype)
     weights = _weights(x.device, dtype)
     sums = []
     for piece in flat.split(_PIECE):
@@ -283,5 +284,7 @@ _PIECE = 65536
 
 @cache
 def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel.
-    return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)
+    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel. They are kept for good, so
+    # that they must not be fake tensors where the first to ask runs under FakeTensorMode.
+    with _disable_current_modes():
+        return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)

@@ -157,7 +157,7 @@ class Walk:
         size = expected[2::3].sqrt().clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
-        tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams)
+        tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams)
         if self.program.exact or error > tolerance or math.isnan(error):
             raise ReversibilityError(
                 f"the input recovered in the backward pass differs from the one given by {error:.2g} of its size, "
