@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import torch
@@ -131,8 +131,12 @@ class ChainGradients:
 
     def conditioning(self, arguments: Arguments) -> list[int]:
         """Which of `parameters` are in these arguments."""
-        wanted = {id(x) for x in tree_leaves(dict(arguments))} if arguments else ()
-        return [i for i, p in enumerate(self.parameters) if id(p) in wanted] if wanted else []
+        wanted = {id(x) for x in tree_leaves(dict(arguments))} if arguments else set()
+        return [self._places[key] for key in wanted & self._places.keys()] if wanted else []
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {id(p): i for i, p in enumerate(self.parameters)}
 
     def add(self, indices: list[int], grads: Grads) -> None:
         """Add parameter gradients, in the order in which stored autograd would: last application first."""
