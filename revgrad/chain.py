@@ -3,11 +3,12 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from revgrad.errors import StreamError
@@ -134,8 +135,12 @@ class ChainGradients:
 
     def conditioning(self, arguments: Arguments) -> list[int]:
         """Which of `parameters` are in these arguments."""
-        wanted = {id(x) for x in tree_leaves(dict(arguments))} if arguments else ()
-        return [i for i, p in enumerate(self.parameters) if id(p) in wanted] if wanted else []
+        wanted = {id(x) for x in tree_leaves(dict(arguments))} if arguments else set()
+        return [self._places[key] for key in wanted & self._places.keys()] if wanted else []
+
+    @cached_property
+    def _places(self) -> dict[int, int]:
+        return {id(p): i for i, p in enumerate(self.parameters)}
 
     def add(self, indices: list[int], grads: Grads) -> None:
         """Add parameter gradients, in the order in which stored autograd would: last application first."""
@@ -259,10 +264,10 @@ def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
 
 
 def _fingerprint(x: Tensor, precise: bool) -> Tensor:
-    flat = x.flatten()
-    dtype = torch.float64 if precise or x.dtype == torch.float64 else torch.float32
+    flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
+    dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
     # Always read from the same buffer: a view may be unaligned, and the sum then in another order.
-    buffer = x.new_empty(min(_PIECE, len(flat)), dtype=dtype)
+    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype)
     weights = _weights(x.device, dtype)
     sums = []
     for piece in flat.split(_PIECE):
@@ -280,5 +285,7 @@ _PIECE = 65536
 
 @cache
 def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel.
-    return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)
+    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel. They are kept for good, so
+    # that they must not be fake tensors where the first to ask runs under FakeTensorMode.
+    with _disable_current_modes():
+        return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)

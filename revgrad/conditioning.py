@@ -35,7 +35,7 @@ def bind(
     """
     if not common and per_layer is None:
         return ()
-    own = [{} if given is None else given for given in per_layer or [None] * len(links)]
+    own = [given or {} for given in ([None] * len(links) if per_layer is None else per_layer)]
     if len(own) != len(links):
         raise StreamError(
             f"the chain has {len(links)} layers, but per_layer has {len(own)} entries (use None for a layer without)"

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from revgrad.chain import ChainGradients, ChainState, fingerprint
 from revgrad.conditioning import unchanged
-from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
+from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
 from revgrad.tracing import check_surroundings, untraced
 from revgrad.walk import Walk
@@ -197,11 +197,6 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        if torch.is_grad_enabled():
-            raise ReversibilityError(
-                "second derivatives through a reversible chain are not available (create_graph=True recomputes "
-                "nothing twice): choose mode='stored' for gradient penalties and Hessians"
-            )
         outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
             [p.detach().requires_grad_(p.requires_grad) for p in parameters],
@@ -222,7 +217,13 @@ class _Outputs(torch.autograd.Function):
         )
         token = torch.empty(0, device=ctx.device)
         # On the token and on no node: there may be several backward passes through the same graph.
-        token.progress = _Progress(walk)  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():  # create_graph=True
+            program = ctx.program.filled(parameters[len(ctx.snapshot.parameters) :])
+            token.progress = DifferentiableGradients(  # type: ignore[attr-defined]
+                program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare
+            )
+        else:
+            token.progress = _Progress(walk)  # type: ignore[attr-defined]
         return None, token
 
 

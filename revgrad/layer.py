@@ -239,15 +239,16 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     Args:
         name: How the error calls the layer.
         outputs: What was computed, with its graph.
-        known: The tensors that are differentiated with respect to.
+        known: The tensors that are differentiated with respect to. What they come from is not looked at.
 
     Raises:
         ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state, argument or
             parameter.
     """
     expected = {id(x) for x in known}
-    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None]
-    seen = set(nodes)
+    seen = {x.grad_fn for x in known}
+    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None and y.grad_fn not in seen]
+    seen.update(nodes)
     while nodes:
         node = nodes.pop()
         variable = getattr(node, "variable", None)

@@ -97,8 +97,8 @@ class Program:
             return streams
         if torch._C._are_functorch_transforms_active():
             raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
-        streams = tuple(snap(x) if _is_real(x) else x for x in streams)
-        for x in filter(_is_real, streams):
+        streams = tuple(snap(x) if is_real(x) else x for x in streams)
+        for x in filter(is_real, streams):
             residue.watch("the input", x)
         return streams
 
@@ -143,7 +143,8 @@ def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
     return None if keep is None else lambda read: keep(part, read)
 
 
-def _is_real(x: Tensor) -> bool:
+def is_real(x: Tensor) -> bool:
+    """Whether a stream has gradients: integers are read and compared alone."""
     return x.is_floating_point() or x.is_complex()
 
 

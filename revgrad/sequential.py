@@ -225,8 +225,10 @@ class ReversibleSequential(ReversibleLayer):
 
     def _is_guarded(self) -> bool:
         """Whether this pass is among those that the drift guard watches."""
+        if isinstance(self.drift_guard, bool):
+            return self.drift_guard
         self._passes += 1
-        return self.drift_guard if isinstance(self.drift_guard, bool) else self._passes <= self.drift_guard
+        return self._passes <= self.drift_guard
 
     def extra_repr(self) -> str:
         """Mode, arithmetic, and the options that are not left at their defaults."""

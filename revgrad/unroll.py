@@ -262,10 +262,12 @@ def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainSta
     """The state, or an empty one for a chain without states.
 
     Raises:
-        StreamError: A stateful layer has no state, or the number of states is wrong.
+        StreamError: A stateful layer has no state, or the number of states is wrong, or they are no ChainState.
     """
     if state is None:
         state = stateless(links)
+    if not isinstance(state, ChainState):
+        raise StreamError(f"the states must be a ChainState, got a {type(state).__name__}")
     if len(state.layers) != len(links):
         raise StreamError(
             f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries (use () for a "

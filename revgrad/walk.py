@@ -10,7 +10,7 @@ from torch import Tensor
 from revgrad.chain import ChainGradients, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams
-from revgrad.program import Program
+from revgrad.program import Program, is_real
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
@@ -157,11 +157,11 @@ class Walk:
             expected = fingerprint(anchor, self.program.exact) if expected is None else expected
         if expected is not None:
             of_layer = f"of {name} " if name and part == 1 and self.program.guarded else ""
-            self._compare(flow.streams, expected, of_layer)
+            self.compare(flow.streams, expected, of_layer)
         if anchor is not None:
             flow.streams[:] = [x.detach() for x in anchor]
 
-    def _compare(self, streams: list[Tensor], expected: Tensor, of_layer: str) -> None:
+    def compare(self, streams: list[Tensor], expected: Tensor, of_layer: str = "") -> None:
         """Raise unless the recovered input is the input that was given."""
         found = fingerprint(tuple(streams), self.program.exact)
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
@@ -174,7 +174,7 @@ class Walk:
         size = torch.where(size > 0, size, size.max() if size.any() else ones).clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
-        tolerance = min(_TOLERANCE.get(x.dtype, 0.0) for x in streams if x.is_floating_point())
+        tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_real(x))
         if self.program.exact or error > tolerance or math.isnan(error):
             raise ReversibilityError(
                 f"the input {of_layer}recovered in the backward pass differs from the one given by {error:.2g} of its "

@@ -165,6 +165,17 @@ def test_unroll(chain, x, check, every):
         check.same(found[mode], found["stored"], rtol=1e-9)
 
 
+def test_entry_is_rewound_for_its_conditioning_alone(chain, make, check):
+    context, entry = double(3, 4), AdditiveCoupling(Conditioned()).double().requires_grad_(False)
+    x = make.streams(dtype=torch.float64, requires_grad=False)
+    core = ReversibleSequential(AdditiveCoupling(Unconditioned())).double()
+    found = []
+    for mode in ("stored", "reversible"):
+        y, _ = unroll(core, [x, x], entry=entry, mode=mode, conditioning={"context": context})
+        found.append(torch.autograd.grad(check.loss(y), context)[0])
+    torch.testing.assert_close(*found)
+
+
 class Cell(nn.Module):
     """A recurrent transform that is told something besides its state."""
 
@@ -225,6 +236,8 @@ def test_inverse(chain, x):
 @pytest.mark.composes("Conditioning", "kept as it is, without a copy, and freed by the backward pass")
 def test_memory(small, make, check):
     chain, x, leaf = small.of(Conditioned, 8), make.streams(64), torch.randn(64, 4)
+    with LiveMemory():
+        chain(*x)  # what is made on first use stays
     gc.collect()
     gc.disable()
     try:

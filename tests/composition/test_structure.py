@@ -165,3 +165,49 @@ def test_spectral_norm(small, make, check):
     chain.mode = "stored"
     for a, b in zip(found, torch.autograd.grad(check.loss(chain(*x)), (*x, *chain.parameters())), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.composes("Structure", "complex streams")
+def test_complex_streams(small, check):
+    chain = small.chain().to(torch.complex128)
+    x = tuple(torch.randn(3, 4, dtype=torch.complex128, requires_grad=True) for _ in range(2))
+    found = {}
+    for mode in ("stored", "reversible"):
+        chain.mode = mode
+        loss = sum((y * y.conj()).real.sum() + y.imag.sin().sum() for y in chain(*x))
+        found[mode] = dict(enumerate(map(torch.view_as_real, torch.autograd.grad(loss, (*x, *chain.parameters())))))
+    check.same(found["reversible"], found["stored"], rtol=1e-9)
+
+
+@pytest.mark.composes("Structure", "streams of different dtypes")
+def test_streams_of_different_dtypes(small, make, check):
+    class Rounding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = small.net()
+
+        def forward(self, x):
+            return self.net(x.float())
+
+    chain, x = small.of(Rounding), make.streams(dtype=torch.float64)
+    x = x[0], x[1].detach().float().requires_grad_()
+    check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-5)
+
+
+@pytest.mark.composes("Structure", "one tensor for two streams, views of one tensor, a memory format")
+def test_streams_that_share_memory(small, make, check):
+    chain, x = small.chain().double(), torch.randn(3, 4, 5, dtype=torch.float64, requires_grad=True)
+    last = torch.randn(2, 4, 3, 5, dtype=torch.float64).to(memory_format=torch.channels_last).requires_grad_()
+    ways = [
+        lambda: (x[..., 0], x[..., 0]),
+        lambda: (x[..., 1], x[..., 2]),
+        lambda: (x[:1, :, 3].expand(3, 4), x[..., 4]),
+        lambda: last.permute(0, 2, 3, 1).chunk(2),
+    ]
+    for way in ways:
+        found = []
+        for mode in ("reversible", "stored"):
+            chain.mode = mode
+            grads = torch.autograd.grad(check.loss(chain(*way())), (x, last, *chain.parameters()), allow_unused=True)
+            found.append(dict(enumerate(grads)))
+        check.same(*found, rtol=1e-9)

@@ -125,11 +125,12 @@ def steps(model, x, check, parameters, count=3):
     return found, graphs
 
 
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
 @pytest.mark.composes(
     "Systems", "torch.compile of the transforms inside", "works: compiled once for all layers, no recompilation"
 )
-def test_compiled_transforms(small, make, check, compiling):
-    chain, x = small.chain(12).double(), make.streams(dtype=torch.float64)
+def test_compiled_transforms(small, make, check, compiling, arithmetic):
+    chain, x = small.chain(12, arithmetic=arithmetic).double(), make.streams(dtype=torch.float64)
     chain.mode = "stored"
     expected = torch.autograd.grad(check.loss(chain(*x)), (*x, *chain.parameters()))
     chain.mode = "reversible"

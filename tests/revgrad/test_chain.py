@@ -1,8 +1,20 @@
+import contextlib
+
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from revgrad import AdditiveCoupling, ChainState, Inverse, Split, StreamError, Swap
-from revgrad.chain import ChainGradients, Link, fingerprint, first_updates, run_chain, stateless, undo_chain
+from revgrad.chain import (
+    ChainGradients,
+    Link,
+    _weights,
+    fingerprint,
+    first_updates,
+    run_chain,
+    stateless,
+    undo_chain,
+)
 from revgrad.unroll import chain_links
 
 
@@ -134,3 +146,20 @@ def test_fingerprint_in_less_precision_is_near_the_precise_one(dtype):
 
 def test_fingerprint_of_nothing():
     assert fingerprint((torch.zeros(0, 3),)).tolist() == [0, 0, 0]
+
+
+def test_fingerprints_under_fake_tensors_leave_nothing_fake_behind():
+    _weights.cache_clear()
+    with FakeTensorMode(), contextlib.suppress(Exception):  # values cannot be compared there
+        fingerprint((torch.ones(3),))
+    assert fingerprint((torch.ones(3),)).sum() != 0
+
+
+def test_complex_streams_differ_in_either_part():
+    x = torch.randn(3, 4, dtype=torch.complex64)
+    real, imaginary = x + 1, x + 1j
+    a, b, c = (fingerprint((t,)) for t in (x, real, imaginary))
+    assert not torch.equal(a, b)
+    assert not torch.equal(a, c)
+    assert torch.equal(fingerprint((x.conj().conj(),)), a)
+    assert not torch.equal(fingerprint((x.conj(),)), a)

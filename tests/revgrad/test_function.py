@@ -183,18 +183,6 @@ def test_retain_graph_gives_the_same_gradient_again(make, check, kind):
         torch.autograd.grad(loss, wanted)
 
 
-@pytest.mark.composes(
-    "Autograd", "second derivatives by create_graph (gradient penalties)", "error: *second derivatives*"
-)
-def test_second_derivatives_are_refused(make, check):
-    chain, x = make.chain("additive", 2), make.streams()
-    with pytest.raises(ReversibilityError, match=r"second derivatives .* choose mode='stored'"):
-        torch.autograd.grad(check.loss(chain(*x)), x, create_graph=True)
-    chain.mode = "stored"
-    (grad,) = torch.autograd.grad(check.loss(chain(*x)), x[:1], create_graph=True)
-    grad.square().sum().backward()
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("which", [(False, False), (True, False), (False, True)])
 @pytest.mark.composes("Autograd", "inputs without gradient")

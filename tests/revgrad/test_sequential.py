@@ -347,6 +347,8 @@ def test_wrong_states(make, mode):
     x, state = make.streams(), make.state(chain)
     with pytest.raises(StreamError, match=r"layer 0 \(GatedCoupling\) is stateful, but no state was given"):
         chain(*x)
+    with pytest.raises(StreamError, match="the states must be a ChainState, got a tuple"):
+        chain(*x, states=(state.layers[0],))
     with pytest.raises(StreamError, match="the chain has 2 layers, but the state has 1 entries"):
         chain(*x, states=ChainState(state.layers[:1]))
     plain = make.chain("additive", 2, mode=mode)

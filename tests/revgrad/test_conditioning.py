@@ -1,0 +1,70 @@
+"""Who is given what. Gradients, memory and misuse are in tests/composition/test_conditioning.py."""
+
+import pytest
+import torch
+from torch import nn
+
+from revgrad import AdditiveCoupling, Inverse, StreamError, Swap
+from revgrad.conditioning import Place, bind, replaced, tensors_in, unchanged
+from revgrad.unroll import chain_links
+
+
+class Told(nn.Module):
+    def forward(self, x, context=None, *, scale=1.0):
+        return x
+
+
+class Other(nn.Module):
+    def forward(self, x, *, mask):
+        return x
+
+
+LINKS = chain_links([AdditiveCoupling(Told()), Swap(), Inverse(AdditiveCoupling(Other()))])
+
+
+def test_each_layer_gets_what_it_takes():
+    assert bind(LINKS, {}) == ()
+    assert bind(LINKS, {"scale": 2, "mask": 3}) == ({"scale": 2}, {}, {"mask": 3})
+
+
+def test_a_layers_own_arguments_go_before_those_of_all():
+    own = [{"scale": 5, "context": None}, None, {}]
+    assert bind(LINKS, {"scale": 2, "mask": 3}, own) == ({"scale": 5, "context": None}, {}, {"mask": 3})
+    assert bind(LINKS, {}, [None, None, None]) == ({}, {}, {})
+    assert bind((), {}, []) == ()
+
+
+def test_what_does_not_fit_is_named():
+    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'x'"):
+        bind(LINKS, {"x": 1})
+    with pytest.raises(StreamError, match=r"layer 1 \(Swap\) takes no argument 'scale'"):
+        bind(LINKS, {}, [None, {"scale": 1}, None])
+    with pytest.raises(StreamError, match="has 3 layers, but per_layer has 0 entries"):
+        bind(LINKS, {}, [])
+
+
+def test_tensors_are_taken_out_once_and_put_back():
+    a, b = torch.ones(1), torch.ones(2)
+    arguments = ({"context": (a, [b, "text"]), "scale": None}, {}, {"mask": a})
+    tensors = tensors_in(arguments)
+    assert [id(x) for x in tensors] == [id(a), id(b)]
+    places = [Place(), Place()]
+    emptied = replaced(arguments, tensors, places)
+    assert tensors_in(emptied) == []
+    assert tensors_in(emptied, Place) == places
+    assert emptied == ({"context": (places[0], [places[1], "text"]), "scale": None}, {}, {"mask": places[0]})
+    again = replaced(emptied, places, tensors)
+    assert again[0]["context"][1][0] is b
+    assert again[2]["mask"] is a
+
+
+def test_a_change_in_place_is_seen():
+    x = torch.ones(3)
+    with unchanged([x]):
+        x + 1
+    with pytest.raises(StreamError, match=r"of shape \(3,\) in place"), unchanged([x]):
+        x.add_(1)
+    with torch.inference_mode():
+        y = torch.ones(3)
+    with unchanged([y]):
+        pass
