@@ -6,8 +6,6 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -31,29 +29,17 @@ class Slot(NamedTuple):
 _CPU = torch.device("cpu")
 
 
-@dataclass
 class Scope:
     """The modules of one layer, or of several, each of them once."""
 
-    slots: list[Slot] = field(default_factory=list)
-    modules: list[nn.Module] = field(default_factory=list)
-    training: list[bool] = field(default_factory=list)
-    """Of each module, whether the forward pass was in train mode."""
-    norms: list[_NormBase] = field(default_factory=list)
-
-    def add(self, module: nn.Module, slots: list[Slot]) -> None:
-        """Take a module in."""
-        if slots:
-            self.slots += slots
-        self.modules.append(module)
-        self.training.append(module.training)
-        if isinstance(module, _NormBase):
-            self.norms.append(module)
-
-    @cached_property
-    def indices(self) -> list[int]:
+    def __init__(self, modules: list[nn.Module], slots: list[Slot]) -> None:
+        self.modules = modules
+        self.slots = slots
+        self.training = [m.training for m in modules]
+        """Of each module, whether the forward pass was in train mode."""
+        self.norms = [m for m in modules if isinstance(m, _NormBase)]
+        self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
         """Which parameters there are, each once."""
-        return list(dict.fromkeys([slot.parameter for slot in self.slots]))
 
 
 class Snapshot:
@@ -62,22 +48,21 @@ class Snapshot:
     def __init__(self, layers: Iterable[ReversibleLayer]) -> None:
         # And buffers: whoever changes one before the backward pass, or puts another in its place, changes the result.
         self.parameters: list[Tensor] = []
-        self._everything = Scope()
         self._indices: dict[int, int] = {}
         self._scopes: dict[int, Scope] = {}
-        slots_of: dict[int, list[Slot]] = {}
+        slots_of: dict[nn.Module, list[Slot]] = {}
         for layer in layers:
             if id(layer) in self._scopes:
                 continue
-            scope = self._scopes[id(layer)] = Scope()
-            for module in _modules(layer):
-                slots = slots_of.get(id(module))
-                if slots is None:
-                    slots = slots_of[id(module)] = self._slots(module)
-                    self._everything.add(module, slots)
-                scope.add(module, slots)
+            modules, slots = _modules(layer), []
+            for module in modules:
+                if module not in slots_of:
+                    slots_of[module] = self._slots(module)
+                slots += slots_of[module]
+            self._scopes[id(layer)] = Scope(modules, slots)
+        self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         self.slots, self.modules = self._everything.slots, self._everything.modules
-        self._buffers = [(m, name, b, b._version) for m in self.modules for name, b in _plain_buffers(m)]
+        self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in _plain_buffers(m)]
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
@@ -138,16 +123,21 @@ class Snapshot:
             layer: The layer that is evaluated; by default all of them.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
-        before = [slot.holder[slot.name] for slot in scope.slots]
-        modes = [module.training for module in scope.modules]
+        before = [holder[name] for holder, name, _ in scope.slots]
+        modes = zip(scope.modules, scope.training, strict=True)
+        switched = [(module, module.training) for module, training in modes if module.training != training]
         try:
-            _put(scope.slots, [parameters[slot.parameter] for slot in scope.slots])
-            _switch(scope.modules, scope.training)
-            with _frozen(scope.norms):
+            for holder, name, i in scope.slots:
+                holder[name] = parameters[i]
+            for module, now in switched:
+                module.training = not now
+            with _frozen(scope.norms) if scope.norms else nullcontext():
                 yield
         finally:
-            _put(scope.slots, before)
-            _switch(scope.modules, modes)
+            for (holder, name, _), parameter in zip(scope.slots, before, strict=True):
+                holder[name] = parameter
+            for module, now in switched:
+                module.training = now
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
@@ -187,19 +177,9 @@ def _modules(root: nn.Module) -> list[nn.Module]:
         module = rest.pop()
         if module is not None and module not in found:
             found[module] = None
-            rest += reversed(module._modules.values())
+            if module._modules:
+                rest += reversed(module._modules.values())
     return list(found)
-
-
-def _put(slots: list[Slot], parameters: Sequence[Tensor | None]) -> None:
-    for slot, parameter in zip(slots, parameters, strict=True):
-        slot.holder[slot.name] = parameter
-
-
-def _switch(modules: list[nn.Module], modes: list[bool]) -> None:
-    for module, training in zip(modules, modes, strict=True):
-        if module.training != training:
-            module.training = training
 
 
 @contextmanager
