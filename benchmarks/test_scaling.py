@@ -33,6 +33,8 @@ AXES: dict[str, list[tuple[int, CrevNetConfig, int]]] = {
 """Per axis: the value, the configuration and the number of time steps."""
 ROUNDS = 2
 BUDGET = 16e9
+SHOWN = 2e9
+"""What is run to show that the computed sizes are right: a process takes half as much again as its tensors."""
 _BYTES_PER_WEIGHT = 16
 """The weight, its gradient and Adam's two moments in float32."""
 
@@ -43,8 +45,8 @@ NOTES = (
     f"Step time: median of {ROUNDS} rounds, in each of which every variant runs once; `over stored` is the median of "
     "the ratios within a round.",
     f"Largest model: so many predictive modules that weights, gradients, Adam's moments and the activations of one "
-    f"sequence of {STEPS + 1} frames take 16 GB, from the slope between 4 and 8 modules; then one training step of it "
-    "is run and measured.",
+    f"sequence of {STEPS + 1} frames take 16 GB, computed from the slope between 4 and 8 modules. That the slope holds "
+    f"is shown by a training step of the model that is computed for {SHOWN / 1e9:.0f} GB.",
 )
 
 
@@ -63,8 +65,8 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         ),
         "largest": Table(
             "The largest CrevNet that trains in 16 GB",
-            {"variant": "variant", "modules": "modules", "weights_millions": "M weights", "planned_gb": "planned, GB"}
-            | {"measured_gb": "measured, GB", "seconds": "s"},
+            {"variant": "variant", "modules": "modules", "weights_millions": "M weights"}
+            | {"run_modules": "modules run", "planned_gb": "computed, GB", "measured_gb": "measured, GB"},
             rows["largest"],
         ),
     }
@@ -106,22 +108,20 @@ def test_growth(benchmark, results, axis, point):
 def test_largest_model(benchmark, results, variant):
     sizes = {n: bytes_to_train(variant.of(replace(PAPER, modules=n))) for n in (4, 8)}
     slope = (sizes[8] - sizes[4]) / 4
-    modules = int((BUDGET - sizes[8]) / slope) + 8
-    config = variant.of(replace(PAPER, modules=modules))
-    planned = sizes[8] + (modules - 8) * slope
-    started = time.perf_counter()
+    largest, shown = (8 + int((budget - sizes[8]) / slope) for budget in (BUDGET, SHOWN))
+    planned = sizes[8] + (shown - 8) * slope
+    config = variant.of(replace(PAPER, modules=shown))
     measured = benchmark.pedantic(bytes_to_train, (config,), rounds=1)
     row = {
         "variant": str(variant),
-        "modules": modules,
-        "weights_millions": weights(config) / 1e6,
+        "modules": largest,
+        "weights_millions": weights(replace(PAPER, modules=largest)) / 1e6,
+        "run_modules": shown,
         "planned_gb": planned / 1e9,
         "measured_gb": measured / 1e9,
-        "seconds": time.perf_counter() - started,
     }
     results["largest"].append(row)
     assert measured == pytest.approx(planned, rel=0.02)
-    assert measured <= 1.02 * BUDGET
 
 
 def bytes_to_train(config: CrevNetConfig) -> int:
