@@ -1,11 +1,13 @@
 """Every example trains, and stored and reversible training agree."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
+PAGE = (EXAMPLES.parent / "docs" / "examples.md").read_text()
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "comparison")
 EXACT = {"irevnet", "huggingface_reformer"}  # equal to the last bit, not only close
 
@@ -27,6 +29,11 @@ def test_example(name, capsys):
         assert reversible.losses == stored.losses
     assert reversible.losses[:4] == pytest.approx(stored.losses[:4], rel=2e-3)
     assert reversible.peak < stored.peak / 2
+    told = re.search(rf"/{name}\.py\).* ([\d.]+) MB \| ([\d.]+) MB \|$", PAGE, re.MULTILINE)
+    assert told, f"docs/examples.md lacks {name}.py"
+    assert [run.peak / 2**20 for run in (stored, reversible)] == pytest.approx(
+        [float(x) for x in told.groups()], rel=0.1
+    )
     printed = capsys.readouterr().out
     assert "memory of a step" in printed
     assert all(f"{run.peak / 2**20:.2f} MB" in printed for run in (stored, reversible))
