@@ -52,7 +52,7 @@ def test_what_is_quoted_is_said(quote):
     assert any(occurs(quote, text) for text in STRINGS)
 
 
-@pytest.mark.parametrize(("place", "text"), messages())
+@pytest.mark.parametrize(("place", "text"), list(messages()))
 def test_every_error_is_on_the_page(place, text):
     assert any(occurs(quote, text) for quote in quotes(OWN)), f"docs/troubleshooting.md lacks {place}: {text!r}"
 
