@@ -1,6 +1,6 @@
 """What is run: reversible chains, repeated over time steps, from given inputs or from what the step before produced."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
@@ -61,6 +61,18 @@ class Program:
     def conditioning(self) -> list[Tensor]:
         """The tensors in the arguments, each once."""
         return tensors_in(self.arguments) if any(self.arguments) else []
+
+    def wants_gradients(self, given: Iterable[Streams | None], state: ChainState) -> bool:
+        """Whether anything that the program knows of requires a gradient.
+
+        Where nothing does there is nothing to save, and it is run as in stored mode: what comes by way of a closure
+        then gets its gradient as there.
+        """
+        if any(x.requires_grad for streams in given if streams is not None for x in streams):
+            return True
+        if any(x.requires_grad for x in (*state.tensors(), *self.conditioning())):
+            return True
+        return any(p.requires_grad for layer in self.layers() for p in layer.parameters())
 
     def emptied(self) -> "Program":
         """The same program with places in its arguments instead of tensors."""

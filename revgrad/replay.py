@@ -121,6 +121,9 @@ class Snapshot:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
                 parameters fire once, on the final gradient.
             layer: The layer that is evaluated; by default all of them.
+
+        Raises:
+            ReversibilityError: A module has put a tensor with a graph aside, in an attribute.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
         before = [holder[name] for holder, name, _ in scope.slots]
@@ -131,8 +134,10 @@ class Snapshot:
                 holder[name] = parameters[i]
             for module, now in switched:
                 module.training = not now
+            first_node = torch._C._autograd._get_sequence_nr()
             with _frozen(scope.norms) if scope.norms else nullcontext():
                 yield
+            _check_attributes(scope.modules, first_node)
         finally:
             for (holder, name, _), parameter in zip(scope.slots, before, strict=True):
                 holder[name] = parameter
@@ -198,6 +203,37 @@ def _frozen(norms: list[_NormBase]) -> Iterator[None]:
 def _is_read(module: nn.Module, buffer: Tensor) -> bool:
     """Whether a second evaluation reads this buffer. Normalisation layers in train mode only move theirs."""
     return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
+
+
+def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
+    """Raise if a module holds a tensor with a graph that is as new as this node.
+
+    What an evaluation puts aside it has put aside in the forward pass as well, without a graph: a loss made of it
+    would give no gradient.
+    """
+    for module in modules:
+        for name, value in module.__dict__.items():
+            # In this order: nearly all attributes are those of every module, or plain values.
+            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+                continue
+            kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
+            for x in kept:
+                if not isinstance(x, Tensor) or x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
+                    continue
+                # Hooks that compute a weight anew before every call (weight norm) leave it in an attribute.
+                if not module._forward_pre_hooks:
+                    raise ReversibilityError(
+                        f"{type(module).__name__} keeps a tensor of shape {tuple(x.shape)} that requires a gradient in "
+                        f"its attribute '{name}'. Transforms are run without a graph, so a loss made of it would give "
+                        "no gradient: keep x.detach() if it is only looked at; else return it, as part of a state or "
+                        "in a stream, or choose mode='stored'"
+                    )
+
+
+_PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
+_HOLDERS = (Tensor, list, tuple, dict)
+_OF_MODULE = frozenset(nn.Module().__dict__)
+"""Where every module keeps parameters, buffers, modules and hooks."""
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -128,6 +128,7 @@ class ReversibleSequential(ReversibleLayer):
         state = checked_state(program.core, states)
         if log_det:
             program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
+        differentiated = differentiated and program.wants_gradients([streams], state)
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"

@@ -93,7 +93,7 @@ def unroll(
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
-    if mode == "reversible" and recomputing():
+    if mode == "reversible" and recomputing() and program.wants_gradients(given, state):
         return run_reversible(program, given, state, stacked=True)
     if mode == "checkpoint" and recomputing():
         return _run_checkpointed(program, given, state)

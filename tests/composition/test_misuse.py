@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, ReversibleSequential
+from revgrad import AdditiveCoupling, ReversibilityError, ReversibleSequential, wrap
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -92,3 +92,47 @@ def test_closure_is_looked_at_in_every_backward_pass(make):
     outside.requires_grad_()
     with pytest.raises(RuntimeError, match=r"the transform reads a tensor of shape \(4,\).*pass it as an argument"):
         chain(*x)[1].sum().backward()
+
+
+class Stashing(nn.Module):
+    def __init__(self, how):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+        self.how = how
+        self.aux = [] if how == "list" else {} if how == "dict" else None
+
+    def forward(self, x):
+        y = self.inner(x)
+        loss = y.square().mean()
+        if self.how == "list":
+            self.aux.append(loss)
+        elif self.how == "dict":
+            self.aux["loss"] = loss
+        else:
+            self.aux = {"tensor": loss, "tuple": (loss, 1), "detached": loss.detach()}[self.how]
+        return y
+
+
+@pytest.mark.composes("Misuse", "a loss put aside in an attribute of a transform", "error: *keeps a tensor*")
+@pytest.mark.parametrize("how", ["tensor", "tuple", "list", "dict"])
+def test_side_loss_is_not_lost_in_silence(make, how):
+    chain = ReversibleSequential(AdditiveCoupling(Stashing(how)), AdditiveCoupling(make.net(4), source=1, target=0))
+    outputs = chain(*make.streams())
+    with pytest.raises(ReversibilityError, match=r"Stashing keeps a tensor of shape \(\) .* 'aux'.*x.detach"):
+        sum(y.sum() for y in outputs).backward()
+
+
+def test_detached_tensors_and_old_graphs_may_be_kept(make, check):
+    chain = ReversibleSequential(AdditiveCoupling(Stashing("detached")))
+    chain[0].transform.history = [torch.ones(2, requires_grad=True) * 2]
+    chain(*make.streams())[1].sum().backward()
+
+
+@pytest.mark.composes("Misuse", "a closure over a tensor with a gradient, where nothing else has one", "works")
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])
+def test_closure_where_nothing_else_requires_a_gradient(make, mode):
+    weight = torch.randn(4, 4, requires_grad=True)
+    chain = ReversibleSequential(wrap(lambda x: x @ weight, lambda y: y @ weight.inverse()), mode=mode)
+    head, x = nn.Linear(4, 1), torch.randn(3, 4)
+    found = torch.autograd.grad(head(chain(x)).sum(), weight)[0]
+    torch.testing.assert_close(found, torch.autograd.grad(head(x @ weight).sum(), weight)[0])
