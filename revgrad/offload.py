@@ -46,10 +46,10 @@ class Keeper:
     def settle(self) -> None:
         """Let go of all that has been copied out."""
 
-    def prefetch(self, kept: Iterable[Tensor]) -> None:
+    def prefetch(self, kept: Iterable[Any]) -> None:
         """Say what will be wanted next."""
 
-    def back(self, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def back(self, kept: Sequence[Any]) -> tuple[Tensor, ...]:
         """The tensors that were taken."""
         return tuple(kept)
 
@@ -59,7 +59,7 @@ class Keeper:
 
 
 class Offloaded(Keeper):
-    """Keeps the tensors of one device on the host.
+    """Takes the tensors of one device to the host.
 
     Args:
         transfer: Moves them.
@@ -73,7 +73,6 @@ class Offloaded(Keeper):
         self._theirs = {StorageWeakRef(x.untyped_storage()) for x in theirs if _is_plain(x.data)}
         self._copies: dict[tuple[StorageWeakRef, int], _Copy] = {}
         self._leaving: list[_Copy] = []
-        self._coming: dict[_Copy, Any] = {}
 
     def out(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Begin to copy tensors to the host, each storage once. Tensors that stay are returned as they are."""
@@ -90,7 +89,7 @@ class Offloaded(Keeper):
         if copy is None:
             copy = self._copies[key] = _Copy(self._transfer.out(_whole(storage, torch.uint8, x.device)))
             self._leaving.append(copy)
-        return Stowed(copy, x.dtype, x.storage_offset(), x.size(), x.stride(), weakref.ref(x), x._version)
+        return Stowed(copy, x.dtype, int(x.storage_offset()), x.size(), x.stride(), weakref.ref(x), x._version)
 
     def settle(self) -> None:
         """Free on the device what has been copied out, unless somebody else holds it."""
@@ -98,13 +97,29 @@ class Offloaded(Keeper):
             self._transfer.settle(copy.handle)
         self._leaving.clear()
 
-    def prefetch(self, kept: Iterable[Tensor]) -> None:
+    def anew(self) -> Keeper:
+        """Copies come back, and nothing more goes."""
+        return Returning(self._transfer)
+
+
+class Returning(Keeper):
+    """Brings back to the device what was offloaded; what a backward pass itself keeps stays there.
+
+    Args:
+        transfer: The one that took it out.
+    """
+
+    def __init__(self, transfer: Transfer) -> None:
+        self._transfer = transfer
+        self._coming: dict[_Copy, Any] = {}
+
+    def prefetch(self, kept: Iterable[Any]) -> None:
         """Begin to copy back what is not on its way yet."""
         for x in kept:
             if isinstance(x, Stowed) and x.copy not in self._coming:
                 self._coming[x.copy] = self._transfer.prefetch(x.copy.handle)
 
-    def back(self, kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def back(self, kept: Sequence[Any]) -> tuple[Tensor, ...]:
         """The tensors on the device; those that shared memory share it again."""
         self.prefetch(kept)
         # Each copy is taken once: what is on the device is then held by the tensors alone.
@@ -114,7 +129,7 @@ class Offloaded(Keeper):
 
     def anew(self) -> Keeper:
         """Nothing on its way."""
-        return Offloaded(self._transfer, self._device)
+        return Returning(self._transfer)
 
 
 @dataclass(eq=False)

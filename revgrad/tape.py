@@ -77,12 +77,12 @@ class Tape:
         return anchor
 
     def start_of(self, segment: Segment) -> tuple[Streams, ChainState]:
-        """Features and state from which a segment is run again; it is no longer among `segments`."""
-        features = self.keeper.back(segment.features)
-        state = segment.state.replace(self.keeper.back(segment.state.tensors()))
+        """Features and state from which a segment that has left `segments` is run again."""
+        tensors = self.keeper.back((*segment.features, *segment.state.tensors()))
         for before in self.segments[-1:]:
             self.keeper.prefetch((*before.features, *before.state.tensors()))
-        return features, state
+        n = len(segment.features)
+        return tensors[:n], segment.state.replace(tensors[n:])
 
     def _look_ahead(self) -> None:
         """What was noted last is wanted next. Only the core has states."""
