@@ -165,15 +165,17 @@ def test_never_more_than_two_steps_of_states(make, check, transfer):
 def test_states_come_back_one_step_ahead(make, check, transfer):
     core, x = make.recurrent("gated", LAYERS), make.streams()
     outputs, _ = unroll(core, [x] * STEPS, make.state(core), offload=True)
+    for layer in core:
+        layer.transform.register_forward_hook(lambda *_: transfer.log.append(("run", None)))
     steps = [set(range(t * LAYERS, (t + 1) * LAYERS)) for t in range(STEPS)]
     assert transfer.asked("out", "settle") == [(kind, step) for step in steps for kind in ("out", "settle")]
     check.loss(outputs).backward()
     last, *earlier = reversed(steps)
-    # The last one is asked for before the exit is rewound, each other one when the one behind it is in use.
+    # The last one is asked for before the exit is rewound, each other one before the one behind it is used.
     expected = [("prefetch", last)]
     for step, before in zip([last, *earlier], [*earlier, None], strict=True):
-        expected += [("back", step)] + ([("prefetch", before)] if before else [])
-    assert transfer.asked("prefetch", "back") == expected
+        expected += [("back", step)] + ([("prefetch", before)] if before else []) + [("run", {None})]
+    assert transfer.asked("prefetch", "back", "run") == expected
 
 
 def test_starts_of_segments_come_back_one_segment_ahead(make, check, transfer):
