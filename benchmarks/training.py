@@ -22,14 +22,21 @@ class Variant:
     mode: Literal["reversible", "checkpoint", "stored"]
     arithmetic: Literal["exact", "float"] = "exact"
     keep_states_every: int = 1
+    offload: bool = False
 
     def __str__(self) -> str:
         every = f", states every {self.keep_states_every} steps" if self.keep_states_every > 1 else ""
-        return f"{self.mode} {self.arithmetic}{every}"
+        return f"{self.mode} {self.arithmetic}{every}{', offload' if self.offload else ''}"
 
     def of(self, config: CrevNetConfig) -> CrevNetConfig:
         """The configuration with this variant's settings."""
-        return replace(config, mode=self.mode, arithmetic=self.arithmetic, keep_states_every=self.keep_states_every)
+        return replace(
+            config,
+            mode=self.mode,
+            arithmetic=self.arithmetic,
+            keep_states_every=self.keep_states_every,
+            offload=self.offload,
+        )
 
 
 def random_clips(config: VideoConfig, batch: int, steps: int) -> Tensor:

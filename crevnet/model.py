@@ -56,6 +56,8 @@ class CrevNetConfig(VideoConfig):
     keep_states_every: int = 1
     """Keep the recurrent states of every n-th time step only, recompute the others: less memory, one more forward pass.
     """
+    offload: bool = False
+    """On CUDA, keep the recurrent states in host memory between forward and backward pass; in reversible mode."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -121,6 +123,7 @@ class CrevNet(VideoModel):
             mode=self.config.mode,
             arithmetic=self.config.arithmetic,
             keep_states_every=self.config.keep_states_every,
+            offload=self.config.offload,
         )
         return outputs[0].transpose(0, 1)
 

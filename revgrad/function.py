@@ -26,6 +26,7 @@ from torch import Tensor
 from revgrad.chain import ChainGradients, ChainState, fingerprint
 from revgrad.conditioning import unchanged
 from revgrad.layer import Flow, Grads, Streams
+from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -261,13 +262,17 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     program, snapshot, given, state, stacked, before = run
     recompute = program.keep_states_every > 1
     length = program.keep_states_every if recompute else program.steps
-    tape = Tape(residue=Residue(keep=not recompute) if program.exact else None)
+    device = flat(given)[0].device
+    theirs = (*flat(given), *snapshot.parameters, *program.conditioning())
+    tape = Tape(
+        residue=Residue(keep=not recompute) if program.exact else None,
+        keeper=keeper_for(program.offload, device, theirs),
+    )
     if tape.residue is not None and before is not None:
         tape.residue.resume(before)
     residue = tape.residue
     features: Streams = ()
     outputs: Streams = ()
-    device = flat(given)[0].device
 
     def recording(application: int) -> AbstractContextManager[None]:
         return snapshot.recording(application, device)
@@ -276,7 +281,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if t % length == 0:
             start = residue.clone(words=False) if residue is not None else None
             held = () if program.fed[t] else features
-            tape.segments.append(Segment(t, min(t + length, program.steps) - 1, state, held, start))
+            tape.start(Segment(t, min(t + length, program.steps) - 1, state, held, start))
         entered = given[t]
         if entered is not None:
             entered = program.enter(entered, residue)
@@ -287,11 +292,12 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
             if position == 0 or program.guarded:
                 tape.fingerprints[t, 1, position] = fingerprint(streams, program.exact)
             if program.anchored(position):
-                tape.anchors[t, position] = streams
+                tape.anchor(t, position, streams)
 
         keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
         features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
         y = program.run_exit(t, features, residue, recording, keep)
+        tape.keeper.settle()
         if not stacked:
             outputs = y
         else:

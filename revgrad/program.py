@@ -42,6 +42,8 @@ class Program:
     """Whether the recovered input of every layer of the core is compared with the one of the forward pass."""
     on_grid: bool = False
     """Whether given inputs are on the grid already, where exact."""
+    offload: bool = False
+    """Whether states and anchors wait on the host for the backward pass."""
 
     def __post_init__(self) -> None:
         for name in ("keep_states_every", "anchor_every"):

@@ -13,6 +13,7 @@ from torch import Tensor
 from revgrad.chain import run_chain, undo_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Grads, Streams, check_closed
+from revgrad.offload import Stowed
 from revgrad.program import Program
 from revgrad.replay import Snapshot
 from revgrad.tape import Tape
@@ -32,7 +33,7 @@ class DifferentiableGradients:
         compare: Raises unless the streams are those of a fingerprint.
 
     Raises:
-        ReversibilityError: Time steps, exact arithmetic, or states that go from layer to layer.
+        ReversibilityError: Time steps, exact arithmetic, states that go from layer to layer, or states offloaded.
     """
 
     def __init__(
@@ -50,6 +51,11 @@ class DifferentiableGradients:
             raise ReversibilityError(
                 "second derivatives (create_graph=True) of exact arithmetic, of an unroll and of states that go from "
                 "layer to layer are not available: choose mode='stored', and arithmetic='float'"
+            )
+        if any(isinstance(x, Stowed) for x in segment.state.tensors()):
+            raise ReversibilityError(
+                "second derivatives (create_graph=True) are not available with offload=True, which keeps the values "
+                "of states and not their graph: choose offload=False"
             )
         links, read = program.core, [r.state for r in tape.read.get((0, 1), ())]
         with snapshot.standing_in(parameters):

@@ -21,6 +21,7 @@ from revgrad.unroll import (
     Mode,
     chain_links,
     check_mode,
+    check_offload,
     checked_state,
     checked_streams,
     is_exact,
@@ -50,6 +51,8 @@ class ReversibleSequential(ReversibleLayer):
             many layers as fit are stored, which are not evaluated again in backward. They count on top of what the
             chain keeps anyway: its output, states, residue, and the graph of the layer at hand. What layers take is
             measured by one forward pass more for every new shape of the input.
+        offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
+            where the chain runs on CUDA. Elsewhere nothing changes.
 
     Nested chains are flattened: mode, arithmetic and what follows them are those of the outermost one.
 
@@ -66,6 +69,7 @@ class ReversibleSequential(ReversibleLayer):
         anchor_every: int | None = None,
         drift_guard: bool | int = False,
         memory_budget: int | str | None = None,
+        offload: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
@@ -74,10 +78,12 @@ class ReversibleSequential(ReversibleLayer):
         self.anchor_every = anchor_every
         self.drift_guard = drift_guard
         self.memory_budget = memory_budget
+        self.offload = offload
         self._passes = 0
         self._cuts: dict[Hashable, tuple[bool, ...]] = {}
         if memory_budget is not None and mode != "reversible":
             raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
+        check_offload(offload, mode)
         if not isinstance(drift_guard, int) or drift_guard < 0:
             raise StreamError(f"drift_guard must be True, False or a number of forward passes, got {drift_guard!r}")
         self._budget()
@@ -122,6 +128,7 @@ class ReversibleSequential(ReversibleLayer):
             StreamError: Conditioning that no layer takes, besides what the class says.
         """
         check_mode(self.mode)
+        check_offload(self.offload, self.mode)
         differentiated = self.mode == "reversible" and recomputing()
         program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
@@ -219,6 +226,7 @@ class ReversibleSequential(ReversibleLayer):
             arguments=((), bind(links, common, per_layer), ()),
             anchor_every=self.anchor_every,
             guarded=guarded,
+            offload=self.offload,
         )
 
     def _budget(self) -> int:
@@ -233,7 +241,7 @@ class ReversibleSequential(ReversibleLayer):
 
     def extra_repr(self) -> str:
         """Mode, arithmetic, and the options that are not left at their defaults."""
-        options = {name: getattr(self, name) for name in ("anchor_every", "drift_guard", "memory_budget")}
+        options = {name: getattr(self, name) for name in ("anchor_every", "drift_guard", "memory_budget", "offload")}
         chosen = [f", {name}={value!r}" for name, value in options.items() if value]
         return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}{''.join(chosen)}"
 

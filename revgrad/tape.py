@@ -1,13 +1,14 @@
 """What the forward pass leaves for the backward pass, and how its tensors go through `save_for_backward`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from torch import Tensor
 
 from revgrad.chain import ChainState, Read
 from revgrad.layer import Streams
+from revgrad.offload import Keeper, Stowed
 from revgrad.residue import Residue
 
 
@@ -37,11 +38,58 @@ class Tape:
     """Per time step, part (0 entry, 1 core) and position of a layer, what its recovered input is compared with."""
     anchors: dict[tuple[int, int], Streams] = field(default_factory=dict)
     """Per time step and position in the core, the layer's input."""
+    keeper: Keeper = field(default_factory=Keeper)
+    """Where states, features and anchors wait: what was taken out of the tape is to be fetched with it."""
 
     def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
-            self.read.setdefault((t, part), []).append(read)
+            self.read.setdefault((t, part), []).append(replace(read, state=self.keeper.out(read.state)))
+
+    def anchor(self, t: int, position: int, streams: Streams) -> None:
+        """Note a layer's input."""
+        self.keeper.settle()  # the anchor before
+        self.anchors[t, position] = self.keeper.out(streams)
+
+    def start(self, segment: Segment) -> None:
+        """Note where a segment starts."""
+        features = self.keeper.out(segment.features)
+        self.segments.append(replace(segment, state=self._out(segment.state), features=features))
+
+    def _out(self, state: ChainState) -> ChainState:
+        return state.replace(self.keeper.out(state.tensors()))
+
+    def take_read(self, t: int, part: int) -> list[Read]:
+        """What each layer of a part has read, which the tape then forgets."""
+        reads = self.read.pop((t, part), [])
+        states = iter(self.keeper.back([x for read in reads for x in read.state]))
+        reads = [replace(read, state=tuple(next(states) for _ in read.state)) for read in reads]
+        self._look_ahead()
+        return reads
+
+    def take_anchor(self, t: int, position: int) -> Streams | None:
+        """A layer's input, if it was kept; the tape then forgets it."""
+        anchor = self.anchors.pop((t, position), None)
+        if anchor is None:
+            return None
+        anchor = self.keeper.back(anchor)
+        self._look_ahead()
+        return anchor
+
+    def start_of(self, segment: Segment) -> tuple[Streams, ChainState]:
+        """Features and state from which a segment that has left `segments` is run again."""
+        tensors = self.keeper.back((*segment.features, *segment.state.tensors()))
+        for before in self.segments[-1:]:
+            self.keeper.prefetch((*before.features, *before.state.tensors()))
+        n = len(segment.features)
+        return tensors[:n], segment.state.replace(tensors[n:])
+
+    def _look_ahead(self) -> None:
+        """What was noted last is wanted next. Only the core has states."""
+        step = next((key for key in reversed(self.read) if key[1] == 1), None)
+        if step is not None:
+            self.keeper.prefetch(x for read in self.read[step] for x in read.state)
+        self.keeper.prefetch(next(reversed(self.anchors.values()), ()))
 
 
 @dataclass
@@ -94,6 +142,8 @@ def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
     """Put the tensors back into a new tape; the layout stays as it is, for a second backward pass."""
 
     def back(item: Any) -> Any:
+        if isinstance(item, Stowed):
+            item.check()
         if isinstance(item, _PackedResidue):
             return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots])
         return tensors[item.index] if isinstance(item, _Slot) else item
@@ -108,4 +158,5 @@ def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
         _map(tape.residue, change),
         tape.fingerprints,
         _map(tape.anchors, change),
+        tape.keeper.anew(),
     )

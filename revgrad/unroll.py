@@ -37,6 +37,7 @@ def unroll(
     conditioning: Arguments = NO_ARGUMENTS,
     anchor_every: int | None = None,
     drift_guard: bool = False,
+    offload: bool = False,
 ) -> tuple[Streams, ChainState]:
     """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
 
@@ -60,6 +61,8 @@ def unroll(
             step, for the recovering to go on from.
         drift_guard: In reversible mode, compare the recovered input of every layer of the core, so that an error names
             the first one that cannot be recovered.
+        offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
+            where the chain runs on CUDA. Elsewhere nothing changes.
 
     Returns:
         One tensor per output stream, `[T, ...]` with time first, and the final state.
@@ -90,9 +93,11 @@ def unroll(
         arguments=(bound[:first], bound[first:last], bound[last:]),
         anchor_every=anchor_every,
         guarded=drift_guard,
+        offload=offload,
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = checked_state(program.core, state)
+    check_offload(offload, mode)
     if mode == "reversible" and recomputing() and program.wants_gradients(given, state):
         return run_reversible(program, given, state, stacked=True)
     if mode == "checkpoint" and recomputing():
@@ -230,6 +235,15 @@ def check_mode(mode: str) -> None:
     """Raise for an unknown mode."""
     if mode not in ("stored", "checkpoint", "reversible"):
         raise StreamError(f"mode must be 'stored', 'checkpoint' or 'reversible', got {mode!r}")
+
+
+def check_offload(offload: bool, mode: str) -> None:
+    """Raise for a mode whose activations autograd keeps."""
+    if offload and mode != "reversible":
+        raise StreamError(
+            f"offload=True goes with mode='reversible', not {mode!r}: what autograd keeps itself can be moved by "
+            "torch.autograd.graph.save_on_cpu(pin_memory=True)"
+        )
 
 
 def checked_streams(what: str, streams: Iterable[Any]) -> Streams:

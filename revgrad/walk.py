@@ -116,7 +116,7 @@ class Walk:
         positions = rewind_chain(
             links,
             flow,
-            self.tape.read.pop((t, part), []),
+            self.tape.take_read(t, part),
             residue,
             lambda i: self.snapshot.standing_in(self.gradients.parameters, links[i].layer),
             self.program.around(t, part, self.snapshot.replaying),
@@ -135,7 +135,7 @@ class Walk:
     def _recompute(self, segment: Segment) -> Residue | None:
         """Run a segment again from its start, this time keeping the states that are read."""
         residue = segment.residue.clone() if segment.residue is not None else None
-        features, state = segment.features, segment.state
+        features, state = self.tape.start_of(segment)
         with torch.no_grad(), self.snapshot.standing_in(self.gradients.parameters):
             for t in range(segment.first, segment.last + 1):
                 entered = self.given[t]
@@ -152,7 +152,7 @@ class Walk:
     def _arrive(self, t: int, part: int, position: int, flow: Flow, name: str) -> None:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
         expected = self.tape.fingerprints.get((t, part, position))
-        anchor = self.tape.anchors.pop((t, position), None) if part == 1 else None
+        anchor = self.tape.take_anchor(t, position) if part == 1 else None
         if anchor is not None:
             expected = fingerprint(anchor, self.program.exact) if expected is None else expected
         if expected is not None:

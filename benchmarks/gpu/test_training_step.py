@@ -30,7 +30,8 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 BATCHES = (1, 16, 64, 256)
 ROUNDS = 5
 STORED, EXACT = Variant("stored", "float"), Variant("reversible")
-MODES = (STORED, Variant("checkpoint", "float"), Variant("reversible", "float"), Variant("stored"), EXACT)
+OFFLOADED = Variant("reversible", offload=True)
+MODES = (STORED, Variant("checkpoint", "float"), Variant("reversible", "float"), Variant("stored"), EXACT, OFFLOADED)
 PRECISIONS = ("float32", "bfloat16")
 BASELINES = "baselines"
 PATCH = 4
@@ -43,6 +44,7 @@ NOTES = (
     "Kernels: `triton`, or `plain` PyTorch in their place. Precision: float32 as PyTorch has it by default (cuDNN may "
     "use TF32), or bfloat16 autocast of the forward pass, the streams staying in float32. Weights: memory layout of "
     "the weights of convolutions; the trainer's is channels-last.",
+    "`offload`: recurrent states wait in pinned host memory between forward and backward pass.",
     "`over stored` is over the stored step of the same arithmetic, kernels, precision and weights; `plain over it` is "
     "the same step without kernels over this one.",
     "Peak MB: the most that CUDA's allocator had given out during a step, weights and gradients included; per "
@@ -177,7 +179,7 @@ def row(
         "mb_per_sequence": max(values(way, "added")) / MB / batch,
     }
     if way.variant is not None:
-        stored = replace(way, variant=replace(way.variant, mode="stored"))
+        stored = replace(way, variant=replace(way.variant, mode="stored", offload=False))
         plain = replace(way, kernels="plain")
         if stored in fitting:
             found["over_stored"] = spread(ratios(values(way), values(stored)))["median"]
