@@ -20,6 +20,7 @@ from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
 from revgrad.residue import Residue, grid_of
+from revgrad.tracing import untraced
 
 
 class CellUpdate(Protocol):
@@ -43,15 +44,16 @@ def update_cell(cell: Tensor, decay: Tensor, increment: Tensor) -> Tensor:
 class _Update:
     """A `CellUpdate` for one evaluation of a transform, which sees a stand-in for the cell: NaN in its shape.
 
-    Whatever else the transform computes from the cell is NaN too, and found out.
+    So whatever else a transform computes from the cell is found out, in the forward pass already.
     """
 
-    def __init__(self, name: str, residue: Residue, like: Tensor) -> None:
+    def __init__(self, name: str, residue: Residue, like: Tensor, *, leaf: bool) -> None:
         self.name, self.residue, self.dtype = name, residue, like.dtype
         nothing = torch.full((), torch.nan, dtype=like.dtype, device=like.device)
-        self.stand_in = nothing.expand(like.shape)
+        self.stand_in = nothing.expand(like.shape).requires_grad_(leaf)
         self.new: Tensor | None = None
 
+    @untraced
     def __call__(self, cell: Tensor, decay: Tensor, increment: Tensor) -> Tensor:
         if cell is not self.stand_in or self.new is not None:
             again = "calls update twice" if self.new is not None else "gives update something else than the cell"
@@ -86,7 +88,7 @@ class Merge(_Update):
     """Forwards: the cell is merged exactly, what it forgets goes to the residue."""
 
     def __init__(self, name: str, residue: Residue, cell: Tensor) -> None:
-        super().__init__(name, residue, cell)
+        super().__init__(name, residue, cell, leaf=False)
         self._cell = cell
 
     def _updated(self, decay: Tensor, increment: Tensor) -> Tensor:
@@ -94,7 +96,7 @@ class Merge(_Update):
             new = _Merge.apply(self.residue, self._cell, decay, increment)
         else:
             new = _merge(self.residue, self._cell, torch.sigmoid(decay), increment)
-        self.residue.watch(f"{self.name}, cell", new)
+        self.residue.watch(f"{self.name}, cell (only update may read the old one)", new)
         return new
 
 
@@ -105,8 +107,7 @@ class Recall(_Update):
     """
 
     def __init__(self, name: str, residue: Residue, new: Tensor) -> None:
-        super().__init__(name, residue, new)
-        self.stand_in.requires_grad_(torch.is_grad_enabled())
+        super().__init__(name, residue, new, leaf=torch.is_grad_enabled())
         self._known = new.detach()
         self._recovered: list[Tensor] = []
         self._merged: tuple[Tensor, Tensor] | None = None

@@ -25,6 +25,7 @@ from revgrad import (
 )
 from revgrad.cell import Merge, Recall
 from revgrad.chain import fingerprint
+from revgrad.layer import gradients
 from revgrad.residue import entropy_bits
 from revgrad.unroll import chain_links, is_exact
 
@@ -204,7 +205,7 @@ def test_gradient_of_a_cell_that_is_recovered_is_that_of_one_that_is_stored():
     update = Recall("layer", residue, new.detach())
     out = update(update.stand_in, *leaves[1:])
     assert torch.equal(update.recover(), leaves[0])
-    assert all(map(torch.equal, torch.autograd.grad(out, (update.stand_in, *leaves[1:]), weight), expected))
+    assert all(map(torch.equal, gradients((out,), (weight,), (update.stand_in, *leaves[1:])), expected))
 
 
 # Equality
@@ -470,7 +471,7 @@ def broken(how):
         ("twice", StreamError, "the transform calls update twice"),
         ("another", StreamError, "gives update something else than the cell"),
         ("shape", StreamError, r"of the cell's shape \(3, 4\), got \(3, 1\) and \(3, 4\)"),
-        ("peephole", ReversibilityError, r"layer 0 \(GatedCoupling\), cell: .* is not finite"),
+        ("peephole", ReversibilityError, r"cell \(only update may read the old one\): the stream is not finite"),
     ],
 )
 def test_transforms_that_do_not_keep_to_the_update(make, mode, how, error, message):
@@ -538,7 +539,9 @@ def test_a_cell_that_leaves_the_range(make, mode):
     zero = torch.zeros(3, 4)
     x = [make.streams()] + [None] * 9
     unroll(core, x[:5], ChainState(((zero, zero),)), mode=mode)
-    with pytest.raises(ReversibilityError, match=r"layer 0 \(AdditiveCoupling\), cell: the stream reached 1\.17 times"):
+    with pytest.raises(
+        ReversibilityError, match=r"layer 0 \(AdditiveCoupling\), cell .*: the stream reached 1\.17 times"
+    ):
         unroll(core, x, ChainState(((zero, zero),)), mode=mode)
 
 
