@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from functools import cache
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.training import Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
 from revgrad import LiveMemory
+from revgrad.cost import Flops
 
 MB = 1e6
 _FLOAT = 4
@@ -28,9 +28,9 @@ def flops(cell: str, variant: Variant, steps: int) -> int:
     config = variant.of(CrevNetConfig(cell=cell))
     torch.manual_seed(_SEED)
     model, clips = config.build(), random_clips(config, 1, steps)
-    with FlopCounterMode(display=False) as counter:
+    with Flops() as counter:
         training_step(model, clips)
-    return counter.get_total_flops()
+    return counter.total
 
 
 @cache

@@ -31,7 +31,7 @@ def test_inverted_cells_are_the_last_ones_and_one_tensor_of_zeros(cell, tensors)
 
 def test_inverted_cells_of_a_segment_are_those_before_and_behind_it():
     config = CrevNetConfig(cell="convlstm", cell_states="inverted", keep_states_every=4)
-    assert states_mb(config, steps=19) == pytest.approx((2 + 2 * 16 + 4 * 8 + 2 * 8) * 6144 * 4 / 1e6)
+    assert states_mb(config, steps=19) == pytest.approx((2 + 3 * 16 + 3 * 8 + 2 * 8) * 6144 * 4 / 1e6)
 
 
 def test_flops_of_a_reversible_step_are_four_thirds_and_of_inverted_cells_no_more(monkeypatch):
