@@ -266,6 +266,24 @@ def test_chain_called_by_hand(make, check):
     assert all(map(torch.equal, found[2], found[0]))
 
 
+@pytest.mark.parametrize("options", [{"memory_budget": 2000}, {"memory_budget": "1 GB"}, {"anchor_every": 2}], ids=str)
+def test_chains_that_store_layers_or_anchors(make, check, options):
+    model, found = Model(make, depth=4), []
+    for mode, more in (("stored", {}), ("reversible", {"drift_guard": True} | options)):
+        core = ReversibleSequential(*model.core, mode=mode, **more)
+        y, state = core(*model.inputs[0], states=model.state)
+        loss = check.loss(y) + check.loss(tuple(state.tensors()))
+        leaves = [*model.inputs[0], *model.state.tensors(), *core.parameters()]
+        found.append([*y, *torch.autograd.grad(loss, leaves)])
+    assert all(map(torch.equal, *found))
+
+
+def test_anchors_in_time(make, check):
+    model = Model(make, FED["both"])
+    found = model.run(check, anchor_every=1, drift_guard=True)
+    check.same(found, model.run(check, mode="stored"))
+
+
 def test_additive_coupling(make, check):
     model = Model(make, FED["both"])
     model.core = ReversibleSequential(
