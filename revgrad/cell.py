@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
+from revgrad.layer import State, Step
 from revgrad.residue import Residue, grid_of
 from revgrad.tracing import untraced
 
@@ -190,21 +191,49 @@ def _numerator(gate: Tensor) -> Tensor:
     return (gate * 2**GATE_BITS).round_().clamp_min_(1)
 
 
+def update_for(
+    inverted_cell: int | None, step: Step, state: State, *, known: bool
+) -> tuple[Merge | Recall | None, State]:
+    """What a transform is to update its cell with (None where it is kept), and the state that it is to be given.
+
+    Args:
+        inverted_cell: The cell's position.
+        step: The application.
+        state: Its state; where the cell after the step is known, without the cell.
+        known: Whether it is, rather than the cell before.
+
+    Raises:
+        StreamError: It is to be known and is not.
+    """
+    if inverted_cell is None or step.residue is None:
+        return None, state
+    if not known:
+        merge = Merge(step.name, step.residue, state[inverted_cell])
+        return merge, replaced_at(state, inverted_cell, merge.stand_in)
+    if step.cell is None:
+        raise StreamError(
+            f"{step.name}: a cell that is inverted can only be recovered from the state after the step: give it to "
+            "inverse as new_states=; a coupling inside Inverse(...) is to be made without inverted_cell"
+        )
+    recall = Recall(step.name, step.residue, step.cell)
+    return recall, completed(state, inverted_cell, recall.stand_in)
+
+
 def position_of(inverted_cell: int | None, exact: bool) -> int | None:
     """Where in a state the cell is that is recovered; None where there is none, or float arithmetic keeps it."""
     return inverted_cell if exact else None
 
 
-def without(state: tuple[Tensor, ...], position: int | None) -> tuple[Tensor, ...]:
+def without(state: State, position: int | None) -> State:
     """A state without its cell."""
     return state if position is None else (*state[:position], *state[position + 1 :])
 
 
-def completed(state: tuple[Tensor, ...], position: int, cell: Tensor) -> tuple[Tensor, ...]:
+def completed(state: State, position: int, cell: Tensor) -> State:
     """A state that was without its cell, with it."""
     return (*state[:position], cell, *state[position:])
 
 
-def replaced_at(state: tuple[Tensor, ...], position: int | None, cell: Tensor) -> tuple[Tensor, ...]:
+def replaced_at(state: State, position: int | None, cell: Tensor) -> State:
     """A state with another cell."""
     return state if position is None else completed(without(state, position), position, cell)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revgrad.adapter import takes
-from revgrad.cell import Merge, Recall, completed, position_of, replaced_at
+from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.layer import (
     NO_ARGUMENTS,
@@ -177,7 +177,7 @@ class Coupling(ReversibleLayer):
         self._check_streams(streams, step)
         sources, target = tuple(_dense(streams[s]) for s in self._sources), streams[self.target]
         step.strides = tuple(x.stride() for x in sources)
-        update, state = self._cell_update(step, step.state, known=undo)
+        update, state = update_for(self.inverted_cell, step, step.state, known=undo)
         if undo and update is not None and torch.is_grad_enabled():
             raise StreamError(f"{step.name}: undoing an inverted cell has no gradient: call it in torch.no_grad()")
         message, step.new_state = self._message(sources, target, state, step.name, step.arguments, update)
@@ -196,7 +196,7 @@ class Coupling(ReversibleLayer):
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
-            update, states = self._cell_update(step, states, known=True)
+            update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
         check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
         # From here on the graph alone decides which messages and states stay alive, and until when.
@@ -309,28 +309,6 @@ class Coupling(ReversibleLayer):
                     f"but the target stream {self.target} has shape {tuple(target.shape)}"
                 )
         return message, new_state
-
-    def _cell_update(self, step: Step, state: Streams, *, known: bool) -> tuple[Merge | Recall | None, Streams]:
-        """What the transform is to update its cell with, and the state that it is to be given.
-
-        Args:
-            step: The application.
-            state: Its state; where the cell after the step is known, without the cell.
-            known: Whether it is, rather than the cell before.
-        """
-        position = position_of(self.inverted_cell, step.residue is not None)
-        if position is None or step.residue is None:
-            return None, state
-        if not known:
-            merge = Merge(step.name, step.residue, state[position])
-            return merge, replaced_at(state, position, merge.stand_in)
-        if step.cell is None:
-            raise StreamError(
-                f"{step.name}: a cell that is inverted can only be recovered from the state after the step: give it to "
-                "inverse as new_states=; a coupling inside Inverse(...) is to be made without inverted_cell"
-            )
-        recall = Recall(step.name, step.residue, step.cell)
-        return recall, completed(state, position, recall.stand_in)
 
     def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with no_autocast(target):
