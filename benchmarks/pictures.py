@@ -62,11 +62,15 @@ def memory_frontier(rows: Rows, subtitle: str) -> bytes:
     figure = Figure(figsize=(10, 4.6), layout="constrained")
     panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
     for axes, cell in zip(panels, cells, strict=True):
-        for row in (r for r in rows if r["cell"] == cell):
+        mine = [r for r in rows if r["cell"] == cell]
+        for row in mine:
             style = _STYLES[row["variant"].split()[0]]
             x, y = row["flops_over_stored"], row["mb_per_sample"]
+            # Labels of neighbours make room for each other.
+            ratios = [r["mb_per_sample"] / y for r in mine if abs(r["flops_over_stored"] - x) < 0.1]
+            lift = 6 * (any(1 / 1.2 < q < 1 for q in ratios) - any(1 < q < 1.2 for q in ratios))
             axes.plot(x, y, markersize=7, linestyle="none", **style)
-            text, shift = f"{row['label']}, {y:.1f}", (9, 0)
+            text, shift = f"{row['label']}, {y:.1f}", (9, lift)
             axes.annotate(text, (x, y), shift, textcoords="offset points", va="center", color=style["color"])
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
