@@ -1,4 +1,6 @@
-"""Training memory: measured in live tensor bytes, and predicted by formula. 1 MB is 10^6 bytes."""
+"""Training memory, measured in live tensor bytes and predicted by formula, and the FLOPs it is paid with. 1 MB is 10^6
+bytes.
+"""
 
 import gc
 import math
@@ -12,11 +14,23 @@ from benchmarks.training import Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
 from revgrad import LiveMemory
+from revgrad.cost import Flops
 
 MB = 1e6
 _FLOAT = 4
 _RESERVOIR = 8 + 2  # bytes per element: the number and its level
 _SEED = 0
+
+
+@cache
+def flops(cell: str, variant: Variant, steps: int) -> int:
+    """Floating-point operations of a training step of the paper's configuration with one sample."""
+    config = variant.of(CrevNetConfig(cell=cell))
+    torch.manual_seed(_SEED)
+    model, clips = config.build(), random_clips(config, 1, steps)
+    with Flops() as counter:
+        training_step(model, clips)
+    return counter.total
 
 
 @cache
@@ -46,15 +60,18 @@ def states_mb(config: CrevNetConfig, steps: int) -> float:
 
     At every step a module reads its own states (h and c) and, with ST-LSTM, the memory m that is handed from module to
     module. The states before the first step are one tensor of zeros. Where only every n-th state is kept, there are the
-    states at the starts of the segments of n steps before, and all those of one segment.
+    states at the starts of the segments of n steps before, and all those of one segment. Cells that are inverted are
+    there once before a segment (before the first step one more tensor of zeros, on the grid) and once behind it.
     """
     own, carried = _states_per_step(config)
+    cells = config.modules if config.cell_states == "inverted" else 0
+    read = own - cells
     n = steps if config.keep_states_every == 1 else config.keep_states_every
-    first = 1 + (min(n, steps) - 1) * own + min(n, steps) * carried
+    first = 1 + min(cells, 1) + (min(n, steps) - 1) * read + min(n, steps) * carried + cells
     kept = [first]
     for i in range(1, math.ceil(steps / n)):
         before = (i - 1) * (own + min(carried, 1))
-        kept.append(1 + before + min(n, steps - i * n) * (own + carried))
+        kept.append(1 + min(cells, 1) + before + min(n, steps - i * n) * (read + carried) + 2 * cells)
     return max(kept) * _feature_bytes(config) / MB
 
 

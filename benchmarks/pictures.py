@@ -50,6 +50,44 @@ def memory_against_depth(modules: Rows, blocks: Rows, subtitle: str) -> bytes:
     return _png(figure)
 
 
+def memory_frontier(rows: Rows, subtitle: str) -> bytes:
+    """Draw memory per sample against FLOPs over those of stored autograd, one panel per cell, as a PNG.
+
+    Args:
+        rows: Rows with `cell`, `variant`, `label`, `mb_per_sample` and `flops_over_stored`; a variant begins with its
+            mode.
+        subtitle: What was measured.
+    """
+    cells = list(dict.fromkeys(r["cell"] for r in rows))
+    figure = Figure(figsize=(10, 4.6), layout="constrained")
+    panels = figure.subplots(1, len(cells), sharey=True, squeeze=False)[0]
+    for axes, cell in zip(panels, cells, strict=True):
+        mine = [r for r in rows if r["cell"] == cell]
+        for row in mine:
+            style = _STYLES[row["variant"].split()[0]]
+            x, y = row["flops_over_stored"], row["mb_per_sample"]
+            # Labels of neighbours make room for each other.
+            ratios = [r["mb_per_sample"] / y for r in mine if abs(r["flops_over_stored"] - x) < 0.1]
+            lift = 6 * (any(1 / 1.2 < q < 1 for q in ratios) - any(1 < q < 1.2 for q in ratios))
+            axes.plot(x, y, markersize=7, linestyle="none", **style)
+            text, shift = f"{row['label']}, {y:.1f}", (9, lift)
+            axes.annotate(text, (x, y), shift, textcoords="offset points", va="center", color=style["color"])
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.set_xlim(0.95, 2)
+        axes.set_xticks([1, 4 / 3, 5 / 3], ["1", "4/3", "5/3"])
+        axes.set_title({"stlstm": "ST-LSTM", "convlstm": "ConvLSTM"}[cell], fontsize=10, color=_TEXT)
+        axes.set_xlabel("FLOPs of a training step over those of stored autograd", color=_TEXT)
+        axes.grid(True, color=_GRID, linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(colors=_TEXT)
+    panels[0].set_ylabel("training memory per sample (MB)", color=_TEXT)
+    figure.suptitle(f"Training memory against operations\n{subtitle}", fontsize=11, color=_TEXT)
+    return _png(figure)
+
+
 def memory_of_systems(length: Rows, depth: Rows) -> bytes:
     """Draw the memory of table 1's systems against the number of frames and against depth, as a PNG.
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import memory
-from benchmarks.pictures import memory_against_depth
+from benchmarks.pictures import memory_against_depth, memory_frontier
 from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, STEPS, Variant
 from crevnet.model import CrevNetConfig
@@ -22,9 +22,13 @@ DEPTH_STEPS = 4
 
 REVERSIBLE, CHECKPOINT, STORED = (Variant(mode) for mode in ("reversible", "checkpoint", "stored"))
 SPARSE = Variant("reversible", keep_states_every=4)
+INVERTED = Variant("reversible", cell_states="inverted")
+SPARSE_INVERTED = Variant("reversible", keep_states_every=4, cell_states="inverted")
 VARIANTS = (
     REVERSIBLE,
     SPARSE,
+    INVERTED,
+    SPARSE_INVERTED,
     Variant("reversible", "float"),
     CHECKPOINT,
     Variant("checkpoint", "float"),
@@ -36,8 +40,19 @@ BOUNDS = {
     ("convlstm", REVERSIBLE): 10,
     ("stlstm", SPARSE): 8,
     ("convlstm", SPARSE): 6,
+    ("stlstm", INVERTED): 11,
+    ("convlstm", INVERTED): 7,
 }
 """MB per sample."""
+FRONTIER = {
+    STORED: "stored",
+    CHECKPOINT: "torch.utils.checkpoint",
+    REVERSIBLE: "reversible",
+    INVERTED: "cells inverted",
+    SPARSE: "every 4th state",
+    SPARSE_INVERTED: "both",
+}
+"""What the frontier of memory and FLOPs shows, in exact arithmetic. Of 19 states every fourth is also every root."""
 
 MODULES = (4, 8, 16, 32)
 BLOCKS = ((4, 5, 3), (8, 10, 6), (16, 20, 12))
@@ -56,6 +71,8 @@ NOTES = (
     "differentiated, or the gradients of one step's states, whichever is larger.",
     "The states before the first step are one tensor of zeros; counted as full states, states are 11.2 and 7.5 MB.",
     "Table 1 of the paper gives 195 MB with ST-LSTM and 130 MB with ConvLSTM.",
+    "FLOPs are those of matrix products and convolutions in a training step of one sample, over those of stored "
+    "autograd: inverting cells adds none to the 4/3 of the reversible step.",
     f"Growth with depth: ST-LSTM, {DEPTH_STEPS} time steps, exact arithmetic.",
 )
 
@@ -67,6 +84,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     expected = len(CELLS) * len(VARIANTS), 3 * len(MODULES), 3 * len(BLOCKS)
     complete = tuple(map(len, rows.values())) == expected
     total = {"mb_per_sample": "MB per sample"}
+    flops = {"flops_over_stored": "FLOPs over stored"}
     parts = {
         "states_mb": "states",
         "predictions_mb": "predictions",
@@ -76,7 +94,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     tables = {
         "training_step": Table(
             f"Training step of the paper's configuration, {STEPS} time steps",
-            {"cell": "cell", "variant": "variant"} | total | {"bound_mb": "bound"} | parts,
+            {"cell": "cell", "variant": "variant"} | total | {"bound_mb": "bound"} | flops | parts,
             rows["training_step"],
         ),
         "modules": Table(
@@ -104,6 +122,11 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     pictures = {}
     subtitle = f"CrevNet with ST-LSTM, 64 x 64 pixels, {DEPTH_STEPS} time steps, same weights in all three modes"
     if complete:
+        labels = {str(variant): label for variant, label in FRONTIER.items()}
+        frontier = [r | {"label": labels[r["variant"]]} for r in rows["training_step"] if r["variant"] in labels]
+        pictures["memory_frontier.png"] = memory_frontier(
+            frontier, f"CrevNet, 64 x 64 pixels, {STEPS} time steps, exact arithmetic, same weights"
+        )
         pictures["memory_against_depth.png"] = memory_against_depth(rows["modules"], rows["blocks"], subtitle)
     publish(Report("training_memory", "Training memory", tables, configuration, NOTES, pictures, complete))
 
@@ -128,9 +151,12 @@ def measured(cell: str, variant: Variant, steps: int, modules: int, blocks: tupl
 def test_training_step(benchmark, results, cell, variant):
     row = once(benchmark, measured, cell, variant, STEPS, PAPER.modules, PAPER.blocks)
     bound = BOUNDS.get((cell, variant))
+    row["flops_over_stored"] = memory.flops(cell, variant, STEPS) / memory.flops(cell, STORED, STEPS)
     results["training_step"].append({"cell": cell, "variant": str(variant), "bound_mb": bound, **row})
     if bound is not None:
         assert row["mb_per_sample"] <= bound
+    if variant == INVERTED:
+        assert memory.flops(cell, INVERTED, STEPS) == memory.flops(cell, REVERSIBLE, STEPS)
 
 
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])

@@ -1,6 +1,6 @@
 """The training step that is measured: the paper's CrevNet on Moving MNIST, in different modes."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,20 +23,16 @@ class Variant:
     arithmetic: Literal["exact", "float"] = "exact"
     keep_states_every: int = 1
     offload: bool = False
+    cell_states: Literal["kept", "inverted"] = "kept"
 
     def __str__(self) -> str:
         every = f", states every {self.keep_states_every} steps" if self.keep_states_every > 1 else ""
-        return f"{self.mode} {self.arithmetic}{every}{', offload' if self.offload else ''}"
+        inverted = ", cells inverted" if self.cell_states == "inverted" else ""
+        return f"{self.mode} {self.arithmetic}{inverted}{every}{', offload' if self.offload else ''}"
 
     def of(self, config: CrevNetConfig) -> CrevNetConfig:
         """The configuration with this variant's settings."""
-        return replace(
-            config,
-            mode=self.mode,
-            arithmetic=self.arithmetic,
-            keep_states_every=self.keep_states_every,
-            offload=self.offload,
-        )
+        return replace(config, **asdict(self))
 
 
 def random_clips(config: VideoConfig, batch: int, steps: int) -> Tensor:

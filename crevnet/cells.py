@@ -3,15 +3,22 @@
 Gates that read the same two tensors are one convolution over both. A cell is called as `cell(x, state)` and returns
 the hidden state and the new state; `carries` says how many trailing tensors of the state go to the next module
 rather than the next time step.
+
+The gates that update the cell state do not read it. So a cell can leave that update to whoever inverts it, and calls
+the `update` it is given; by default it is one kernel with the other pointwise operations.
 """
 
 import torch
-from revgrad_kernels import convlstm, hidden_output, stlstm_states
+from revgrad_kernels import cell_update, convlstm, hidden_output, stlstm_states
+from revgrad_kernels.recurrent import split_gates
 from torch import Tensor, nn
 
 from crevnet.convolution import convolution, convolve
+from revgrad import CellUpdate
 
 State = tuple[Tensor, ...]
+CELL = 1
+"""Position of the cell state in the state of every cell here."""
 
 
 class ConvLSTMCell(nn.Module):
@@ -33,8 +40,13 @@ class ConvLSTMCell(nn.Module):
         self.gates = convolution(len(size), 2 * channels, 4 * channels, kernel_size)
         self.peephole = nn.Parameter(torch.zeros(channels, *size))
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def forward(self, x: Tensor, state: State, update: CellUpdate | None = None) -> tuple[Tensor, State]:
         """One time step.
+
+        Args:
+            x: Input.
+            state: Hidden and cell state.
+            update: How to update the cell state.
 
         Raises:
             ValueError: The input is not of the size that the peephole was made for.
@@ -46,7 +58,12 @@ class ConvLSTMCell(nn.Module):
                 "build the model for this frame size"
             )
         gates, bias = convolve(self.gates, torch.cat([x, hidden], dim=1))
-        hidden, cell = convlstm(gates, cell, self.peephole, bias)
+        if update is None:
+            hidden, cell = convlstm(gates, cell, self.peephole, bias)
+        else:
+            i, f, g, o = split_gates(4, gates, bias, cell.dtype)
+            cell = update(cell, f, hidden_output(i, g))
+            hidden = hidden_output(o, cell, self.peephole * cell)
         return hidden, (hidden, cell)
 
 
@@ -73,12 +90,24 @@ class STLSTMCell(nn.Module):
         self.output_gate = convolution(d, 2 * channels, channels, kernel_size, bias=False)
         self.fuse = convolution(d, 2 * channels, channels, 1, bias=False)
 
-    def forward(self, x: Tensor, state: State) -> tuple[Tensor, State]:
-        """One time step."""
+    def forward(self, x: Tensor, state: State, update: CellUpdate | None = None) -> tuple[Tensor, State]:
+        """One time step.
+
+        Args:
+            x: Input.
+            state: Hidden state, cell state and memory.
+            update: How to update the cell state.
+        """
         hidden, cell, memory = state
         gates, bias = convolve(self.cell_gates, torch.cat([x, hidden], dim=1))
         memory_gates, memory_bias = convolve(self.memory_gates, torch.cat([x, memory], dim=1))
-        cell, memory, both, output = stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
+        if update is None:
+            cell, memory, both, output = stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
+        else:
+            i, f, g, output = split_gates(4, gates, bias, cell.dtype)
+            cell = update(cell, f, hidden_output(i, g))
+            memory = cell_update(memory_gates, memory, memory_bias)
+            both = torch.cat([cell, memory], dim=1)
         hidden = hidden_output(output, self.fuse(both), self.output_gate(both))
         return hidden, (hidden, cell, memory)
 

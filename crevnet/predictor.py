@@ -1,10 +1,14 @@
 """The reversible predictive module (section 2.2) and the predictor made of them."""
 
+from typing import Literal
+
 from torch import Tensor, nn
 
-from crevnet.cells import CELLS, State
+from crevnet.cells import CELL, CELLS, State
 from crevnet.convolution import convolution
-from revgrad import GatedCoupling, ReversibleSequential
+from revgrad import CellUpdate, GatedCoupling, ReversibleSequential
+
+CellStates = Literal["kept", "inverted"]
 
 
 class PredictiveTransform(nn.Module):
@@ -21,13 +25,15 @@ class PredictiveTransform(nn.Module):
             convolution(len(size), channels, channels), nn.ReLU(), convolution(len(size), channels, channels)
         )
 
-    def forward(self, x: Tensor, state: State) -> tuple[tuple[Tensor, Tensor], State]:
-        """The message (attention logits, hidden state) and the new state."""
-        hidden, state = self.cell(x, state)
+    def forward(self, x: Tensor, state: State, update: CellUpdate | None = None) -> tuple[tuple[Tensor, Tensor], State]:
+        """The message (attention logits, hidden state) and the new state; `update` as in the cell."""
+        hidden, state = self.cell(x, state, update)
         return (self.attention(hidden), hidden), state
 
 
-def reversible_predictor(cell: str, modules: int, channels: int, size: tuple[int, ...]) -> ReversibleSequential:
+def reversible_predictor(
+    cell: str, modules: int, channels: int, size: tuple[int, ...], cell_states: CellStates = "kept"
+) -> ReversibleSequential:
     """A chain of reversible predictive modules that alternate between the two streams.
 
     Args:
@@ -35,6 +41,8 @@ def reversible_predictor(cell: str, modules: int, channels: int, size: tuple[int
         modules: Number of modules.
         channels: Channels of each stream.
         size: `(H, W)` or `(T, H, W)` of the streams.
+        cell_states: Whether the backward pass finds them `kept`, or `inverted` from the last one; of no effect in float
+            arithmetic.
 
     Raises:
         ValueError: Unknown cell.
@@ -49,6 +57,7 @@ def reversible_predictor(cell: str, modules: int, channels: int, size: tuple[int
                 target=1 - i % 2,
                 stateful=True,
                 carries=CELLS[cell].carries,
+                inverted_cell=CELL if cell_states == "inverted" else None,
             )
             for i in range(modules)
         )

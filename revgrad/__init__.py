@@ -5,6 +5,7 @@ with depth.
 from revgrad.actnorm import ActNorm
 from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
+from revgrad.cell import CellUpdate, update_cell
 from revgrad.chain import ChainState
 from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
 from revgrad.coupling import AdditiveCoupling, Coupling
@@ -27,6 +28,7 @@ __all__ = [
     "AdditiveCoupling",
     "AffineCoupling",
     "Bijection",
+    "CellUpdate",
     "ChainState",
     "Concatenate",
     "Coupling",
@@ -63,5 +65,6 @@ __all__ = [
     "plan",
     "snap",
     "unroll",
+    "update_cell",
     "wrap",
 ]

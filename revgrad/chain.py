@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, State, Step, Streams, add
 from revgrad.residue import Residue
@@ -28,7 +29,7 @@ class Read:
     """What a layer has read besides the streams."""
 
     state: State
-    """Its own state and the carry."""
+    """Its own state and the carry, without a cell that is recovered."""
     strides: tuple[tuple[int, ...], ...] | None
     """See `Step.strides`."""
 
@@ -59,6 +60,23 @@ Around = Callable[[int], AbstractContextManager[object]]
 def no_context(application: int) -> AbstractContextManager[object]:
     """An `Around` that does nothing."""
     return nullcontext()
+
+
+def cells_of(links: Iterable[Link], state: ChainState, exact: bool) -> list[Tensor | None]:
+    """By layer, the cell in its state where it is recovered.
+
+    Raises:
+        StreamError: A state has no tensor in the cell's place.
+    """
+    cells: list[Tensor | None] = []
+    for (name, layer), own in zip(links, state.layers, strict=True):
+        position = position_of(layer.inverted_cell, exact)
+        if position is not None and position >= len(own):
+            raise StreamError(
+                f"{name}: inverted_cell={position}, but the layer's own state has {len(own)} tensor(s), counted from 0"
+            )
+        cells.append(None if position is None else own[position])
+    return cells
 
 
 def stateless(links: Iterable[Link]) -> ChainState:
@@ -99,7 +117,7 @@ def run_chain(
         with around(i):
             streams = layer.run(streams, step)
         if keep is not None:
-            keep(Read(step.state, step.strides))
+            keep(Read(without(step.state, position_of(layer.inverted_cell, residue is not None)), step.strides))
         own, carry = _parted(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
@@ -112,12 +130,19 @@ def undo_chain(
     residue: Residue | None,
     around: Around = no_context,
     arguments: Sequence[Arguments] = (),
+    new_state: ChainState | None = None,
 ) -> Streams:
-    """Undo all layers, last first, given the whole state that each has read."""
+    """Undo all layers, last first, given what each has read (`Read.state`), and the state that they have left, where it
+    has cells that are recovered.
+    """
     for i in reversed(range(len(links))):
-        step = Step(links[i].name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        name, layer = links[i]
+        step = Step(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        position = position_of(layer.inverted_cell, residue is not None)
+        if position is not None and new_state is not None:
+            step.cell = new_state.layers[i][position]
         with around(i):
-            streams = links[i].layer.undo(streams, step)
+            streams = layer.undo(streams, step)
     return streams
 
 
@@ -174,6 +199,7 @@ def rewind_chain(
     into: ChainGradients,
     joining: Grads = (),
     arguments: Sequence[Arguments] = (),
+    cells: list[Tensor | None] | None = None,
 ) -> Iterator[int]:
     """Recover the chain's input and the gradients with respect to it, one layer's graph alive at a time.
 
@@ -189,6 +215,7 @@ def rewind_chain(
         joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon
             as its stream has been rewound to the input, which is the order in which stored autograd adds.
         arguments: Conditioning by layer, made of tensors that are in `into.parameters`; empty where there is none.
+        cells: By layer, the cell after the chain, where it is recovered; becomes the one before it.
 
     Yields:
         The position of each layer that has been rewound.
@@ -201,10 +228,14 @@ def rewind_chain(
         step = Step(name=name, state=read.state, strides=read.strides, residue=residue, replay=partial(replaying, i))
         if arguments:
             step.arguments = arguments[i]
+        if cells is not None:
+            step.cell, cells[i] = cells[i], None
         state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
         indices = [*indices_of(layer), *into.conditioning(step.arguments)]
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
+        if cells is not None:
+            cells[i] = step.cell
         _join(flow, joining, first, i)
         into.add(indices, back.parameter_grads)
         if layer.stateful:

@@ -146,7 +146,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         _undisturbed(modules),
         uncached_autocast(),
         torch.enable_grad(),
-        _Flops() as counter,
+        Flops() as counter,
     ):
         weights = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
         ledger = _Ledger([*streams, *state.tensors(), *program.conditioning(), *weights])
@@ -172,7 +172,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
     return ChainCost(tuple(layers), tuple(places), tuple(reservoirs), returned, program.exact)
 
 
-class _Flops(TorchDispatchMode):
+class Flops(TorchDispatchMode):
     """Counts FLOPs as `torch.utils.flop_counter` does, whose own context keeps every graph alive by its hooks."""
 
     def __init__(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from revgrad.adapter import takes
+from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.layer import (
     NO_ARGUMENTS,
@@ -56,9 +57,14 @@ class Coupling(ReversibleLayer):
         stateful: Whether the transform takes and returns a conditioning state.
         carries: How many trailing tensors of the state go to the next stateful layer of the chain (PredRNN's zigzag
             memory) instead of the same layer at the next time step.
+        inverted_cell: Position in the state, counted from 0, of a cell that exact arithmetic recovers in the backward
+            pass instead of keeping it. The transform is then called with a keyword `update` besides, which it must
+            use on the cell: see `revgrad.CellUpdate`. In float arithmetic, whose inverse would divide by the forget
+            gate, the cell is kept and `update` is not given.
 
     Raises:
-        StreamError: There is no source, one is given twice, or the target is among them.
+        StreamError: There is no source, one is given twice, or the target is among them; a cell is to be inverted of a
+            transform that has no state or takes no `update`.
     """
 
     tensors_in_message = 1
@@ -72,6 +78,7 @@ class Coupling(ReversibleLayer):
         *,
         stateful: bool = False,
         carries: int = 0,
+        inverted_cell: int | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -88,13 +95,21 @@ class Coupling(ReversibleLayer):
         self.target = target
         self.stateful = stateful
         self.carries = carries
+        if inverted_cell is not None and not (stateful and inverted_cell >= 0 and self.accepts("update")):
+            raise StreamError(
+                f"{name}: inverted_cell={inverted_cell} needs stateful=True, and a transform whose forward has a "
+                "parameter update=revgrad.update_cell besides source and state"
+            )
+        self.inverted_cell = inverted_cell
 
     def updates(self) -> int:
         """The target."""
         return self.target
 
     def accepts(self, name: str) -> bool:
-        """Whether the transform has a parameter of this name besides those for sources and state."""
+        """Whether the transform has a parameter of this name besides those for sources and state, free to be given."""
+        if name == "update" and self.inverted_cell is not None:
+            return False
         return takes(self.transform, name, len(self._sources) + self.stateful)
 
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
@@ -162,8 +177,13 @@ class Coupling(ReversibleLayer):
         self._check_streams(streams, step)
         sources, target = tuple(_dense(streams[s]) for s in self._sources), streams[self.target]
         step.strides = tuple(x.stride() for x in sources)
-        message, step.new_state = self._message(sources, target, step.state, step.name, step.arguments)
+        update, state = update_for(self.inverted_cell, step, step.state, known=undo)
+        if undo and update is not None and torch.is_grad_enabled():
+            raise StreamError(f"{step.name}: undoing an inverted cell has no gradient: call it in torch.no_grad()")
+        message, step.new_state = self._message(sources, target, state, step.name, step.arguments, update)
         updated = self._updated(target, message, step.residue, undo=undo)
+        if isinstance(update, Recall):
+            step.cell = update.recover()
         if step.residue is not None:
             step.residue.watch(step.name, updated)
         return _replace(streams, self.target, updated), message
@@ -176,7 +196,8 @@ class Coupling(ReversibleLayer):
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
-            message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments)
+            update, states = update_for(self.inverted_cell, step, states, known=True)
+            message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
         check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
@@ -188,6 +209,8 @@ class Coupling(ReversibleLayer):
             message_grads = self._pull_log_det(flow, negated(log_det_grad), values, message_grads)
         with torch.no_grad():
             streams[self.target] = self._updated(streams[self.target], values, step.residue, undo=not undo)
+        if isinstance(update, Recall):
+            step.cell = update.recover()
         grad = grads[self.target]
         if grad is not None:
             vjp = self.unmerge_vjp if undo else self.merge_vjp
@@ -232,12 +255,20 @@ class Coupling(ReversibleLayer):
         return tuple(map(add, message_grads, rest))
 
     def _message(
-        self, sources: Streams, target: Tensor, state: Streams, name: str, arguments: Arguments = NO_ARGUMENTS
+        self,
+        sources: Streams,
+        target: Tensor,
+        state: Streams,
+        name: str,
+        arguments: Arguments = NO_ARGUMENTS,
+        update: Merge | Recall | None = None,
     ) -> tuple[Streams, Streams]:
         """Evaluate the transform and check what it returns."""
         # Neither can be traced; a compiled graph has no versions.
         compiling = torch.compiler.is_compiling()
         versions = [None if compiling or x.is_inference() else x._version for x in sources]
+        if update is not None:
+            arguments = {**arguments, "update": update}
         try:
             out = self.transform(*sources, *((state,) if self.stateful else ()), **arguments)
         except Exception as error:
@@ -263,6 +294,8 @@ class Coupling(ReversibleLayer):
                     f"{name}: the transform was given a state of {len(state)} tensor(s) and must return as many, "
                     f"got {len(new_state)}"
                 )
+            if update is not None:
+                update.check(new_state[self.inverted_cell])  # type: ignore[index]
         message = out if isinstance(out, tuple) else (out,)
         if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
             raise StreamError(

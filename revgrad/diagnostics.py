@@ -7,9 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revgrad.cell import position_of, without
 from revgrad.chain import ChainState
 from revgrad.conditioning import bind
 from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
+from revgrad.program import Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
@@ -102,11 +104,12 @@ def check_invertible(
         tolerance = 0.0 if exact else {torch.float32: 1e-3, torch.float64: 1e-9}.get(streams[0].dtype, 5e-2)
     residue = Residue() if exact else None
     snapshot = Snapshot(layer for _, layer in links)
-    state = checked_state(links, states)
+    state = Program((), links, (), (True,), exact).enter_state(checked_state(links, states))
     arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
     carry = state.carry
     inputs_of: list[Streams] = []
     read: list[State] = []
+    left: list[State] = []
     bits: list[float] = []
     residues: list[Residue | None] = []
     with snapshot.frozen_statistics():
@@ -119,6 +122,7 @@ def check_invertible(
             before = residue.used_bits if residue is not None else 0.0
             with snapshot.recording(i, streams[0].device):
                 streams = layer.run(streams, step)
+            left.append(step.new_state)
             residues.append(residue.clone() if residue is not None else None)
             updated = sum(y.numel() for x, y in zip(inputs_of[i], streams, strict=False) if x is not y)
             bits.append((residue.used_bits - before) / max(1, updated) if residue is not None else 0.0)
@@ -129,11 +133,17 @@ def check_invertible(
         for i in reversed(range(len(links))):
             name, layer = links[i]
             outputs = inputs_of[i + 1] if i + 1 < len(links) else streams
-            with snapshot.replaying(i):
-                own = layer.undo(outputs, Step(name, read[i], arguments=arguments[i], residue=residues[i]))
-            with snapshot.replaying(i):
-                recovered = layer.undo(recovered, Step(name, read[i], arguments=arguments[i], residue=residue))
-            reports.append(LayerReport(name, _error(own, inputs_of[i]), _error(recovered, inputs_of[i]), bits[i]))
+            position = position_of(layer.inverted_cell, exact)
+            errors: list[float] = []
+            for given, bits_left in ((outputs, residues[i]), (recovered, residue)):
+                step = Step(name, without(read[i], position), arguments=arguments[i], residue=bits_left)
+                expected = inputs_of[i]
+                if position is not None:
+                    step.cell, expected = left[i][position], (*expected, read[i][position])
+                with snapshot.replaying(i):
+                    found = recovered = layer.undo(given, step)
+                errors.append(_error(found if step.cell is None else (*found, step.cell), expected))
+            reports.append(LayerReport(name, errors[0], errors[1], bits[i]))
     return InvertibilityReport(tuple(reversed(reports)), exact, tolerance)
 
 

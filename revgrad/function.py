@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from revgrad.chain import ChainGradients, ChainState, fingerprint
+from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.offload import keeper_for
@@ -168,7 +168,7 @@ class _Outputs(torch.autograd.Function):
     """Runs the program. Outputs: one tensor per stream, time first where stacked, then the final state.
 
     Saved with `save_for_backward`, so that autograd notices when they are changed in place: the outputs (all
-    activations are recovered from them), the states that were read (they cannot be recovered), the parameters and
+    activations are recovered from them), the states that were read and cannot be recovered, the parameters and
     conditioning tensors (no copies), the given inputs where states are recomputed (no copies), and the residue. Random
     states and flags are kept in the snapshot.
     """
@@ -312,6 +312,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     snapshot.check_buffers()
     if recompute:
         tape.residue = None
+    else:
+        tape.cells = cells_of(program.core, state, program.exact)
     return outputs, state, tape
 
 

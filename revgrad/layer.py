@@ -36,6 +36,9 @@ class Step:
     strides: tuple[tuple[int, ...], ...] | None = None
     """Memory layout of each stream that a transform read, set by the layer: a second evaluation reads the same
     layout, since kernels for other layouts round differently."""
+    cell: Tensor | None = None
+    """The cell after the step, for a layer that recovers it (`inverted_cell`): given to `undo` and `rewind`, whose
+    `state` is without it. They leave the cell before the step in its place."""
     residue: Residue | None = None
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
@@ -74,6 +77,11 @@ class ReversibleLayer(nn.Module):
     """How often `rewind` evaluates what the forward pass evaluates once."""
     carries = 0
     """How many trailing tensors of the state go to the next stateful layer of the chain instead of the next time step.
+    """
+
+    inverted_cell: int | None = None
+    """Position in the layer's own state of a cell that exact arithmetic recovers instead of keeping it, see
+    `revgrad.cell`.
     """
 
     forgets = False

@@ -60,6 +60,7 @@ class _Counted(ReversibleLayer):
         self.stateful = layer.stateful
         self.carries = layer.carries
         self.forgets = layer.forgets
+        self.inverted_cell = layer.inverted_cell
 
     def run(self, streams: Streams, step: Step) -> Streams:
         return self._added(*self.layer.run_log_det(streams[:-1], step), streams[-1], step)

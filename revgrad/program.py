@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from revgrad.chain import Around, ChainState, Link, Read, no_context, run_chain
+from revgrad.cell import replaced_at
+from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain
 from revgrad.conditioning import Place, replaced, tensors_in
 from revgrad.errors import StreamError
 from revgrad.layer import Arguments, ReversibleLayer, Streams
@@ -109,12 +110,33 @@ class Program:
         """Put a given input on the grid, where exact; integers (the edges of a graph) are exact as they are."""
         if residue is None or self.on_grid:
             return streams
-        if torch._C._are_functorch_transforms_active():
-            raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
+        _refuse_transforms()
         streams = tuple(snap(x) if is_real(x) else x for x in streams)
         for x in filter(is_real, streams):
             residue.watch("the input", x)
         return streams
+
+    def enter_state(self, state: ChainState) -> ChainState:
+        """Put given cells that are recovered on the grid, where exact.
+
+        Raises:
+            StreamError: A state has no tensor in the cell's place.
+            ReversibilityError: A cell is too large for the grid, or not finite.
+        """
+        given = cells_of(self.core, state, self.exact)
+        snapped: dict[int, Tensor] = {}
+        notes = Residue(keep=False)
+        for (name, _), cell in zip(self.core, given, strict=True):
+            if cell is not None and id(cell) not in snapped:
+                _refuse_transforms()
+                snapped[id(cell)] = snap(cell).contiguous()
+                notes.watch(f"{name}, initial cell", cell)
+        notes.check_range()
+        layers = [
+            own if cell is None else replaced_at(own, layer.inverted_cell, snapped[id(cell)])
+            for (_, layer), own, cell in zip(self.core, state.layers, given, strict=True)
+        ]
+        return ChainState(tuple(layers), state.carry)
 
     def run_core(
         self,
@@ -151,6 +173,11 @@ class Program:
         return run_chain(
             self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2), self.arguments[2]
         )[0]
+
+
+def _refuse_transforms() -> None:
+    if torch._C._are_functorch_transforms_active():
+        raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
 
 
 def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from revgrad.budget import parse_bytes, run_cut, stored_layers
+from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
 from revgrad.conditioning import bind
 from revgrad.errors import StreamError
@@ -42,7 +43,7 @@ class ReversibleSequential(ReversibleLayer):
         mode: `reversible`; `checkpoint` (`torch.utils.checkpoint` around every layer) or `stored` give the same
             results from the same weights. May be changed at any time.
         arithmetic: `float`, `exact` (fixed-point streams, bit-exact inverse), or `auto`: exact if a coupling
-            forgets (gated, momentum).
+            forgets (gated, momentum, or with an inverted cell).
         anchor_every: In reversible mode, also keep the streams in front of every n-th layer: recovering goes on from
             them, so that float errors add up over n layers at most.
         drift_guard: In reversible mode, compare the recovered input of every layer with that of the forward pass, so
@@ -133,6 +134,7 @@ class ReversibleSequential(ReversibleLayer):
         program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
+        state = program.enter_state(state)
         if log_det:
             program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
         differentiated = differentiated and program.wants_gradients([streams], state)
@@ -162,6 +164,7 @@ class ReversibleSequential(ReversibleLayer):
         self,
         *streams: Tensor,
         states: ChainState | None = None,
+        new_states: ChainState | None = None,
         residue: Residue | None = None,
         per_layer: Sequence[Arguments | None] | None = None,
         log_det: bool = False,
@@ -172,6 +175,7 @@ class ReversibleSequential(ReversibleLayer):
         Args:
             streams: Outputs of the chain.
             states: The conditioning states that were given to the forward pass.
+            new_states: Those that it returned; needed where cells are inverted.
             residue: What the forward pass collected; is used up. Needed to undo gated couplings in exact arithmetic.
             per_layer: As in the forward pass.
             log_det: Whether to return `log |det dx/dy|` as well, `[B]`: a pair then.
@@ -189,12 +193,17 @@ class ReversibleSequential(ReversibleLayer):
                 "inverse: what one layer carries to the next is not determined by the states alone; see undo_chain"
             )
         bits = (residue if residue is not None else Residue()) if program.exact else None
+        after = None if new_states is None else checked_state(program.core, new_states)
+        read = [
+            without(own, position_of(layer.inverted_cell, program.exact))
+            for (_, layer), own in zip(program.core, state.layers, strict=True)
+        ]
         if not log_det:
-            return _result(undo_chain(program.core, streams, list(state.layers), bits, arguments=program.arguments[1]))
-        links = with_log_det(program).core[1:]
-        *out, total = undo_chain(
-            links, (*streams, start(streams)), list(state.layers), bits, arguments=program.arguments[1]
-        )
+            return _result(
+                undo_chain(program.core, streams, read, bits, arguments=program.arguments[1], new_state=after)
+            )
+        links, streams = with_log_det(program).core[1:], (*streams, start(streams))
+        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments[1], new_state=after)
         return _result(tuple(out)), total
 
     def accepts(self, name: str) -> bool:

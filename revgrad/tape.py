@@ -40,6 +40,8 @@ class Tape:
     """Per time step and position in the core, the layer's input."""
     keeper: Keeper = field(default_factory=Keeper)
     """Where states, features and anchors wait: what was taken out of the tape is to be fetched with it."""
+    cells: list[Tensor | None] = field(default_factory=list)
+    """By layer of the core, the final cell where it is recovered; empty where states are recomputed."""
 
     def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
@@ -159,4 +161,5 @@ def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
         tape.fingerprints,
         _map(tape.anchors, change),
         tape.keeper.anew(),
+        _map(tape.cells, change),
     )

@@ -51,7 +51,8 @@ def unroll(
         mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible`
             recomputes from the outputs and keeps only outputs, states and residue.
         arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
-            as they come; `auto` is exact if a coupling forgets (gated, momentum): its float inverse is ill-conditioned.
+            as they come; `auto` is exact if a coupling forgets (gated, momentum, or with an inverted cell): its float
+            inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core. `sqrt` is the root of the number of time steps, so that what is
             kept grows as the root.
@@ -96,7 +97,7 @@ def unroll(
         offload=offload,
     )
     _check_ends((*program.entry, *program.exit), program.exact)
-    state = checked_state(program.core, state)
+    state = program.enter_state(checked_state(program.core, state))
     check_offload(offload, mode)
     if mode == "reversible" and recomputing() and program.wants_gradients(given, state):
         return run_reversible(program, given, state, stacked=True)
@@ -228,7 +229,7 @@ def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
 
 def forgets(layer: ReversibleLayer) -> bool:
     """Whether exact arithmetic needs a residue to undo a layer, or one inside it."""
-    return any(isinstance(m, ReversibleLayer) and m.forgets for m in layer.modules())
+    return any(isinstance(m, ReversibleLayer) and (m.forgets or m.inverted_cell is not None) for m in layer.modules())
 
 
 def check_mode(mode: str) -> None:

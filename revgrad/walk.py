@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from revgrad.chain import ChainGradients, fingerprint, first_updates, rewind_chain
+from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.program import Program, is_real
@@ -57,6 +57,8 @@ class Walk:
         entry += [i for given in program.arguments[0] for i in gradients.conditioning(given)]
         self.entry_wanted = inputs_wanted or any(gradients.parameters[i].requires_grad for i in entry)
         self._input_grads: list[Grads] = []
+        self._cells, tape.cells = tape.cells, []
+        self._start: ChainState | None = None
 
     def input_grads(self) -> Grads:
         """Gradients of the given inputs in their order, if wanted, once all has been rewound. All others end up in
@@ -93,6 +95,7 @@ class Walk:
                     self._input_grads.append(tuple(flow.grads))
             if residue is not None:
                 residue.check_undone_to(segment.residue)
+            self._compare_cells(segment)
 
     def _step(self, t: int, flow: Flow, feedback: Grads, earlier: Grads, residue: Residue | None) -> Iterator[int]:
         """One time step backwards.
@@ -124,6 +127,7 @@ class Walk:
             self.gradients,
             joining,
             self.program.arguments[part],
+            self._cells if part == 1 else None,
         )
         for i in positions:
             self._arrive(t, part, i, flow, links[i].name)
@@ -136,6 +140,8 @@ class Walk:
         """Run a segment again from its start, this time keeping the states that are read."""
         residue = segment.residue.clone() if segment.residue is not None else None
         features, state = self.tape.start_of(segment)
+        self._cells = []  # those of the segment's end come out again
+        self._start = state
         with torch.no_grad(), self.snapshot.standing_in(self.gradients.parameters):
             for t in range(segment.first, segment.last + 1):
                 entered = self.given[t]
@@ -147,7 +153,23 @@ class Walk:
                 )
         if residue is not None:
             residue.check_range()
+        self._cells = cells_of(self.program.core, state, self.program.exact)
         return residue
+
+    def _compare_cells(self, segment: Segment) -> None:
+        """Raise unless the cells recovered are those that the segment started from."""
+        links = self.program.core
+        if all(cell is None for cell in self._cells):
+            return
+        start = self.tape.start_of(segment)[1] if self._start is None else self._start
+        given, self._start = cells_of(links, start, self.program.exact), None
+        for (name, _), found, expected in zip(links, self._cells, given, strict=True):
+            if expected is not None and not torch.equal(found, expected):  # type: ignore[arg-type]
+                raise ReversibilityError(
+                    f"{name}: the cell recovered in the backward pass differs from the one given, so the gradient "
+                    "would be wrong: is the transform not deterministic? Choose mode='stored', or make the coupling "
+                    "without inverted_cell"
+                )
 
     def _arrive(self, t: int, part: int, position: int, flow: Flow, name: str) -> None:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""

@@ -1,5 +1,8 @@
+from functools import partial
+
 import pytest
 
+from benchmarks import memory
 from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, state_gradients_mb, states_mb, training_peak
 from benchmarks.training import Variant
 from crevnet.model import CrevNetConfig
@@ -18,6 +21,28 @@ def test_states_are_those_of_every_step_and_one_tensor_of_zeros(cell, tensors):
 def test_states_kept_every_fourth_step_are_segment_starts_and_one_segment(cell, tensors):
     config = CrevNetConfig(cell=cell, keep_states_every=4)
     assert states_mb(config, steps=19) == pytest.approx(tensors * 6144 * 4 / 1e6)
+
+
+@pytest.mark.parametrize(("cell", "tensors"), [("stlstm", 18 * 8 + 19 * 8 + 2 + 8), ("convlstm", 18 * 8 + 2 + 8)])
+def test_inverted_cells_are_the_last_ones_and_one_tensor_of_zeros(cell, tensors):
+    config = CrevNetConfig(cell=cell, cell_states="inverted")
+    assert states_mb(config, steps=19) == pytest.approx(tensors * 6144 * 4 / 1e6)
+
+
+def test_inverted_cells_of_a_segment_are_those_before_and_behind_it():
+    config = CrevNetConfig(cell="convlstm", cell_states="inverted", keep_states_every=4)
+    assert states_mb(config, steps=19) == pytest.approx((2 + 3 * 16 + 3 * 8 + 2 * 8) * 6144 * 4 / 1e6)
+
+
+def test_flops_of_a_reversible_step_are_four_thirds_and_of_inverted_cells_no_more(monkeypatch):
+    monkeypatch.setattr(memory, "CrevNetConfig", partial(CrevNetConfig, **SMALL))
+    stored, reversible, inverted = (
+        memory.flops.__wrapped__("stlstm", variant, 3)
+        for variant in (Variant("stored"), Variant("reversible"), Variant("reversible", cell_states="inverted"))
+    )
+    assert reversible == inverted
+    # Of the input's gradient, which nobody wants, neither side has the operations.
+    assert 4 / 3 <= reversible / stored < 1.36
 
 
 def test_state_gradients_are_those_of_one_step():

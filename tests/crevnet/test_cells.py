@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from crevnet.cells import CELLS, ConvLSTMCell, STLSTMCell
+from crevnet.cells import CELL, CELLS, ConvLSTMCell, STLSTMCell
+from revgrad import update_cell
 
 CHANNELS = 2
 SIZES = [(3, 4), (2, 3, 2)]
@@ -103,6 +104,24 @@ def test_matches_the_equations_over_three_time_steps(kind, size, kernel_size):
         assert hidden is state[0]
         for found, wanted in zip(state, expected, strict=True):
             np.testing.assert_allclose(found.detach().numpy(), wanted, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_an_update_from_outside_takes_the_place_of_the_cells_own(kind, size):
+    cell, state, (x,) = make(kind, size), state_of(kind, size), tensors(1, size)
+    given = []
+
+    def update(before, decay, increment):
+        given.append(before)
+        return update_cell(before, decay, increment)
+
+    found, expected = cell(x, state, update)[1], cell(x, state)[1]
+    assert given[0] is state[CELL]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-13)
+    doubled = cell(x, state, lambda *args: 2 * update_cell(*args))[1]
+    torch.testing.assert_close(doubled[CELL], 2 * expected[CELL], rtol=0, atol=1e-13)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -307,6 +307,77 @@ class TestModes:
         assert differing(found, {name: wanted[name] for name in found}) == []
 
 
+class TestInvertedCellStates:
+    """Cell states recovered instead of kept: other rounding, the same gradients as stored autograd's."""
+
+    @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize(
+        "changes", [{"mode": "checkpoint"}, {}, {"keep_states_every": 2}, {"stacking": "channels"}], ids=str
+    )
+    def test_teacher_forcing_equals_stored_autograd_bit_for_bit(self, cell, changes):
+        model = make(cell, cell_states="inverted", **changes)
+        clips = clips_for(model)
+        wanted, wanted_grads = train_once(twins(model, mode="stored"), clips)
+        found, grads = train_once(model, clips)
+        assert torch.equal(found, wanted)
+        assert differing(grads, wanted_grads) == []
+        assert all(bool(g.any()) for g in wanted_grads.values()), "every gradient is really there"
+
+    @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize(("given", "fed", "steps"), SCHEDULES.values(), ids=SCHEDULES)
+    def test_free_running_in_double_precision(self, cell, given, fed, steps):
+        model = make(cell, cell_states="inverted").double()
+        clips = clips_for(model, given).double()
+        wanted, wanted_grads = train_once(twins(model, mode="stored"), clips, fed, steps)
+        found, grads = train_once(model, clips, fed, steps)
+        assert torch.equal(found, wanted)
+        errors = relative_errors(grads, wanted_grads)
+        assert max(errors.values()) <= 1e-8, {n: e for n, e in errors.items() if e > 1e-8}
+
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_both_have_the_same_weights_and_close_predictions(self, cell):
+        kept, inverted = make(cell), make(cell, cell_states="inverted")
+        assert differing(inverted.state_dict(), kept.state_dict()) == []
+        inverted.load_state_dict(kept.state_dict())
+        clips = clips_for(kept, 2)
+        with torch.no_grad():
+            found, wanted = inverted(clips, steps=4), kept(clips, steps=4)
+        assert not torch.equal(found, wanted)
+        torch.testing.assert_close(found, wanted, atol=2e-3, rtol=0)
+        with torch.no_grad():
+            assert torch.equal(kept(clips, steps=4), wanted)
+
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_every_step_gives_its_clip_back_bit_for_bit(self, cell):
+        model = make(cell, cell_states="inverted").eval()
+        done, state = [], None
+        for clip in (*clips_for(model, 3, seed=3).unbind(1), None, None):
+            before = snap(clip) if clip is not None else done[-1][1]
+            prediction, state = model.step(clip, state)
+            done.append((before, prediction, state))
+        for before, prediction, states in reversed(done):
+            assert torch.equal(model.reconstruct(prediction, states), before)
+
+    @pytest.mark.parametrize("cell", CELLS)
+    def test_predict_is_the_free_running_forward_pass(self, cell):
+        model = make(cell, cell_states="inverted").eval()
+        frames = frames_for(model, 4)
+        whole = model(frames_to_clips(frames, CLIP, "depth"), steps=5).detach()
+        assert torch.equal(model.predict(frames, 3), newest_frames(whole, 1, "depth")[:, 2:])
+
+    def test_a_step_evaluates_each_module_once_forwards_and_once_backwards(self):
+        model = make(cell_states="inverted")
+        calls = count_transforms(model)
+        out = model(clips_for(model))
+        forward = dict(calls)
+        out.sum().backward()
+        assert calls == {part: 2 * count for part, count in forward.items()}
+
+    def test_float_arithmetic_is_refused(self):
+        with pytest.raises(ValueError, match=r"model.cell_states 'inverted' needs model.arithmetic 'exact'"):
+            CrevNetConfig(cell_states="inverted", arithmetic="float")
+
+
 class TestNoReencoding:
     """Past the warm-up the predictor goes on from its own output (figure 1)."""
 

@@ -118,6 +118,7 @@ def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
         {"model.cell": "stlstm", "model.stacking": "channels"},
         {"model.cell": "convlstm", "model.stacking": "channels", "model.norm": "batch"},
         {"feeding.kind": "free", "model.keep_states_every": 2},
+        {"feeding.kind": "free", "model.cell_states": "inverted", "model.cell": "stlstm"},
         {"model.mode": "checkpoint", "model.arithmetic": "float"},
         {"run.precision": "bf16-mixed", "model.cell": "stlstm"},
     ],
