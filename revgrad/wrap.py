@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.layer import ReversibleLayer, Step, Streams
@@ -29,7 +30,7 @@ def wrap(
         log_det: Called as `forward`, returns the log-determinant `[B]`, or None where it is zero.
 
     Returns:
-        The layer. Its first use compares the streams with what comes back.
+        The layer. Its first use on values compares the streams with what comes back.
     """
     return Wrapped(forward, inverse, log_det)
 
@@ -78,9 +79,9 @@ class Wrapped(ReversibleLayer):
         if step.residue is not None:
             raise StreamError(f"{step.name}: a wrapped function has no exact form; choose arithmetic='float'")
         out = _streams(there, streams, step)
-        # What is traced or batched has no values to compare yet.
+        # What is traced, batched, fake or on the meta device has no values to compare yet.
         traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-        if not self._checked and not traced:
+        if not (self._checked or traced or any(isinstance(x, FakeTensor) or x.is_meta for x in (*streams, *out))):
             with torch.no_grad():
                 _compare(_streams(back, out, step), streams, step)
             self._checked = True

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import Inverse, ReversibilityError, ReversibleSequential, StreamError, check_invertible, wrap
+from revgrad import Inverse, ReversibilityError, ReversibleSequential, StreamError, check_invertible, plan, wrap
 
 MODES = ["stored", "checkpoint", "reversible"]
 
@@ -171,6 +171,21 @@ def test_transforms_of_functions_leave_the_check_to_the_first_real_use():
     assert torch.equal(torch.func.vmap(chain)(x), 2 * x)
     with pytest.raises(ReversibilityError, match="the inverse is off"):
         chain(x)
+
+
+def test_a_plan_before_the_first_use_leaves_the_check_to_it():
+    inverse = torch.sin
+    layer = wrap(torch.asinh, lambda x: inverse(x))
+    chain = ReversibleSequential(layer)
+    for x in (torch.randn(5, 3), torch.empty(5, 3, device="meta")):
+        assert plan(chain, x).layers == 1
+        assert not layer._checked
+    assert chain(torch.empty(5, 3, device="meta")).shape == (5, 3)
+    with pytest.raises(ReversibilityError, match="the inverse is off"):
+        chain(torch.randn(5, 3))
+    inverse = torch.sinh
+    chain(torch.randn(5, 3))
+    assert layer._checked
 
 
 def test_diagnosis_and_representation():
