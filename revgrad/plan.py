@@ -4,12 +4,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from revgrad_kernels.reservoir import level_costs
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from revgrad.budget import choose_stored, parse_bytes
-from revgrad.chain import ChainState
+from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
 from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
@@ -82,7 +83,7 @@ def plan(
     inputs: Tensor | Sequence[Tensor],
     states: ChainState | None = None,
     *,
-    budgets: Sequence[int | str] | None = None,
+    budgets: int | str | Sequence[int | str] | None = None,
     conditioning: Arguments = NO_ARGUMENTS,
 ) -> Plan:
     """Tell what every way to train a chain keeps and recomputes. Nothing is computed and no memory is taken.
@@ -93,11 +94,11 @@ def plan(
 
     Args:
         model: A reversible layer or chain; in whichever mode.
-        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be fake tensors,
-            of a mode that lets real weights in (`allow_non_fake_inputs`).
+        inputs: Its input stream or streams. Only shapes, dtypes and `requires_grad` matter: they may be on the meta
+            device, or fake tensors of a mode that lets real weights in (`allow_non_fake_inputs`).
         states: Conditioning states, if it is stateful.
-        budgets: Memory budgets to plan for. By default the model's own, or else a quarter, a half and three quarters of
-            what storing everything would add.
+        budgets: Memory budget or budgets to plan for. By default the model's own, or else a quarter, a half and three
+            quarters of what storing everything would add.
         conditioning: Arguments for every transform that takes them.
 
     Raises:
@@ -111,22 +112,25 @@ def plan(
     arguments = ((), bind(links, conditioning), ())
     exact = is_exact(own.arithmetic, links)
     program = Program((), links, (), (True,), exact, arguments=arguments, anchor_every=own.anchor_every)
+    device = _device(links, streams)
     if exact:
-        level_costs(streams[0].device)  # a table that is made once: not of fake tensors
+        level_costs(device)  # a table that is made once: not of fake tensors
     with _fake_mode(streams) as mode:
 
         def fake(tensors: Sequence[Tensor]) -> Streams:
-            return tuple(x if isinstance(x, FakeTensor) else mode.from_tensor(x) for x in tensors)
+            return tuple(x if isinstance(x, FakeTensor) else _on(device, mode.from_tensor(x)) for x in tensors)
 
         program = program.emptied().filled(fake(program.conditioning()))
         cost = measure(program, fake(streams), state.replace(fake(state.tensors())))
     count = len(cost.layers)
     stored = _way("stored", cost, (True,) * count)
     every_reversed = _way("reversible", cost, (False,) * count, program.anchor_every)
-    if budgets is None and own.memory_budget is not None:
-        budgets = [own.memory_budget]
+    if budgets is None:
+        budgets = own.memory_budget
     if budgets is None:
         budgets = [max(0, stored.kept_bytes - every_reversed.kept_bytes) * i // 4 for i in (1, 2, 3)]
+    if isinstance(budgets, (int, str)):
+        budgets = [budgets]
     budgeted = [
         _way(
             f"budget {size if isinstance(size, str) else _bytes(size)}",
@@ -172,3 +176,14 @@ def _fake_mode(streams: Streams) -> FakeTensorMode:
     """That of the streams, if they are fake."""
     own = next((x.fake_mode for x in streams if isinstance(x, FakeTensor)), None)
     return own or FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def _device(links: Sequence[Link], streams: Streams) -> torch.device:
+    """Where the chain would run: that of the streams, or of the weights where the streams are on the meta device."""
+    weights = (x for _, layer in links for x in (*layer.parameters(), *layer.buffers()))
+    return next((x.device for x in (*streams, *weights) if not x.is_meta), streams[0].device)
+
+
+def _on(device: torch.device, x: Tensor) -> Tensor:
+    """A fake tensor that stands for one on this device, if it is of the meta device."""
+    return torch.empty_like(x, device=device).requires_grad_(x.requires_grad) if x.is_meta else x

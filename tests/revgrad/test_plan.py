@@ -88,6 +88,14 @@ def test_inputs_larger_than_any_memory(make):
     assert "32.0 TiB" in str(found)
 
 
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.parametrize("weights", ["cpu", "meta"])
+def test_inputs_on_the_meta_device(make, kind, weights):
+    expected = plan(make.chain(kind, 4), make.streams())
+    x = tuple(t.to("meta") for t in make.streams())
+    assert plan(make.chain(kind, 4).to(weights), x) == expected
+
+
 def test_states(make):
     model, x = make.recurrent("additive", 3), make.streams()
     state = make.state(model)
@@ -113,6 +121,8 @@ def test_budgets(make):
     assert [way.name for way in plan(model, x).budgeted] == ["budget 1 KiB"]
     assert [way.name for way in plan(model, x, budgets=[1536]).budgeted] == ["budget 1.5 KiB"]
     assert plan(model, x, budgets=()).budgeted == ()
+    assert plan(model, x, budgets="2 KiB") == plan(model, x, budgets=["2 KiB"])
+    assert plan(model, x, budgets=2048) == plan(model, x, budgets=[2048])
     with pytest.raises(StreamError, match="memory_budget must be"):
         plan(model, x, budgets=["much"])
 
