@@ -87,6 +87,22 @@ class ReversibleLayer(nn.Module):
     forgets = False
     """Whether exact arithmetic needs a residue to undo the layer."""
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Only chains are called.
+
+        Raises:
+            StreamError: Always.
+        """
+        name = type(self).__name__
+        raise StreamError(
+            f"{name}: a layer is not called by itself: put it into a chain, ReversibleSequential({name}(...)), and "
+            "call that"
+        )
+
+    def chosen_options(self) -> dict[str, Any]:
+        """By name, the options of a chain that are not at their defaults; a layer has none."""
+        return {}
+
     def updates(self) -> int | None:
         """Index of the only stream that the layer changes; None where it may change any."""
         return None

@@ -1,7 +1,8 @@
 """`ReversibleSequential`: like `nn.Sequential`, for reversible layers."""
 
+import inspect
 from collections.abc import Hashable, Iterator, Sequence
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +56,8 @@ class ReversibleSequential(ReversibleLayer):
         offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
             where the chain runs on CUDA. Elsewhere nothing changes.
 
-    Nested chains are flattened: mode, arithmetic and what follows them are those of the outermost one.
+    Nested chains are flattened: mode, arithmetic and what follows them are those of the outermost one. A slice,
+    `chain[:k]`, is a chain of the same layers with the same options.
 
     Raises:
         StreamError: A layer is not reversible, streams and states do not fit (named by its place in the chain), or an
@@ -73,6 +75,7 @@ class ReversibleSequential(ReversibleLayer):
         offload: bool = False,
     ) -> None:
         super().__init__()
+        chain_links(layers)  # names what is no layer
         self.layers = nn.ModuleList(layers)
         self.mode = mode
         self.arithmetic = arithmetic
@@ -96,8 +99,44 @@ class ReversibleSequential(ReversibleLayer):
     def __len__(self) -> int:
         return len(self.layers)
 
-    def __getitem__(self, index: int) -> nn.Module:
+    @overload
+    def __getitem__(self, index: int) -> nn.Module: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> "ReversibleSequential": ...
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):
+            part = ReversibleSequential(*list(self)[index])
+            part.training = self.training
+            for name, value in self.chosen_options().items():
+                setattr(part, name, value)
+            return part
         return self.layers[index]
+
+    @property
+    def mode(self) -> Mode:
+        """`reversible`, `checkpoint` or `stored`; may be changed at any time."""
+        return self._mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        check_mode(mode)
+        self._mode = mode
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """`float`, `exact` or `auto`; may be changed at any time."""
+        return self._arithmetic
+
+    @arithmetic.setter
+    def arithmetic(self, arithmetic: Arithmetic) -> None:
+        is_exact(arithmetic, ())
+        self._arithmetic = arithmetic
+
+    def chosen_options(self) -> dict[str, Any]:
+        """By name, the options that are not at their defaults."""
+        return {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
 
     def forward(
         self,
@@ -128,7 +167,6 @@ class ReversibleSequential(ReversibleLayer):
         Raises:
             StreamError: Conditioning that no layer takes, besides what the class says.
         """
-        check_mode(self.mode)
         check_offload(self.offload, self.mode)
         differentiated = self.mode == "reversible" and recomputing()
         program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
@@ -250,10 +288,15 @@ class ReversibleSequential(ReversibleLayer):
 
     def extra_repr(self) -> str:
         """Mode, arithmetic, and the options that are not left at their defaults."""
-        options = {name: getattr(self, name) for name in ("anchor_every", "drift_guard", "memory_budget", "offload")}
-        chosen = [f", {name}={value!r}" for name, value in options.items() if value]
-        return f"mode={self.mode!r}, arithmetic={self.arithmetic!r}{''.join(chosen)}"
+        shown = {"mode": self.mode, "arithmetic": self.arithmetic} | self.chosen_options()
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
 def _result(streams: Streams) -> Result:
     return streams[0] if len(streams) == 1 else streams
+
+
+_DEFAULTS = {
+    p.name: p.default for p in inspect.signature(ReversibleSequential).parameters.values() if p.kind is p.KEYWORD_ONLY
+}
+"""The options of a chain, each of which is an attribute of the same name."""

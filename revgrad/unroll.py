@@ -42,7 +42,8 @@ def unroll(
     """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
 
     Args:
-        core: The layers that have states. The state that they leave at one time step they read at the next.
+        core: The layers that have states. The state that they leave at one time step they read at the next. Where it
+            is a chain with options of its own, the same are to be passed here; those of entry and exit do not count.
         inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output
             of the step before, without exit and entry (section 2.1: the exit undoes the entry).
         state: The first step's conditioning state; required if a layer is stateful.
@@ -51,8 +52,8 @@ def unroll(
         mode: `stored` keeps every activation, `checkpoint` recomputes each time step from its input, `reversible`
             recomputes from the outputs and keeps only outputs, states and residue.
         arithmetic: `exact` carries the streams on a fixed-point grid, where inverses are exact bit for bit; `float`
-            as they come; `auto` is exact if a coupling forgets (gated, momentum, or with an inverted cell): its float
-            inverse is ill-conditioned.
+            as they come; `auto` is the core's own arithmetic, if it is a chain that has been given one, and else exact
+            if a coupling forgets (gated, momentum, or with an inverted cell): its float inverse is ill-conditioned.
         keep_states_every: In reversible mode, keep the states of every n-th time step only and recompute the others, at
             one more forward pass of entry and core. `sqrt` is the root of the number of time steps, so that what is
             kept grows as the root.
@@ -69,10 +70,18 @@ def unroll(
         One tensor per output stream, `[T, ...]` with time first, and the final state.
 
     Raises:
-        StreamError: No input at the first step, unknown mode, wrong number of streams or states, conditioning that no
-            layer takes.
+        StreamError: An option of the core that is not passed to `unroll` as well, no input at the first step, unknown
+            mode, wrong number of streams or states, conditioning that no layer takes.
     """
     links = [chain_links(part) for part in (entry, core, exit)]
+    arithmetic = _agreed(
+        core,
+        mode=mode,
+        arithmetic=arithmetic,
+        anchor_every=anchor_every,
+        drift_guard=drift_guard,
+        offload=offload,
+    )
     given = [x if x is None else checked_streams("unroll", (x,) if isinstance(x, Tensor) else x) for x in inputs]
     if not given or given[0] is None:
         raise StreamError("unroll: the first time step must be given an input")
@@ -105,6 +114,28 @@ def unroll(
         return _run_checkpointed(program, given, state)
     check_mode(mode)
     return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
+
+
+def _agreed(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
+    """The arithmetic, which may be the core's own.
+
+    Raises:
+        StreamError: The core has been given an option that `unroll` has been given otherwise, or does not have.
+    """
+    while isinstance(core, Inverse):
+        core = core.layer
+    own = core.chosen_options() if isinstance(core, ReversibleLayer) else {}
+    if arithmetic == "auto":
+        arithmetic = own.get("arithmetic", arithmetic)
+    given["arithmetic"] = arithmetic
+    for name, value in own.items():
+        if value == given.get(name):
+            continue
+        fix = f"pass the same to unroll, {name}={value!r}" if name in given else "unroll has no such option"
+        raise StreamError(
+            f"unroll: the core is a chain with {name}={value!r}, which would be ignored: {fix}, or take it off the core"
+        )
+    return arithmetic
 
 
 def _segment_length(every: int | str, steps: int) -> int:
@@ -197,15 +228,33 @@ def chain_links(chain: Chain, prefix: str = "") -> tuple[Link, ...]:
         return tuple(Link(f"inverse of {name}", Inverse(layer)) for name, layer in reversed(inner))
     if isinstance(chain, ReversibleLayer) and not is_sequence(chain):
         return (Link(f"layer {prefix or '0'} ({describe(chain)})", chain),)
+    if not isinstance(chain, Iterable):
+        raise StreamError(f"a {type(chain).__name__} is no chain of reversible layers: {_advice(chain, chain)}")
     links: list[Link] = []
-    for i, layer in enumerate(chain):  # type: ignore[arg-type]
+    for i, layer in enumerate(chain):
         if not isinstance(layer, ReversibleLayer):
             raise StreamError(
-                f"layer {prefix}{i} is a {type(layer).__name__}, not a reversible layer: put it inside a coupling, "
-                "AdditiveCoupling(module)"
+                f"layer {prefix}{i} is a {type(layer).__name__}, not a reversible layer: {_advice(chain, layer)}"
             )
         links += chain_links(layer, f"{prefix}.{i}" if prefix else f"{i}")
     return tuple(links)
+
+
+def _advice(chain: Any, wrong: Any) -> str:
+    """What to do about something that is no reversible layer.
+
+    Args:
+        chain: What was given.
+        wrong: The item of it that is none, or itself.
+    """
+    if isinstance(chain, nn.Module):
+        inside = [name for name, m in chain.named_modules() if isinstance(m, ReversibleLayer) and is_sequence(m)]
+        if inside:
+            return f"pass the chain that is inside, .{inside[0]}, and the streams that it is given"
+    layers = list(wrong) if isinstance(wrong, Iterable) else []
+    if layers and all(isinstance(x, ReversibleLayer) for x in layers):
+        return "unpack it, ReversibleSequential(*layers)"
+    return "put it inside a coupling, AdditiveCoupling(module)"
 
 
 def is_sequence(layer: Any) -> bool:

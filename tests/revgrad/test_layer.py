@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, Swap
+from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, StreamError, Swap
 from revgrad.layer import add, gradients, leaf, negated, per_sample
 
 
@@ -118,6 +118,13 @@ def test_gradients_take_none_for_zero():
     found = gradients((3 * x, constant, 5 * x), (one, one, None), (x, constant, y))
     assert found[0].tolist() == [3, 3]
     assert found[1:] == (None, None)
+
+
+@pytest.mark.parametrize("layer", [Swap(), AdditiveCoupling(nn.Linear(3, 3)), Inverse(Swap()), Shear()])
+def test_a_layer_is_not_called_by_itself(layer):
+    name = type(layer).__name__
+    with pytest.raises(StreamError, match=rf"{name}: .*put it into a chain, ReversibleSequential\({name}\(...\)\)"):
+        layer(*three())
 
 
 def test_add_takes_none_for_zero():

@@ -1,5 +1,7 @@
 import copy
+import inspect
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -143,6 +145,37 @@ def test_feels_like_a_sequential(make):
     assert [name for name, _ in chain.named_children()] == ["layers"]
 
 
+def test_a_slice_is_a_chain_of_the_same_layers(make, check):
+    chain, x = make.chain("mixed", 6, arithmetic="float"), make.streams()
+    first, second = chain[:2], chain[2:]
+    assert list(first) + list(second) == list(chain)
+    assert list(chain[::-2]) == list(chain)[::-2]
+    assert list(chain[-1:]) == [chain[-1]]
+    expected = torch.autograd.grad(check.loss(chain(*x)), [*x, *chain.parameters()])
+    found = torch.autograd.grad(check.loss(second(*first(*x))), [*x, *chain.parameters()])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_slice_has_the_options_of_its_chain(make):
+    chosen = {
+        "mode": "reversible",
+        "arithmetic": "float",
+        "anchor_every": 2,
+        "drift_guard": 3,
+        "memory_budget": "1 MiB",
+    }
+    options = [p for p in inspect.signature(ReversibleSequential).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    assert {p.name for p in options} == chosen.keys()
+    chain = make.chain("additive", 4, **chosen).eval()
+    assert {name: getattr(chain[1:], name) for name in chosen} == chosen
+    assert not chain[1:].training
+    chain.mode = "stored"
+    assert chain[:1].mode == "stored"
+    assert chain[:1].chosen_options() == chosen | {"mode": "stored"}
+    assert make.chain("additive", 4)[:1].chosen_options() == {}
+
+
 def test_lone_stream_comes_bare_and_several_as_a_tuple(make):
     x = torch.randn(2, 8, requires_grad=True)
     assert isinstance(ReversibleSequential(Swap())(x), torch.Tensor)
@@ -205,8 +238,11 @@ def test_errors_name_the_place_in_nested_chains(make):
 def test_layer_that_is_not_reversible():
     with pytest.raises(StreamError, match=r"layer 1 is a Linear, not a reversible layer: put it inside a coupling"):
         ReversibleSequential(Swap(), nn.Linear(2, 2))
-    with pytest.raises(StreamError, match="layer 0 is a Sequential, not a reversible layer"):
+    with pytest.raises(StreamError, match="layer 0 is a Sequential, not a reversible layer: put it inside a coupling"):
         ReversibleSequential(nn.Sequential(Swap(), nn.ReLU()))
+    for several in ([Swap(), Swap()], nn.ModuleList([Swap()])):
+        with pytest.raises(StreamError, match=r"not a reversible layer: unpack it, ReversibleSequential\(\*layers\)"):
+            ReversibleSequential(several)
 
 
 # Inverse
@@ -364,9 +400,16 @@ def test_wrong_states(make, mode):
 
 def test_wrong_mode_and_arithmetic(make):
     with pytest.raises(StreamError, match="mode must be 'stored', 'checkpoint' or 'reversible', got 'fast'"):
-        make.chain("additive", 2, mode="fast")(*make.streams())
+        make.chain("additive", 2, mode="fast")
     with pytest.raises(StreamError, match="arithmetic must be 'auto', 'exact' or 'float', got 'int'"):
-        make.chain("additive", 2, arithmetic="int")(*make.streams())
+        make.chain("additive", 2, arithmetic="int")
+    chain = make.chain("additive", 2, mode="stored", arithmetic="exact")
+    with pytest.raises(StreamError, match="mode must be"):
+        chain.mode = "fast"
+    with pytest.raises(StreamError, match="arithmetic must be"):
+        chain.arithmetic = "int"
+    for same in (chain, copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
+        assert (same.mode, same.arithmetic) == ("stored", "exact")
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -247,6 +247,38 @@ def test_wrong_calls(make, mode):
         unroll(core, [x], mode="lazy")
 
 
+def test_options_of_the_core_are_not_ignored(make):
+    x = make.streams()
+    cases = [
+        ({"mode": "stored"}, {}),
+        ({"mode": "stored"}, {"mode": "checkpoint"}),
+        ({"arithmetic": "exact"}, {"arithmetic": "float"}),
+        ({"anchor_every": 2}, {"anchor_every": 1}),
+        ({"drift_guard": True}, {}),
+    ]
+    for own, given in cases:
+        (name,) = own
+        core = make.chain("additive", 2, **own)
+        for chain in (core, Inverse(core)):
+            with pytest.raises(StreamError, match=f"the core is a chain with {name}=.*pass the same to unroll"):
+                unroll(chain, [x], **given)
+        unroll(core, [x], **own)
+        unroll(list(core), [x], **given)
+    with pytest.raises(StreamError, match="memory_budget='1 KiB', which would be ignored: unroll has no such option"):
+        unroll(make.chain("additive", 2, memory_budget="1 KiB"), [x])
+    unroll(make.chain("additive", 2), [x], mode="stored", arithmetic="exact", anchor_every=1, drift_guard=True)
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_auto_is_the_arithmetic_of_the_core(make, arithmetic):
+    x = make.streams()
+    core = make.chain("mixed", 4, arithmetic=arithmetic)
+    outputs, _ = unroll(core, [x])
+    assert all(torch.equal(y[0], expected) for y, expected in zip(outputs, core(*x), strict=True))
+    other, _ = unroll(list(core), [x], arithmetic="float" if arithmetic == "exact" else "exact")
+    assert not torch.equal(outputs[1], other[1])
+
+
 def test_gated_entry_in_float(make, check):
     entry, core, x = make.chain("gated", 2), make.chain("additive", 2), make.streams()
     leaves = (*x, *entry.parameters(), *core.parameters())
