@@ -20,9 +20,7 @@ from revgrad.unroll import Arithmetic, Mode
 def from_pairs(
     pairs: Iterable[tuple[nn.Module | None, nn.Module | None]],
     split_dim: int | None = None,
-    *,
-    mode: Mode = "reversible",
-    arithmetic: Arithmetic = "auto",
+    **options: Any,
 ) -> ReversibleSequential:
     """A chain of the blocks of RevNet, Reformer, RevTorch and memcnn: `y1 = x1 + F(x2)`, then `y2 = x2 + G(y1)`.
 
@@ -30,8 +28,7 @@ def from_pairs(
         pairs: `(F, G)` per block. None for one that adds nothing.
         split_dim: Dimension along which a single tensor is halved on its way in and joined on its way out; by default
             the chain takes and returns the two streams.
-        mode: See `ReversibleSequential`.
-        arithmetic: See `ReversibleSequential`.
+        options: Of `ReversibleSequential`.
 
     Raises:
         StreamError: A pair is not two modules or None; or nothing is left to run.
@@ -49,14 +46,12 @@ def from_pairs(
         raise StreamError("from_pairs: there is no module in the pairs")
     if split_dim is not None:
         layers = [Split(2, split_dim), *layers, Concatenate(2, split_dim)]
-    return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
+    return ReversibleSequential(*layers, **options)
 
 
 def from_groups(
     blocks: Iterable[Sequence[nn.Module]],
-    *,
-    mode: Mode = "reversible",
-    arithmetic: Arithmetic = "auto",
+    **options: Any,
 ) -> ReversibleSequential:
     """A chain of grouped reversible blocks (Li et al. 2021, RevGNN; PyG's `GroupAddRev`) on k streams.
 
@@ -65,8 +60,7 @@ def from_groups(
 
     Args:
         blocks: k modules per block, at least two, the same number in each.
-        mode: See `ReversibleSequential`.
-        arithmetic: See `ReversibleSequential`.
+        options: Of `ReversibleSequential`.
 
     Raises:
         StreamError: There are no blocks, or they are not of one size of at least two.
@@ -82,19 +76,37 @@ def from_groups(
     for first, *rest in blocks:
         layers.append(AdditiveCoupling(_OfSum(first), source=tuple(range(1, k)), target=0))
         layers += [AdditiveCoupling(f, source=i - 1, target=i) for i, f in enumerate(rest, 1)]
-    return ReversibleSequential(*layers, mode=mode, arithmetic=arithmetic)
+    return ReversibleSequential(*layers, **options)
 
 
 class MomentumNetwork(nn.Module):
     """A stack of residual blocks with a momentum: one tensor in, one of the same shape out.
 
-    The velocity starts at zero and is dropped at the end. `chain` is the `ReversibleSequential` inside, whose mode and
-    arithmetic may be changed.
+    The velocity starts at zero and is dropped at the end, so that the network has no inverse; `chain`, the
+    `ReversibleSequential` inside, has: of the pair of output and velocity.
     """
 
     def __init__(self, chain: ReversibleSequential) -> None:
         super().__init__()
         self.chain = chain
+
+    @property
+    def mode(self) -> Mode:
+        """That of the chain; may be changed at any time."""
+        return self.chain.mode
+
+    @mode.setter
+    def mode(self, mode: Mode) -> None:
+        self.chain.mode = mode
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """That of the chain; may be changed at any time."""
+        return self.chain.arithmetic
+
+    @arithmetic.setter
+    def arithmetic(self, arithmetic: Arithmetic) -> None:
+        self.chain.arithmetic = arithmetic
 
     def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
         """`[B, ...]` to the same shape. Conditioning goes to the blocks that take it by its name."""
@@ -106,8 +118,7 @@ def momentum_from(
     gamma: float = 0.9,
     *,
     skip_inside: bool,
-    mode: Mode = "reversible",
-    arithmetic: Arithmetic = "auto",
+    **options: Any,
 ) -> MomentumNetwork:
     """Run a stack of residual blocks, with their own parameters, as a momentum network (Sander et al. 2021).
 
@@ -120,8 +131,7 @@ def momentum_from(
         gamma: Momentum, between 0 and 1, both excluded; see `VelocityCoupling`.
         skip_inside: Whether a block adds its input itself, as in `x + f(x)` or `relu(x + f(x))`; its `f` is then
             `block(x) - x`. False where a block is `f` alone.
-        mode: See `ReversibleSequential`.
-        arithmetic: See `ReversibleSequential`.
+        options: Of `ReversibleSequential`.
 
     Raises:
         StreamError: There are no blocks, or gamma is not between 0 and 1.
@@ -129,7 +139,7 @@ def momentum_from(
     steps = [MomentumStep(_Change(block) if skip_inside else block, gamma) for block in blocks]
     if not steps:
         raise StreamError("momentum_from: there are no blocks")
-    return MomentumNetwork(ReversibleSequential(*steps, mode=mode, arithmetic=arithmetic))
+    return MomentumNetwork(ReversibleSequential(*steps, **options))
 
 
 class _OfSum(Adapter):

@@ -39,6 +39,24 @@ def test_pairs_take_the_options_of_a_chain(make):
     chain = from_pairs(pairs(make), mode="checkpoint", arithmetic="exact")
     assert isinstance(chain, ReversibleSequential)
     assert (chain.mode, chain.arithmetic) == ("checkpoint", "exact")
+    options = {"anchor_every": 2, "drift_guard": True, "memory_budget": "1 MiB", "arithmetic": "float"}
+    for made in (
+        from_pairs(pairs(make), **options),
+        from_groups([[make.net(4), make.net(4)]], **options),
+        momentum_from([make.net(4)], skip_inside=False, **options).chain,
+    ):
+        assert made.chosen_options() == options
+    with pytest.raises(TypeError, match="anchor_evry"):
+        from_pairs(pairs(make), anchor_evry=2)
+
+
+def test_mode_and_arithmetic_of_a_momentum_network_are_its_chains(make):
+    network = momentum_from([make.net(4)], skip_inside=False, mode="stored")
+    assert (network.mode, network.arithmetic) == ("stored", "auto")
+    network.mode, network.arithmetic = "checkpoint", "float"
+    assert (network.chain.mode, network.chain.arithmetic) == ("checkpoint", "float")
+    with pytest.raises(StreamError, match="mode must be"):
+        network.mode = "stord"
 
 
 @pytest.mark.parametrize(
