@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revgrad.chain import Link
 from revgrad.errors import StreamError
-from revgrad.layer import Arguments
+from revgrad.layer import Arguments, Inverse, ReversibleLayer
 
 
 class Place:
@@ -42,10 +42,13 @@ def bind(
         )
     for name in common:
         if not any(layer.accepts(name) for _, layer in links):
-            raise StreamError(
-                f"no layer of the chain takes an argument {name!r}: give the forward method of a transform a parameter "
-                "of this name"
-            )
+            fix = "give the forward method of a transform a parameter of this name"
+            if not any(map(_may_accept, links)):
+                fix = (
+                    "none takes any, for they have no transforms (a wrapped function is given the streams alone); make "
+                    "one a coupling, or a ReversibleLayer that defines accepts(name)"
+                )
+            raise StreamError(f"no layer of the chain takes an argument {name!r}: {fix}")
     bound = []
     for (name, layer), mine in zip(links, own, strict=True):
         wrong = next((key for key in mine if not layer.accepts(key)), None)
@@ -53,6 +56,14 @@ def bind(
             raise StreamError(f"{name} takes no argument {wrong!r}, but per_layer has one for it")
         bound.append({key: value for key, value in common.items() if layer.accepts(key)} | dict(mine))
     return tuple(bound)
+
+
+def _may_accept(link: Link) -> bool:
+    """Whether there are arguments at all that a layer takes, by some name."""
+    layer = link.layer
+    while isinstance(layer, Inverse):
+        layer = layer.layer
+    return type(layer).accepts is not ReversibleLayer.accepts
 
 
 def tensors_in(arguments: Any, kind: type = Tensor) -> list[Any]:

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from revgrad.adapter import takes
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
+from revgrad.hints import not_given, wrong_number, wrong_shape
 from revgrad.layer import (
     NO_ARGUMENTS,
     Arguments,
@@ -105,6 +106,10 @@ class Coupling(ReversibleLayer):
     def updates(self) -> int:
         """The target."""
         return self.target
+
+    def has_exact_form(self) -> bool:
+        """Whether the subclass defines one."""
+        return type(self).merge_exact is not Coupling.merge_exact
 
     def accepts(self, name: str) -> bool:
         """Whether the transform has a parameter of this name besides those for sources and state, free to be given."""
@@ -275,7 +280,11 @@ class Coupling(ReversibleLayer):
             shapes = ", ".join(
                 f"stream {i} of shape {tuple(x.shape)}" for i, x in zip(self._sources, sources, strict=True)
             )
-            error.add_note(f"{name}: in its transform, given {shapes}")
+            lacks = ""
+            if isinstance(error, TypeError):
+                given = len(sources) + self.stateful
+                lacks = not_given(self.transform, given, arguments, stateful=self.stateful)
+            error.add_note(f"{name}: in its transform, given {shapes}{lacks}")
             raise
         if any(v is not None and x._version != v for x, v in zip(sources, versions, strict=True)):
             raise StreamError(
@@ -300,13 +309,13 @@ class Coupling(ReversibleLayer):
         if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
             raise StreamError(
                 f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its "
-                f"transform"
+                f"transform, which {wrong_number(message, self.tensors_in_message, target)}"
             )
         for m in message:
             if m.shape != target.shape:
                 raise StreamError(
                     f"{name}: the transform returned a message of shape {tuple(m.shape)}, "
-                    f"but the target stream {self.target} has shape {tuple(target.shape)}"
+                    f"but the target stream {self.target} has shape {tuple(target.shape)}{wrong_shape(m, target)}"
                 )
         return message, new_state
 
@@ -322,8 +331,8 @@ class Coupling(ReversibleLayer):
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(*self._sources, self.target):
             raise StreamError(
-                f"{step.name}: couples stream {self.source} to stream {self.target}, but there are {len(streams)} "
-                f"streams; put a Split before it"
+                f"{step.name}: couples stream {self.source} to stream {self.target}, but there "
+                + ("is one stream; put a Split before it" if len(streams) == 1 else f"are {len(streams)}, from 0 on")
             )
 
     def _no_exact_form(self) -> StreamError:

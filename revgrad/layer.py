@@ -107,6 +107,10 @@ class ReversibleLayer(nn.Module):
         """Index of the only stream that the layer changes; None where it may change any."""
         return None
 
+    def has_exact_form(self) -> bool:
+        """Whether the layer maps grid values to grid values, one to one, in exact arithmetic."""
+        return False
+
     def accepts(self, name: str) -> bool:
         """Whether the layer reads a conditioning argument of this name, from `step.arguments`."""
         return False
@@ -180,6 +184,10 @@ class Inverse(ReversibleLayer):
     def updates(self) -> int | None:
         """What the inner layer updates."""
         return self.layer.updates()
+
+    def has_exact_form(self) -> bool:
+        """Whether the inner layer has one."""
+        return self.layer.has_exact_form()
 
     def accepts(self, name: str) -> bool:
         """What the inner layer accepts."""

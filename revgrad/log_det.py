@@ -40,6 +40,9 @@ def start(streams: Streams) -> Tensor:
 class _Start(ReversibleLayer):
     """Appends the stream."""
 
+    def has_exact_form(self) -> bool:
+        return True
+
     def run(self, streams: Streams, step: Step) -> Streams:
         return (*streams, start(streams))
 
@@ -61,6 +64,9 @@ class _Counted(ReversibleLayer):
         self.carries = layer.carries
         self.forgets = layer.forgets
         self.inverted_cell = layer.inverted_cell
+
+    def has_exact_form(self) -> bool:
+        return self.layer.has_exact_form()
 
     def run(self, streams: Streams, step: Step) -> Streams:
         return self._added(*self.layer.run_log_det(streams[:-1], step), streams[-1], step)

@@ -331,15 +331,26 @@ def checked_state(links: tuple[Link, ...], state: ChainState | None) -> ChainSta
     if state is None:
         state = stateless(links)
     if not isinstance(state, ChainState):
-        raise StreamError(f"the states must be a ChainState, got a {type(state).__name__}")
+        raise StreamError(f"the states must be a ChainState, got a {type(state).__name__}: {_form(links)}")
     if len(state.layers) != len(links):
         raise StreamError(
-            f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries (use () for a "
-            f"stateless layer)"
+            f"the chain has {len(links)} layers, but the state has {len(state.layers)} entries: {_form(links)}, with "
+            "() for a stateless layer"
         )
     for (name, layer), own in zip(links, state.layers, strict=True):
+        if not (isinstance(own, (tuple, list)) and all(isinstance(x, Tensor) for x in own)):
+            raise StreamError(
+                f"{name}: its state must be a tuple of tensors, got a {type(own).__name__}: {_form(links)}"
+            )
         if layer.stateful and not own and not state.carry:
-            raise StreamError(f"{name} is stateful, but no state was given for it")
+            raise StreamError(f"{name} is stateful, but no state was given for it: states={_form(links)}")
         if not layer.stateful and own:
             raise StreamError(f"{name} takes no state, but {len(own)} tensor(s) were given for it")
     return state
+
+
+def _form(links: tuple[Link, ...]) -> str:
+    """What the state of a chain looks like, for errors."""
+    own = ["(h,)" if layer.stateful else "()" for _, layer in links]
+    shown = own if len(own) <= 4 else [*own[:3], "..."]
+    return f"ChainState(({', '.join(shown)}{',' if len(own) == 1 else ''}))"

@@ -198,12 +198,26 @@ class Walk:
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
         tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_real(x))
         if self.program.exact or error > tolerance or math.isnan(error):
+            by = f"by {error:.2g} of its size"
+            why = "an inverse does not invert, or not precisely enough"
+            if not bool(found.isfinite().all()):
+                by = "and is not finite"
+                why = (
+                    "the output of the chain is not finite (smaller steps avoid that: bound= of an affine coupling, "
+                    f"normalised inputs, a lower learning rate), or {why}"
+                )
             raise ReversibilityError(
-                f"the input {of_layer}recovered in the backward pass differs from the one given by {error:.2g} of its "
-                "size, so the gradient would be wrong: an inverse does not invert, or not precisely enough. "
+                f"the input {of_layer}recovered in the backward pass differs from the one given {by}, so the gradient "
+                f"would be wrong: {why}. "
                 f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
-                "arithmetic='exact' or mode='stored' avoid it, anchor_every= keeps rounding from adding up"
+                f"{self._remedy(streams)}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
             )
+
+    def _remedy(self, streams: list[Tensor]) -> str:
+        """Exact arithmetic, where there is such a thing and it is not in use."""
+        fits = all(x.dtype in (torch.float32, torch.float64) for x in streams if is_real(x))
+        possible = fits and all(layer.has_exact_form() for layer in self.program.layers())
+        return "arithmetic='exact' or " if possible and not self.program.exact else ""
 
 
 def _at(t: int, grads: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:

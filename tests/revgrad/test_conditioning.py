@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, Inverse, StreamError, Swap
+from revgrad import AdditiveCoupling, Inverse, StreamError, Swap, wrap
 from revgrad.conditioning import Place, bind, replaced, tensors_in, unchanged
 from revgrad.unroll import chain_links
 
@@ -41,6 +41,15 @@ def test_what_does_not_fit_is_named():
         bind(LINKS, {}, [None, {"scale": 1}, None])
     with pytest.raises(StreamError, match="has 3 layers, but per_layer has 0 entries"):
         bind(LINKS, {}, [])
+
+
+@pytest.mark.parametrize("layer", [Swap(), wrap(torch.asinh, torch.sinh), Inverse(Swap())])
+def test_layers_that_take_no_arguments_at_all_say_so(layer):
+    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'x': none takes any"):
+        bind(chain_links([layer]), {"x": 1})
+    for coupling in (AdditiveCoupling(Told()), Inverse(AdditiveCoupling(Told()))):
+        with pytest.raises(StreamError, match="no layer of the chain takes an argument 'x': give the forward method"):
+            bind(chain_links([layer, coupling]), {"x": 1})
 
 
 def test_tensors_are_taken_out_once_and_put_back():

@@ -346,9 +346,11 @@ def test_streams_are_counted_from_the_front(make, source, target):
 
 def test_stream_that_is_not_there(make):
     with pytest.raises(
-        StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* 1 streams; put a Split"
+        StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* one stream; put a Split"
     ):
         ReversibleSequential(AdditiveCoupling(make.net(4)))(torch.zeros(2, 4))
+    with pytest.raises(StreamError, match=r"couples stream 0 to stream 2, but there are 2, from 0 on$"):
+        ReversibleSequential(AdditiveCoupling(make.net(4), 0, 2))(*make.streams())
 
 
 MISFITS = {
@@ -356,6 +358,16 @@ MISFITS = {
         AdditiveCoupling,
         Fixed(torch.zeros(3, 5)),
         r"message of shape \(3, 5\), but the target stream 1 has shape \(3, 4\)",
+    ),
+    "broadcast": (
+        AdditiveCoupling,
+        Fixed(torch.zeros(3, 1)),
+        r"message of shape \(3, 1\), but .* shape \(3, 4\); messages are not broadcast: return y.expand_as",
+    ),
+    "in one tensor": (
+        AffineCoupling,
+        Fixed(torch.zeros(3, 8)),
+        r"needs a message of 2 tensor\(s\) from .* returned a tensor of shape \(3, 8\): cut it, y.chunk\(2, dim=1\)",
     ),
     "too many": (AdditiveCoupling, Fixed(*[torch.zeros(3, 4)] * 2), r"needs a message of 1 tensor\(s\)"),
     "too few": (GatedCoupling, Fixed(torch.zeros(3, 4)), r"needs a message of 2 tensor\(s\)"),
@@ -372,6 +384,25 @@ def test_message_that_does_not_fit_names_the_layer(make, mode, misfit):
     chain = ReversibleSequential(AdditiveCoupling(make.net(4), 1, 0), cls(transform), mode=mode, arithmetic="float")
     with pytest.raises(StreamError, match=rf"layer 1 \({cls.__name__}\): .*{message}"):
         chain(*make.streams())
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])
+def test_a_recurrent_transform_that_is_given_no_state_says_what_it_needs(make, mode):
+    chain = ReversibleSequential(AdditiveCoupling(make.cell(4, 1)), mode=mode, arithmetic="float")
+    with pytest.raises(TypeError) as caught:
+        chain(*make.streams())
+    assert any("also needs state" in note and "stateful=True" in note for note in caught.value.__notes__)
+    with pytest.raises(RuntimeError) as caught:
+        make.chain("additive", 1)(*make.streams(width=5))
+    assert all("also needs" not in note for note in caught.value.__notes__)
+
+
+def test_which_couplings_have_an_exact_form(make):
+    forms = {kind: make.coupling(kind).has_exact_form() for kind in ("additive", "gated", "affine")}
+    assert forms == {"additive": True, "gated": True, "affine": False}
+    assert not Doubling(make.net(4)).has_exact_form()
+    assert Inverse(make.coupling("gated")).has_exact_form()
+    assert not Inverse(make.coupling("affine")).has_exact_form()
 
 
 STATES = {

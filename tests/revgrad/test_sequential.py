@@ -385,6 +385,14 @@ def test_wrong_states(make, mode):
         chain(*x)
     with pytest.raises(StreamError, match="the states must be a ChainState, got a tuple"):
         chain(*x, states=(state.layers[0],))
+    with pytest.raises(StreamError, match=r"no state was given for it: states=ChainState\(\(\(h,\), \(h,\)\)\)"):
+        chain(*x)
+    with pytest.raises(StreamError, match=r"its state must be a tuple of tensors, got a Tensor: ChainState\(\("):
+        chain(*x, states=ChainState(tuple(own[0] for own in state.layers)))
+    with pytest.raises(StreamError, match=r"ChainState\(\(\(h,\), \(h,\), \(h,\), \.\.\.\)\)"):
+        make.recurrent("gated", 5, mode=mode)(*x)
+    with pytest.raises(StreamError, match=r"ChainState\(\(\(h,\),\)\)"):
+        make.recurrent("gated", 1, mode=mode)(*x)
     with pytest.raises(StreamError, match="the chain has 2 layers, but the state has 1 entries"):
         chain(*x, states=ChainState(state.layers[:1]))
     plain = make.chain("additive", 2, mode=mode)

@@ -2,7 +2,18 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, ChainState, Inverse, ReversibleSequential, Split, StreamError, Swap, unroll
+from revgrad import (
+    AdditiveCoupling,
+    ChainState,
+    Inverse,
+    ReversibleSequential,
+    Split,
+    StreamError,
+    Swap,
+    check_invertible,
+    plan,
+    unroll,
+)
 from revgrad.unroll import chain_links, describe, is_exact
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -317,6 +328,23 @@ def test_links_are_flat_and_named(make):
     assert [name for name, _ in chain_links(a)] == ["layer 0 (AdditiveCoupling)"]
     assert [name for name, _ in chain_links([a, b])] == ["layer 0 (AdditiveCoupling)", "layer 1 (GatedCoupling)"]
     assert chain_links(()) == ()
+
+
+def test_what_is_no_chain_is_told_where_the_chain_is(make):
+    chain = make.chain("additive", 2)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = nn.ModuleDict({"stem": nn.Linear(4, 8), "core": chain})
+
+    for model, name in ((Model(), "body.core"), (nn.Sequential(nn.Linear(4, 8), chain), "1")):
+        for call in (check_invertible, plan):
+            with pytest.raises(StreamError, match=rf"pass the chain that is inside, \.{name}, and the streams"):
+                call(model, torch.zeros(3, 4))
+    with pytest.raises(StreamError, match="a Linear is no chain of reversible layers: put it inside a coupling"):
+        plan(nn.Linear(4, 4), torch.zeros(3, 4))
+    assert len(chain_links(nn.ModuleList([chain, chain]))) == 4
 
 
 def test_auto_looks_inside(make):

@@ -9,13 +9,16 @@ from torch import nn
 
 from revgrad import (
     AdditiveCoupling,
+    AffineCoupling,
     GatedCoupling,
     Inverse,
     LiveMemory,
     ReversibilityError,
     ReversibleSequential,
     StreamError,
+    Swap,
     unroll,
+    wrap,
 )
 
 pytestmark = pytest.mark.usefixtures("single_thread", "warm")
@@ -154,6 +157,52 @@ def test_nonsense_is_refused(make, every):
 def test_a_guard_of_nonsense_is_refused(make, guard):
     with pytest.raises(StreamError, match="drift_guard must be True, False or a number of forward passes"):
         make.chain("additive", 2, drift_guard=guard)
+
+
+# What the error advises
+
+
+class Bounded(nn.Module):
+    """A first message of any size."""
+
+    def __init__(self, logit):
+        super().__init__()
+        self.logit = nn.Parameter(torch.tensor(logit))
+
+    def forward(self, x):
+        return self.logit.expand_as(x), x
+
+
+@pytest.mark.parametrize("guard", [False, True])
+def test_an_output_that_is_not_finite_is_told_from_a_bad_inverse(make, check, guard):
+    layers = [make.coupling("additive"), AffineCoupling(Bounded(1e3), 1, 0)]
+    model = ReversibleSequential(*layers, drift_guard=guard)
+    y = model(*make.streams())
+    assert not y[0].isfinite().all()
+    name = r"of layer 1 \(AffineCoupling\) " if guard else ""
+    message = rf"the input {name}recovered .* and is not finite, .*: the output of the chain is not finite .*bound= of"
+    with pytest.raises(ReversibilityError, match=message) as error:
+        check.loss(y).backward()
+    assert "exact" not in str(error.value)
+
+
+@pytest.mark.parametrize("guard", [False, True])
+@pytest.mark.parametrize("kind", ["additive", "gated", "affine", "wrapped"])
+def test_exact_arithmetic_is_advised_where_there_is_such_a_thing(make, check, kind, guard):
+    class Wrong(type(make.coupling("additive" if kind == "wrapped" else kind))):
+        def unmerge(self, merged, *message):
+            return super().unmerge(merged, *message) + 0.5
+
+    net = make.net(4, Wrong.tensors_in_message)
+    more = [wrap(lambda *x: x, lambda *x: x)] if kind == "wrapped" else [Swap(), Inverse(Swap())]
+    model = ReversibleSequential(*more, Wrong(net), arithmetic="float", drift_guard=guard)
+    with pytest.raises(ReversibilityError, match="mode='stored' avoids it") as error:
+        check.loss(model(*make.streams())).backward()
+    assert "not finite" not in str(error.value)
+    assert ("arithmetic='exact'" in str(error.value)) == (kind in ("additive", "gated"))
+    with pytest.raises(ReversibilityError, match="mode='stored' avoids it") as error:
+        check.loss(model.bfloat16()(*make.streams(dtype=torch.bfloat16))).backward()
+    assert "exact" not in str(error.value)
 
 
 # Drift guard
