@@ -164,6 +164,7 @@ def test_a_slice_has_the_options_of_its_chain(make):
         "anchor_every": 2,
         "drift_guard": 3,
         "memory_budget": "1 MiB",
+        "offload": True,
     }
     options = [p for p in inspect.signature(ReversibleSequential).parameters.values() if p.kind is p.KEYWORD_ONLY]
     assert {p.name for p in options} == chosen.keys()

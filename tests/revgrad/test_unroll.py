@@ -266,6 +266,7 @@ def test_options_of_the_core_are_not_ignored(make):
         ({"arithmetic": "exact"}, {"arithmetic": "float"}),
         ({"anchor_every": 2}, {"anchor_every": 1}),
         ({"drift_guard": True}, {}),
+        ({"offload": True}, {}),
     ]
     for own, given in cases:
         (name,) = own
