@@ -76,7 +76,9 @@ class Channelwise(ReversibleLayer):
         if step.residue is not None:
             raise StreamError(f"{step.name}: {type(self).__name__} has no exact form; choose arithmetic='float'")
         if len(streams) <= self.target:
-            raise StreamError(f"{step.name}: there is no stream {self.target}, only {len(streams)}, from 0 on")
+            raise StreamError(
+                f"{step.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
+            )
         x = streams[self.target]
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise StreamError(

@@ -330,10 +330,9 @@ class Coupling(ReversibleLayer):
 
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(*self._sources, self.target):
-            raise StreamError(
-                f"{step.name}: couples stream {self.source} to stream {self.target}, but there "
-                + ("is one stream; put a Split before it" if len(streams) == 1 else f"are {len(streams)}, from 0 on")
-            )
+            n = len(streams)
+            found = "is one stream; put a Split before it" if n == 1 else f"are {n} streams, 0 to {n - 1}"
+            raise StreamError(f"{step.name}: couples stream {self.source} to stream {self.target}, but there {found}")
 
     def _no_exact_form(self) -> StreamError:
         return StreamError(f"{type(self).__name__} has no exact form; choose arithmetic='float'")

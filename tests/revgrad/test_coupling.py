@@ -346,10 +346,10 @@ def test_streams_are_counted_from_the_front(make, source, target):
 
 def test_stream_that_is_not_there(make):
     with pytest.raises(
-        StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* one stream; put a Split"
+        StreamError, match=r"layer 0 \(AdditiveCoupling\): couples stream 0 to stream 1, .* is one stream; put a Split"
     ):
         ReversibleSequential(AdditiveCoupling(make.net(4)))(torch.zeros(2, 4))
-    with pytest.raises(StreamError, match=r"couples stream 0 to stream 2, but there are 2, from 0 on$"):
+    with pytest.raises(StreamError, match=r"couples stream 0 to stream 2, but there are 2 streams, 0 to 1$"):
         ReversibleSequential(AdditiveCoupling(make.net(4), 0, 2))(*make.streams())
 
 
