@@ -331,7 +331,9 @@ class Coupling(ReversibleLayer):
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(*self._sources, self.target):
             n = len(streams)
-            found = "is one stream; put a Split before it" if n == 1 else f"are {n} streams, 0 to {n - 1}"
+            found = (
+                "is one stream; put a Split before it, or give it more" if n == 1 else f"are {n} streams, 0 to {n - 1}"
+            )
             raise StreamError(f"{step.name}: couples stream {self.source} to stream {self.target}, but there {found}")
 
     def _no_exact_form(self) -> StreamError:

@@ -131,9 +131,10 @@ def _agreed(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
     for name, value in own.items():
         if value == given.get(name):
             continue
-        fix = f"pass the same to unroll, {name}={value!r}" if name in given else "unroll has no such option"
+        same = f"pass the same to unroll, {name}={value!r}, or"
+        fix = same if name in given else "unroll has no such option;"
         raise StreamError(
-            f"unroll: the core is a chain with {name}={value!r}, which would be ignored: {fix}, or take it off the core"
+            f"unroll: the core is a chain with {name}={value!r}, which would be ignored: {fix} take it off the core"
         )
     return arithmetic
 

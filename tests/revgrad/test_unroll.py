@@ -276,7 +276,9 @@ def test_options_of_the_core_are_not_ignored(make):
                 unroll(chain, [x], **given)
         unroll(core, [x], **own)
         unroll(list(core), [x], **given)
-    with pytest.raises(StreamError, match="memory_budget='1 KiB', which would be ignored: unroll has no such option"):
+    with pytest.raises(
+        StreamError, match="memory_budget='1 KiB', which would be ignored: unroll has no such option; take"
+    ):
         unroll(make.chain("additive", 2, memory_budget="1 KiB"), [x])
     unroll(make.chain("additive", 2), [x], mode="stored", arithmetic="exact", anchor_every=1, drift_guard=True)
 
