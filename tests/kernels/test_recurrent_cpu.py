@@ -4,6 +4,7 @@ import pytest
 import torch
 from revgrad_kernels import cell_update, recurrent_cpu
 from revgrad_kernels.backend import BackendError
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.cases import arrange, assert_close
 from tests.kernels.test_recurrent import FUNCTIONS, LAYOUTS, assert_same, inputs, results
@@ -101,6 +102,14 @@ def test_second_derivatives_are_refused_and_the_error_says_who_has_them(all_size
     first = (outputs if isinstance(outputs, tuple) else (outputs,))[0]
     with pytest.raises(BackendError, match="no second derivative on a CPU; for one choose backend='reference'"):
         torch.autograd.grad(first.sum(), leaves[0], create_graph=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_fake_tensors_go_through(all_sizes, uses, function):
+    shapes = {name: t.shape for name, t in inputs(function, (2, 3, 4)).items()}
+    with FakeTensorMode():
+        results(function, {name: torch.empty(shape) for name, shape in shapes.items()}, grads=None)
+    assert len(uses) == 1
 
 
 def test_small_tensors_take_plain_pytorch_and_others_do_not(uses):
