@@ -9,6 +9,7 @@ merged cell; going backwards, the new cell that is known already. So a transform
 directions, evaluated once in each.
 """
 
+from abc import ABC, abstractmethod
 from typing import Any, Protocol
 
 import torch
@@ -42,7 +43,7 @@ def update_cell(cell: Tensor, decay: Tensor, increment: Tensor) -> Tensor:
     return torch.sigmoid(decay) * cell + increment
 
 
-class _Update:
+class _Update(ABC):
     """A `CellUpdate` for one evaluation of a transform, which sees a stand-in for the cell: NaN in its shape.
 
     So whatever else a transform computes from the cell is found out, in the forward pass already.
@@ -68,8 +69,9 @@ class _Update:
         self.new = self._updated(converted(decay, self.dtype).contiguous(), converted(increment, self.dtype))
         return self.new
 
+    @abstractmethod
     def _updated(self, decay: Tensor, increment: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The new cell, from a decay and an increment that have been checked."""
 
     def check(self, found: Tensor) -> None:
         """Raise unless the transform has returned the updated cell; forgets it.

@@ -71,7 +71,7 @@ def run_reversible(
     """
     snapshot = Snapshot(program.layers())
     inputs = flat(given)
-    stages, waiting = _order_of_release(program, snapshot, sum(map(_size, inputs)) // _PORTIONS)
+    stages, waiting = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
     check_surroundings(snapshot.modules, inputs[0].device)
     conditioning = program.conditioning()
     held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
@@ -119,12 +119,8 @@ def _order_of_release(
                     stages.append((program.application(0, part, position), []))
                     room, full = portion, False
                 stages[-1][1].append(i)
-                room -= _size(parameter)
+                room -= parameter.nbytes
     return stages, waiting
-
-
-def _size(x: Tensor) -> int:
-    return x.numel() * x.element_size()
 
 
 class _Inputs(torch.autograd.Function):

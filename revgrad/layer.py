@@ -218,9 +218,14 @@ class Inverse(ReversibleLayer):
         return self.layer.rewind(flow, step, state_grads, wrt)
 
 
+def is_differentiable(x: Tensor) -> bool:
+    """Whether a tensor can have a gradient: integers are read and compared alone."""
+    return x.is_floating_point() or x.is_complex()
+
+
 def leaf(x: Tensor) -> Tensor:
     """A stand-in for `x` whose gradient can be asked for (integer tensors have none and pass through)."""
-    return x.detach().requires_grad_(x.is_floating_point() or x.is_complex())
+    return x.detach().requires_grad_(is_differentiable(x))
 
 
 def gradients(

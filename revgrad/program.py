@@ -11,7 +11,7 @@ from revgrad.cell import replaced_at
 from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain
 from revgrad.conditioning import Place, replaced, tensors_in
 from revgrad.errors import StreamError
-from revgrad.layer import Arguments, ReversibleLayer, Streams
+from revgrad.layer import Arguments, ReversibleLayer, Streams, is_differentiable
 from revgrad.residue import Residue, snap
 
 Keep = Callable[[int, Read], None]
@@ -111,8 +111,8 @@ class Program:
         if residue is None or self.on_grid:
             return streams
         _refuse_transforms()
-        streams = tuple(snap(x) if is_real(x) else x for x in streams)
-        for x in filter(is_real, streams):
+        streams = tuple(snap(x) if is_differentiable(x) else x for x in streams)
+        for x in filter(is_differentiable, streams):
             residue.watch("the input", x)
         return streams
 
@@ -182,11 +182,6 @@ def _refuse_transforms() -> None:
 
 def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
     return None if keep is None else lambda read: keep(part, read)
-
-
-def is_real(x: Tensor) -> bool:
-    """Whether a stream has gradients: integers are read and compared alone."""
-    return x.is_floating_point() or x.is_complex()
 
 
 _NO_STATE = ChainState(())

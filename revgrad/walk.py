@@ -9,8 +9,8 @@ from torch import Tensor
 
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
-from revgrad.layer import Flow, Grads, Streams
-from revgrad.program import Program, is_real
+from revgrad.layer import Flow, Grads, Streams, is_differentiable
+from revgrad.program import Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
@@ -196,7 +196,7 @@ class Walk:
         size = torch.where(size > 0, size, size.max() if size.any() else ones).clamp_min(1e-18)
         weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
         error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
-        tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_real(x))
+        tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_differentiable(x))
         if self.program.exact or error > tolerance or math.isnan(error):
             by = f"by {error:.2g} of its size"
             why = "an inverse does not invert, or not precisely enough"
@@ -215,7 +215,7 @@ class Walk:
 
     def _remedy(self, streams: list[Tensor]) -> str:
         """Exact arithmetic, where there is such a thing and it is not in use."""
-        fits = all(x.dtype in (torch.float32, torch.float64) for x in streams if is_real(x))
+        fits = all(x.dtype in (torch.float32, torch.float64) for x in streams if is_differentiable(x))
         possible = fits and all(layer.has_exact_form() for layer in self.program.layers())
         return "arithmetic='exact' or " if possible and not self.program.exact else ""
 

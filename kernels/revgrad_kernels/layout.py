@@ -28,16 +28,20 @@ def canonical(x: Tensor) -> Tensor:
     return x if is_channels_last(x) else x.contiguous()
 
 
+def memory_format(x: Tensor) -> torch.memory_format:
+    """Of a canonical tensor."""
+    return _CHANNELS_LAST[x.ndim] if is_channels_last(x) else torch.contiguous_format
+
+
 def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
     """`t`, of the rank of the canonical `x`, in its memory layout; a copy only if it must be."""
-    return t.contiguous(memory_format=_CHANNELS_LAST[x.ndim]) if is_channels_last(x) else t.contiguous()
+    return t.contiguous(memory_format=memory_format(x))
 
 
 def side_by_side_like(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
     """An empty tensor for so many groups of channels, each like the canonical `x`, in its memory layout."""
     shape = (x.shape[0], groups * x.shape[1], *x.shape[2:])
-    layout = _CHANNELS_LAST[x.ndim] if is_channels_last(x) else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=layout)
+    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def dense(bias: Tensor | None) -> Tensor | None:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from revgrad_kernels.backend import can_run, fused, on_device, tl, triton
-from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like, size_class, tuned
+from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like, memory_format, size_class, tuned
 
 Order = Literal["pytorch", "irevnet"]
 _ORDERS = get_args(Order)
@@ -141,7 +141,7 @@ def _reference_unshuffle(x: Tensor, n: int, order: str, groups: int = 1) -> list
         folded = F.pixel_unshuffle(x, n)
         if groups == 1:
             return [laid_out_like(x, folded)]
-        return [half.clone(memory_format=_memory_format(x)) for half in folded.chunk(2, 1)]
+        return [half.clone(memory_format=memory_format(x)) for half in folded.chunk(2, 1)]
     t, h, w = frames[0] if frames else 1, h // n, w // n
     shape = (b, c * n * n // groups, *frames, h, w)
     if last:
@@ -419,14 +419,8 @@ def _unfolded_shape(y: Tensor, n: int, groups: int = 1) -> tuple[int, ...]:
     return y.shape[0], y.shape[1] * groups // n**2, *y.shape[2:-2], y.shape[-2] * n, y.shape[-1] * n
 
 
-def _memory_format(x: Tensor) -> torch.memory_format:
-    if not is_channels_last(x):
-        return torch.contiguous_format
-    return torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-
-
 def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=_memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def _check(operator: str, x: Tensor, order: str) -> None:

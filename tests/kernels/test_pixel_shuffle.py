@@ -95,10 +95,10 @@ def test_split_is_unshuffle_and_two_halves_and_concatenate_undoes_it(shape, fact
     halves = pixel_unshuffle_split(x, factor, order=order, backend=backend)
     for half, expected in zip(halves, pixel_unshuffle(x, factor, order=order).chunk(2, 1), strict=True):
         assert torch.equal(half, expected)
-        assert half.is_contiguous() or half.is_contiguous(memory_format=module._memory_format(x))
+        assert half.is_contiguous() or half.is_contiguous(memory_format=module.memory_format(x))
     back = pixel_shuffle_concatenate(*halves, factor, order=order, backend=backend)
     assert torch.equal(back, x)
-    assert module._memory_format(back) == module._memory_format(x)
+    assert module.memory_format(back) == module.memory_format(x)
 
 
 @needs_triton
@@ -157,7 +157,7 @@ def test_groups_may_differ_in_layout(layouts, backend):
     first, second = (arrange(t, layout) for t, layout in zip(pixel_unshuffle_split(x, 2), layouts, strict=True))
     back = pixel_shuffle_concatenate(first, second, 2, backend=backend)
     assert torch.equal(back, x)
-    assert back.is_contiguous(memory_format=module._memory_format(first))
+    assert back.is_contiguous(memory_format=module.memory_format(first))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -169,7 +169,7 @@ def test_the_layout_is_kept_and_the_result_is_a_tensor_of_its_own(factor, layout
         for function, (*tensors, n), options in functions(x, factor, "pytorch", backend):
             results = function(*tensors, n, **options)
             for result in (results,) if isinstance(results, torch.Tensor) else results:
-                assert result.is_contiguous(memory_format=module._memory_format(x))
+                assert result.is_contiguous(memory_format=module.memory_format(x))
                 assert not result._is_view() or result._base.numel() == result.numel()
                 assert result.untyped_storage().data_ptr() not in {t.untyped_storage().data_ptr() for t in tensors}
 
