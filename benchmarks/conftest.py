@@ -1,9 +1,10 @@
 """Collects the reports of all benchmarks of a run, and prints them at its end."""
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
+import torch
 
 from benchmarks.reporting import RESULTS, Report, environment, include
 
@@ -21,6 +22,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("sweep"):
                 item.add_marker(pytest.mark.skip(reason="a sweep: add --sweeps"))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Whose processor time is the time that a step takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from benchmarks.contenders import by_revgrad, stored
 from benchmarks.engine_measures import MIB, counts, loss_weight, step_seconds
@@ -16,6 +15,8 @@ from benchmarks.engine_workloads import CONVOLUTION
 from benchmarks.pictures import time_against_budget
 from benchmarks.reporting import Report, Table, spread
 from revgrad import ReversibleSequential, plan
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS, ROUNDS, PARTS = 16, 8, 8
 FRACTIONS = [i / PARTS for i in range(PARTS + 1)]
@@ -53,14 +54,6 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
     configuration = {"workload": CONVOLUTION.name, "blocks": BLOCKS, "rounds": ROUNDS, "threads": 1}
     pictures = {"budget.png": time_against_budget(rows, SUBTITLE)} if complete else {}
     publish(Report("budget", "Memory as a budget", {"rows": table}, configuration, NOTES, pictures, complete))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def test_step_time_against_budget(benchmark, results):

@@ -16,6 +16,8 @@ from torch import Tensor
 from benchmarks.gpu.operators import OPERATORS, Inputs, backward, outputs, with_gradients
 from benchmarks.reporting import Report, Table, spread
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BATCHES = (1, 4, 16)
 ROUNDS, WARMUP = 60, 5
 REPETITIONS = 3
@@ -46,14 +48,6 @@ def results(publish) -> Iterator[dict[str, dict[str, Any]]]:
             "cpu_operators", "Operators on a CPU", {"rows": table}, configuration, NOTES, complete=complete, page=PAGE
         )
     )
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("batch", BATCHES)

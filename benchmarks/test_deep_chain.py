@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from benchmarks.reporting import Report, Table
 from revgrad import AdditiveCoupling, LiveMemory, ReversibleSequential
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 DEPTHS = (10, 100, 1000)
 BATCH, WIDTH = 256, 16
 
@@ -49,14 +51,6 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
     publish(Report("deep_chain", "A thousand layers", {"rows": table}, configuration, NOTES, complete=complete))
     if complete:
         assert len({row["peak_kib"] for row in rows}) == 1
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("depth", DEPTHS)

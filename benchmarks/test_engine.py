@@ -16,6 +16,8 @@ from benchmarks.engine_workloads import CONVOLUTION, TRANSFORMER, WORKLOADS, Sta
 from benchmarks.pictures import engine_memory, engine_time
 from benchmarks.reporting import Report, Table, spread
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROUNDS = {
     (CONVOLUTION, 4): 12,
     (CONVOLUTION, 16): 5,
@@ -104,14 +106,6 @@ def results(publish) -> Iterator[Rows]:
         versions={c.name: c.version() or "not installed" for c in CONTENDERS if c.package},
     )
     publish(report)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")

@@ -20,7 +20,7 @@ from benchmarks.training import CELLS, Variant, random_clips
 from crevnet.model import CrevNetConfig
 from revgrad import LiveMemory
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("one_thread")]
 
 STEPS = 4
 ROUNDS = {1: 8, 4: 5, 16: 3}
@@ -52,14 +52,6 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
     configuration = {"model": str(CrevNetConfig()), "steps": STEPS, "rounds": ROUNDS, "dtype": "float32", "threads": 1}
     complete = len(rows) == len(CELLS) * len(ROUNDS) * (1 + len(VARIANTS))
     publish(Report("training_step", "Training step", tables, configuration, NOTES, complete=complete))
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("batch", ROUNDS)
