@@ -35,9 +35,14 @@ def flops(cell: str, variant: Variant, steps: int) -> int:
 
 @cache
 def marginal_mb(cell: str, modules: int, blocks: tuple[int, ...], variant: Variant, steps: int) -> float:
-    """Memory that one more sample takes: the peak of a training step with batch 2 minus that with batch 1."""
+    """`marginal_mb_of` a variant of the paper's configuration."""
     config = variant.of(CrevNetConfig(cell=cell, modules=modules, blocks=blocks))
     training_peak(config, 1, steps=1)  # tables and modules that are loaded once must not count
+    return marginal_mb_of(config, steps)
+
+
+def marginal_mb_of(config: VideoConfig, steps: int) -> float:
+    """Memory that one more sample takes: the peak of a training step with batch 2 minus that with batch 1."""
     return (training_peak(config, 2, steps) - training_peak(config, 1, steps)) / MB
 
 

@@ -84,7 +84,7 @@ def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | Non
 
 
 def _plain(gates: Tensor, cell: Tensor, peephole: Tensor) -> tuple[Tensor, Tensor]:
-    *before, o = gates.chunk(4, 1)
+    *before, o = gates.unsafe_chunk(4, 1)
     new = updated(cell, *before)
     return torch.sigmoid(o + peephole * new) * torch.tanh(new), new
 

@@ -36,7 +36,8 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         BackendError: The backend cannot compute this.
     """
     tensors = (output_gate, update) if added is None else (output_gate, update, added)
-    if output_gate.shape != update.shape or tensors[-1].shape != update.shape:
+    shape = update.shape
+    if output_gate.shape != shape or (added is not None and added.shape != shape):
         raise ValueError(f"hidden_output: shapes {', '.join(str(tuple(t.shape)) for t in tensors)} differ")
     if recurrent_cpu.takes(backend, *tensors):
         if update.numel() < recurrent_cpu.SMALL:

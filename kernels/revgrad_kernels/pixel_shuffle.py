@@ -14,18 +14,17 @@ With one input channel they are the same. The result is a tensor of its own with
 and else contiguous.
 """
 
-from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from revgrad_kernels import pixel_shuffle_cpu as on_cpu
+from revgrad_kernels import pixel_shuffle_reference as reference
 from revgrad_kernels.backend import can_run, fused, on_device, tl, triton
 from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like, memory_format, size_class, tuned
 
 Order = Literal["pytorch", "irevnet"]
-_ORDERS = get_args(Order)
 
 _RUN = 128
 """Longest run of elements that a tile writes before its next row, whose pixels lie between those just read."""
@@ -46,10 +45,12 @@ def pixel_unshuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend
         ValueError: Not a 4D or 5D tensor, no such order, or height or width is not a multiple of the factor.
         BackendError: The backend cannot compute this.
     """
-    _check_unshuffle("pixel_unshuffle", x, factor, order)
+    if on_cpu.takes(backend, x):
+        return on_cpu.unshuffle("pixel_unshuffle", x, factor, order)[0]
+    reference.check_unshuffle("pixel_unshuffle", x.shape, factor, order)
     if fused(backend, x):
         return _pixel_unshuffle(x, factor, order)
-    return _reference_unshuffle(x, factor, order)[0]
+    return reference.unshuffle(x, factor, order)[0]
 
 
 def pixel_shuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend: str = "auto") -> Tensor:
@@ -61,10 +62,12 @@ def pixel_shuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend: 
         ValueError: Not a 4D or 5D tensor, no such order, or the channels are not a multiple of the squared factor.
         BackendError: The backend cannot compute this.
     """
-    _check_shuffle("pixel_shuffle", x, factor, order)
+    if on_cpu.takes(backend, x):
+        return on_cpu.shuffle("pixel_shuffle", [x], factor, order)
+    reference.check_shuffle("pixel_shuffle", x.shape, factor, order)
     if fused(backend, x):
         return _pixel_shuffle(x, factor, order)
-    return _reference_shuffle([x], factor, order)
+    return reference.shuffle([x], factor, order)
 
 
 def pixel_unshuffle_split(
@@ -78,15 +81,13 @@ def pixel_unshuffle_split(
         ValueError: As there, or the number of folded channels is odd.
         BackendError: The backend cannot compute this.
     """
-    _check_unshuffle("pixel_unshuffle_split", x, factor, order)
-    if x.shape[1] * factor**2 % 2:
-        raise ValueError(
-            f"pixel_unshuffle_split: {x.shape[1]} channels folded by {factor} are {x.shape[1] * factor**2}, "
-            "of which there are no two halves; use pixel_unshuffle and split as needed"
-        )
+    if on_cpu.takes(backend, x):
+        first, second = on_cpu.unshuffle("pixel_unshuffle_split", x, factor, order, groups=2)
+        return first, second
+    reference.check_unshuffle("pixel_unshuffle_split", x.shape, factor, order, groups=2)
     if fused(backend, x):
         return _pixel_unshuffle_split(x, factor, order)
-    first, second = _reference_unshuffle(x, factor, order, groups=2)
+    first, second = reference.unshuffle(x, factor, order, groups=2)
     return first, second
 
 
@@ -112,99 +113,12 @@ def pixel_shuffle_concatenate(
             f"{tuple(first.shape)} {first.dtype} and {tuple(second.shape)} {second.dtype}; "
             "concatenate groups of unequal channels and use pixel_shuffle"
         )
-    _check_shuffle("pixel_shuffle_concatenate", first, factor, order, groups=2)
+    if on_cpu.takes(backend, first, second):
+        return on_cpu.shuffle("pixel_shuffle_concatenate", [first, second], factor, order)
+    reference.check_shuffle("pixel_shuffle_concatenate", first.shape, factor, order, groups=2)
     if fused(backend, first, second):
         return _pixel_shuffle_concatenate(first, second, factor, order)
-    return _reference_shuffle([first, second], factor, order)
-
-
-_FOLD = {"pytorch": (0, 1, 4, 6, 2, 3, 5), "irevnet": (0, 4, 6, 1, 2, 3, 5)}
-"""From the axes `b c t h i w j` to those of the result, where channels are `c i j` or `i j c`; all contiguous."""
-_UNFOLD = {"pytorch": (0, 1, 4, 5, 2, 6, 3), "irevnet": (0, 3, 4, 5, 1, 6, 2)}
-"""And back."""
-
-
-_NATIVE_DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
-_SMALL = 2**13
-"""Elements below which a call that does all is the fastest on a CPU."""
-
-
-def _native(x: Tensor, channels: int, order: str) -> bool:
-    """Whether PyTorch's own operators apply: two dimensions, their order (with one channel there is only one)."""
-    return x.ndim == 4 and x.numel() > 0 and x.dtype in _NATIVE_DTYPES and (order == "pytorch" or channels == 1)
-
-
-def _reference_unshuffle(x: Tensor, n: int, order: str, groups: int = 1) -> list[Tensor]:
-    b, c, *frames, h, w = x.shape
-    last = is_channels_last(x)
-    if n > 1 and _native(x, c, order) and (x.numel() < _SMALL or (c < 8 and last)):
-        folded = F.pixel_unshuffle(x, n)
-        if groups == 1:
-            return [laid_out_like(x, folded)]
-        return [half.clone(memory_format=memory_format(x)) for half in folded.chunk(2, 1)]
-    t, h, w = frames[0] if frames else 1, h // n, w // n
-    shape = (b, c * n * n // groups, *frames, h, w)
-    if last:
-        axis = 4
-        folded = x.movedim(1, -1).view(b, t, h, n, w, n, c).transpose(3, 4)
-        if order == "pytorch":
-            # Two copies, in runs of channels and then a transposition, take a tenth of the time of one in runs of n.
-            # Flattened in between, they are two in backward as well.
-            folded = _copy(folded).flatten(4).view(b, t, h, w, n, n, c).permute(0, 1, 2, 3, 6, 4, 5)
-    else:
-        axis = 1
-        folded = x.view(b, c, t, h, n, w, n).permute(_FOLD[order])
-    if groups == 1:
-        return [_of_shape(_copy(folded), shape, last)]
-    outermost = next((a for a in range(axis, axis + 3) if folded.shape[a] != 1), axis)
-    if folded.shape[outermost] % 2:
-        folded, outermost = _copy(folded).flatten(axis, axis + 2), axis
-    return [_of_shape(_copy(part), shape, last) for part in folded.chunk(2, outermost)]
-
-
-def _reference_shuffle(parts: Sequence[Tensor], n: int, order: str) -> Tensor:
-    first = parts[0]
-    b, k, *frames, h, w = first.shape
-    c, t = len(parts) * k // (n * n), frames[0] if frames else 1
-    last = is_channels_last(first)
-    if n > 1 and len(parts) == 1 and _native(first, c, order) and (first.numel() < _SMALL or last):
-        return laid_out_like(first, F.pixel_shuffle(first, n))
-    sizes, names, halved = ([c, n, n], "cij", "") if order == "pytorch" else ([n, n, c], "ijc", "")
-    if len(parts) == 2:
-        outermost = next((a for a in range(3) if sizes[a] != 1), 0)
-        if sizes[outermost] % 2:
-            first = canonical(first)
-            parts = [torch.cat([laid_out_like(first, part) for part in parts], 1)]
-        else:
-            sizes[outermost] //= 2
-            halved = names[outermost]
-    if not last:
-        views = [part.view(b, *sizes, t, h, w).permute(_UNFOLD[order]) for part in parts]
-        x = _joined(views, "bcthiwj", halved)
-    else:
-        views = [part.movedim(1, -1).view(b, t, h, w, *sizes) for part in parts]
-        if order == "pytorch":
-            views = [view.permute(0, 1, 2, 3, 5, 6, 4) for view in views]
-            views = [_joined(views, "bthwijc", halved).flatten(4).view(b, t, h, w, n, n, c)]
-        x = _joined([view.transpose(3, 4) for view in views], "bthiwjc", halved)
-    return _of_shape(x, (b, c, *frames, h * n, w * n), last)
-
-
-def _copy(x: Tensor) -> Tensor:
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def _joined(views: list[Tensor], axes: str, halved: str) -> Tensor:
-    """The halves side by side along their axis of this name, or a copy of the one that is not halved."""
-    return torch.cat(views, axes.index(halved)) if len(views) == 2 else _copy(views[0])
-
-
-def _of_shape(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
-    """A contiguous tensor as one of this shape, whose axes it has in the order of memory."""
-    if not channels_last:
-        return x.view(shape)
-    batch, channels, *size = shape
-    return x.view(batch, *size, channels).movedim(-1, 1)
+    return reference.shuffle([first, second], factor, order)
 
 
 @triton.jit
@@ -327,14 +241,14 @@ def _launch(unfolded: Tensor, parts: list[Tensor], n: int, order: str, channels_
 def _pixel_unshuffle(x: Tensor, factor: int, order: str) -> Tensor:
     if _kernel_moves(x):
         return _launch_fold(x, factor, order)[0]
-    return _reference_unshuffle(x, factor, order)[0]
+    return reference.unshuffle(x, factor, order)[0]
 
 
 @torch.library.custom_op("revgrad::pixel_shuffle", mutates_args=())
 def _pixel_shuffle(y: Tensor, factor: int, order: str) -> Tensor:
     if _kernel_moves(y):
         return _launch_unfold([y], factor, order)
-    return _reference_shuffle([y], factor, order)
+    return reference.shuffle([y], factor, order)
 
 
 @torch.library.custom_op("revgrad::pixel_unshuffle_split", mutates_args=())
@@ -342,7 +256,7 @@ def _pixel_unshuffle_split(x: Tensor, factor: int, order: str) -> tuple[Tensor, 
     if _kernel_moves(x):
         first, second = _launch_fold(x, factor, order, groups=2)
     else:
-        first, second = _reference_unshuffle(x, factor, order, groups=2)
+        first, second = reference.unshuffle(x, factor, order, groups=2)
     return first, second
 
 
@@ -350,7 +264,7 @@ def _pixel_unshuffle_split(x: Tensor, factor: int, order: str) -> tuple[Tensor, 
 def _pixel_shuffle_concatenate(first: Tensor, second: Tensor, factor: int, order: str) -> Tensor:
     if _kernel_moves(first):
         return _launch_unfold([first, second], factor, order)
-    return _reference_shuffle([first, second], factor, order)
+    return reference.shuffle([first, second], factor, order)
 
 
 @_pixel_unshuffle.register_fake
@@ -421,27 +335,3 @@ def _unfolded_shape(y: Tensor, n: int, groups: int = 1) -> tuple[int, ...]:
 
 def _empty_like(x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
-
-
-def _check(operator: str, x: Tensor, order: str) -> None:
-    if x.ndim not in (4, 5):
-        raise ValueError(f"{operator}: expected [B, C, H, W] or [B, C, T, H, W], got shape {tuple(x.shape)}")
-    if order not in _ORDERS:
-        raise ValueError(f"{operator}: order must be one of {', '.join(_ORDERS)}, got {order!r}")
-
-
-def _check_unshuffle(operator: str, x: Tensor, factor: int, order: str) -> None:
-    _check(operator, x, order)
-    *_, height, width = x.shape
-    if factor < 1 or height % factor or width % factor:
-        raise ValueError(
-            f"{operator}: {height} x {width} pixels cannot be folded by {factor}; "
-            "pad or resize the frames to a multiple of the factor"
-        )
-
-
-def _check_shuffle(operator: str, y: Tensor, factor: int, order: str, groups: int = 1) -> None:
-    _check(operator, y, order)
-    channels = groups * y.shape[1]
-    if factor < 1 or channels % factor**2:
-        raise ValueError(f"{operator}: {channels} channels are not a multiple of {factor} x {factor}")

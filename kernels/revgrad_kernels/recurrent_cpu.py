@@ -26,19 +26,16 @@ _DTYPES = (torch.float32, torch.float64)
 _transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def takes(backend: str, *tensors: Tensor | None) -> bool:
+def takes(backend: str, first: Tensor, *others: Tensor | None) -> bool:
     """Whether this code is for these tensors, or None where one is left out: on a CPU, of one dtype in which arithmetic
     is done, and for nobody who needs the reference's graph: compilers and transforms of functions.
     """
-    if backend != "auto" or _backend.AUTO != "auto":
+    if backend != "auto" or _backend.AUTO != "auto" or torch.compiler.is_compiling() or _transformed():
         return False
-    dtype = None
-    for t in tensors:
-        if t is not None:
-            if t.dtype not in _DTYPES or t.dtype != (dtype or t.dtype) or not t.is_cpu:
-                return False
-            dtype = t.dtype
-    return not (torch.compiler.is_compiling() or _transformed())
+    dtype = first.dtype
+    if dtype not in _DTYPES or not first.is_cpu:
+        return False
+    return not any(t is not None and (t.dtype is not dtype or not t.is_cpu) for t in others)
 
 
 class Operator(torch.autograd.Function):
@@ -72,7 +69,7 @@ def saved(ctx: Any) -> tuple[Tensor, ...]:
 
 def tanh(x: Tensor) -> Tensor:
     """In a tensor of its own."""
-    return torch.add(x, x).sigmoid_().mul_(2).sub_(1)
+    return torch.rsub(torch.add(x, x).sigmoid_(), -1, alpha=-2)
 
 
 def activate(i: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -106,8 +106,8 @@ def _reference(
 
 
 def _plain(gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
-    *before, o = gates.chunk(4, 1)
-    new_cell, new_memory = updated(cell, *before), updated(memory, *memory_gates.chunk(3, 1))
+    *before, o = gates.unsafe_chunk(4, 1)
+    new_cell, new_memory = updated(cell, *before), updated(memory, *memory_gates.unsafe_chunk(3, 1))
     return new_cell, new_memory, torch.cat([new_cell, new_memory], 1), o
 
 
