@@ -3,11 +3,15 @@
 It has the weights of a `CrevNet` and predicts the same; what the training step is measured against.
 """
 
+from copy import deepcopy
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crevnet.cells import ConvLSTMCell, STLSTMCell
+from crevnet.convolution import Convolution2d, Convolution3d
 from crevnet.model import CrevNet
 
 State = tuple[Tensor, ...]
@@ -85,9 +89,9 @@ class PlainCrevNet(nn.Module):
         super().__init__()
         plain = {ConvLSTMCell: PlainConvLSTM, STLSTMCell: PlainSTLSTM}
         self.stages = model.config.blocks
-        self.functions = nn.ModuleList(m.transform for m in model.autoencoder if hasattr(m, "transform"))
+        self.functions = by_pytorch(nn.ModuleList(m.transform for m in model.autoencoder if hasattr(m, "transform")))
         self.cells = nn.ModuleList(plain[type(m.transform.cell)](m.transform.cell) for m in model.predictor)
-        self.attentions = nn.ModuleList(m.transform.attention for m in model.predictor)
+        self.attentions = by_pytorch(nn.ModuleList(m.transform.attention for m in model.predictor))
         self.shape = (model.width, *model.size)
 
     def forward(self, clips: Tensor) -> Tensor:
@@ -131,6 +135,20 @@ class PlainCrevNet(nn.Module):
     def loss(self, clips: Tensor) -> Tensor:
         """Mean squared error of the next clips."""
         return F.mse_loss(self(clips[:, :-1]), clips[:, 1:])
+
+
+def by_pytorch(modules: nn.ModuleList) -> nn.ModuleList:
+    """A copy with PyTorch's own convolutions."""
+    modules = deepcopy(modules)
+    for module in list(modules.modules()):
+        for name, layer in module.named_children():
+            if isinstance(layer, Convolution2d | Convolution3d):
+                kind: Any = nn.Conv2d if isinstance(layer, Convolution2d) else nn.Conv3d
+                size = layer.in_channels, layer.out_channels, layer.kernel_size
+                own = kind(*size, padding=layer.padding, bias=layer.bias is not None, dtype=layer.weight.dtype)
+                own.load_state_dict(layer.state_dict())
+                setattr(module, name, own)
+    return modules
 
 
 def fold(x: Tensor) -> Tensor:

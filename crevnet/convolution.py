@@ -6,13 +6,35 @@ from revgrad_kernels.backend import fused
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-Convolution = nn.Conv2d | nn.Conv3d
+from crevnet import convolution_cpu
+
 Normalisation = Literal["batch", "group", "none"]
+
+
+class Convolution2d(nn.Conv2d):
+    """`nn.Conv2d` that keeps the size of its input; on a CPU by the fastest way."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """`[B, inputs, H, W]` to `[B, outputs, H, W]`."""
+        found = convolution_cpu.convolve(input, self.weight, self.bias)
+        return super().forward(input) if found is None else found
+
+
+class Convolution3d(nn.Conv3d):
+    """`nn.Conv3d` that keeps the size of its input; on a CPU by the fastest way."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002
+        """`[B, inputs, T, H, W]` to `[B, outputs, T, H, W]`."""
+        found = convolution_cpu.convolve(input, self.weight, self.bias)
+        return super().forward(input) if found is None else found
+
+
+Convolution = Convolution2d | Convolution3d
 
 
 def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> Convolution:
     """A convolution that keeps the size: `[B, inputs, (T,) H, W]` to `[B, outputs, (T,) H, W]`."""
-    kinds: dict[int, type[Convolution]] = {2: nn.Conv2d, 3: nn.Conv3d}
+    kinds: dict[int, type[Convolution]] = {2: Convolution2d, 3: Convolution3d}
     return kinds[dimensions](inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
 
 

@@ -181,15 +181,15 @@ class Flops(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        count = _FORMULAS.get(func._overloadpacket)
+        packet = func._overloadpacket
+        count = flop_registry.get(packet) or _MORE.get(packet)
         if count is not None:
             self.total += count(*args, **(kwargs or {}), out_val=out)
         return out
 
 
 _ATEN = torch.ops.aten
-_FORMULAS = {
-    **flop_registry,
+_MORE = {
     _ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[_ATEN._scaled_dot_product_flash_attention],
 }
 

@@ -18,13 +18,13 @@ def test_same_loss_and_gradients(cell):
     expected, found = model.loss(clips), plain.loss(clips)
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=0)
     assert sum(p.numel() for p in plain.parameters()) == sum(p.numel() for p in model.parameters())
-    shared = model.predictor[1].transform.attention[0].weight
+    attention = model.predictor[1].transform.attention[0].weight
     fused = (
         model.predictor[0].transform.cell.gates if cell == "convlstm" else model.predictor[0].transform.cell.cell_gates
     ).weight
-    one, two = torch.autograd.grad(expected, [shared, fused])
+    one, two = torch.autograd.grad(expected, [attention, fused])
     gates = [getattr(plain.cells[0], name).weight for name in "ifgo"]
-    other, *parts = torch.autograd.grad(found, [shared, *gates])
+    other, *parts = torch.autograd.grad(found, [plain.attentions[1][0].weight, *gates])
     torch.testing.assert_close(other, one, rtol=1e-8, atol=1e-14)
     torch.testing.assert_close(torch.cat(parts), two, rtol=1e-8, atol=1e-14)
 

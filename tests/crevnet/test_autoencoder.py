@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from crevnet.autoencoder import residual_function, two_way_autoencoder
+from crevnet.convolution import Convolution2d
 from revgrad import AdditiveCoupling, Inverse, PixelUnshuffle, ReversibleSequential, Split, StreamError, snap
 
 NORMS = ["group", "batch", "none"]
@@ -59,7 +60,7 @@ def test_the_couplings_alternate_through_all_stages():
 def test_a_block_is_normalisation_relu_convolution_three_times(norm):
     f = residual_function(2, 8, 2, norm)
     kind = {"group": nn.GroupNorm, "batch": nn.BatchNorm2d, "none": nn.Identity}[norm]
-    assert [type(m) for m in f] == [kind, nn.ReLU, nn.Conv2d] * 3
+    assert [type(m) for m in f] == [kind, nn.ReLU, Convolution2d] * 3
     assert [(c.in_channels, c.out_channels) for c in convolutions(f)] == [(8, 4), (4, 4), (4, 8)]
     assert all((c.bias is not None) == (norm == "none") for c in convolutions(f))
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from crevnet.clips import frames_to_clips, newest_frames
+from crevnet.convolution import Convolution2d, Convolution3d
 from crevnet.model import CrevNet, CrevNetConfig
 from revgrad import AdditiveCoupling, LiveMemory, Residue, ReversibilityError, snap
 
@@ -208,7 +209,7 @@ class TestModes:
     @pytest.mark.parametrize(("channels", "clip"), [(1, 1), (3, 2)])
     def test_two_dimensional_and_coloured_variants(self, stacking, channels, clip):
         model = make(stacking=stacking, channels=channels, clip=clip)
-        kind = nn.Conv3d if stacking == "depth" else nn.Conv2d
+        kind = Convolution3d if stacking == "depth" else Convolution2d
         assert {type(m) for m in model.modules() if isinstance(m, (nn.Conv2d, nn.Conv3d))} == {kind}
         clips = clips_for(model)
         wanted, wanted_grads = train_once(twins(model, mode="stored"), clips)

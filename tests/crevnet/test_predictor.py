@@ -113,7 +113,7 @@ def test_the_transform_returns_attention_logits_and_hidden_state():
 
 def test_attention_is_two_convolutions_with_a_relu_between():
     kinds = [type(m).__name__ for m in PredictiveTransform("stlstm", CHANNELS, (2, 4, 4)).attention]
-    assert kinds == ["Conv3d", "ReLU", "Conv3d"]
+    assert kinds == ["Convolution3d", "ReLU", "Convolution3d"]
 
 
 @pytest.mark.parametrize("mode", ["stored", "reversible"])

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from crevnet.baselines.stacked_rnn import RecurrentStack, StackedRNNConfig, zero_states
+from crevnet.convolution import Convolution2d, Convolution3d
 
 CELLS = ["convlstm", "stlstm"]
 STACKINGS = ["depth", "channels"]
@@ -58,7 +59,7 @@ def test_matches_the_equations(cell, stacking, fed, oracle):
 
 
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize(("stacking", "kind"), [("depth", nn.Conv3d), ("channels", nn.Conv2d)])
+@pytest.mark.parametrize(("stacking", "kind"), [("depth", Convolution3d), ("channels", Convolution2d)])
 @pytest.mark.parametrize(("clip", "channels", "kernel_size"), [(3, 1, 3), (1, 3, 5)])
 def test_two_and_three_dimensions(cell, stacking, kind, clip, channels, kernel_size):
     config = tiny(cell=cell, stacking=stacking, clip=clip, channels=channels, kernel_size=kernel_size)

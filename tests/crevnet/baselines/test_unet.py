@@ -99,4 +99,4 @@ def test_learns_to_copy():
 
 
 def test_two_convolutions_are_that():
-    assert [type(m).__name__ for m in two_convolutions(3, 1, 4)] == ["Conv3d", "ReLU", "Conv3d", "ReLU"]
+    assert [type(m).__name__ for m in two_convolutions(3, 1, 4)] == ["Convolution3d", "ReLU", "Convolution3d", "ReLU"]

@@ -5,6 +5,7 @@ from torch import nn
 
 from crevnet.baselines.stacked_rnn import RecurrentStack
 from crevnet.baselines.unet_rnn import UNetRNNConfig
+from crevnet.convolution import Convolution2d, Convolution3d
 from crevnet.model import CrevNetConfig
 from revgrad import ReversibleSequential
 
@@ -70,7 +71,7 @@ def test_matches_the_equations(cell, predictor, stacking, fed, oracle):
 
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("predictor", PREDICTORS)
-@pytest.mark.parametrize(("stacking", "kind"), [("depth", nn.Conv3d), ("channels", nn.Conv2d)])
+@pytest.mark.parametrize(("stacking", "kind"), [("depth", Convolution3d), ("channels", Convolution2d)])
 @pytest.mark.parametrize(("clip", "channels"), [(3, 1), (1, 3)])
 def test_two_and_three_dimensions(cell, predictor, stacking, kind, clip, channels):
     config = tiny(cell=cell, predictor=predictor, stacking=stacking, clip=clip, channels=channels)
