@@ -24,11 +24,13 @@ class Variant:
     keep_states_every: int = 1
     offload: bool = False
     cell_states: Literal["kept", "inverted"] = "kept"
+    clips_at_once: int = 1
 
     def __str__(self) -> str:
         every = f", states every {self.keep_states_every} steps" if self.keep_states_every > 1 else ""
         inverted = ", cells inverted" if self.cell_states == "inverted" else ""
-        return f"{self.mode} {self.arithmetic}{inverted}{every}{', offload' if self.offload else ''}"
+        together = f", {self.clips_at_once} clips at once" if self.clips_at_once > 1 else ""
+        return f"{self.mode} {self.arithmetic}{inverted}{every}{together}{', offload' if self.offload else ''}"
 
     def of(self, config: CrevNetConfig) -> CrevNetConfig:
         """The configuration with this variant's settings."""

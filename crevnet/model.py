@@ -2,13 +2,14 @@
 autoencoder.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from crevnet.at_once import apply_at_once
 from crevnet.autoencoder import two_way_autoencoder
 from crevnet.cells import CELLS
 from crevnet.clips import Stacking
@@ -55,6 +56,11 @@ class CrevNetConfig(VideoConfig):
     """
     keep_states_every: int = 1
     """Keep the recurrent states of every n-th time step only, recompute the others: less memory, one more forward pass.
+    """
+    clips_at_once: int = 1
+    """Time steps whose clips the autoencoder takes as one batch, since none waits for another: faster, most of all for
+    small batches. It takes the memory of a block's activations on that many clips, and of two more tensors like all of
+    the clips. Normalisation in batches (`norm: batch`) then has the statistics of all of them.
     """
     offload: bool = False
     """On CUDA, keep the recurrent states in host memory between forward and backward pass; in reversible mode."""
@@ -126,17 +132,24 @@ class CrevNet(VideoModel):
     def forward(self, clips: Tensor, fed: Sequence[bool] | None = None, steps: int | None = None) -> Tensor:
         """As in `VideoModel`; where nothing is fed, the predictor goes on from its own features (figure 1)."""
         fed = self.feeding(clips, fed, steps)
+        given = [clips[:, t] for t, f in enumerate(fed) if f]
+        encoder, decoder, together = self.autoencoder, Inverse(self.autoencoder), self.config.clips_at_once
+        how: dict[str, Any] = {"mode": self.config.mode, "arithmetic": self.config.arithmetic}
+        ends: dict[str, Any] = {"entry": encoder, "exit": decoder}
+        inputs: Iterator[Tensor | Streams] = iter(given)
+        if together > 1:
+            inputs, ends = zip(*apply_at_once(encoder, (torch.stack(given),), together, **how), strict=True), {}
         outputs, _ = unroll(
             self.predictor,
-            [clips[:, t] if f else None for t, f in enumerate(fed)],
+            [next(inputs) if f else None for f in fed],
             self.initial_state(clips),
-            entry=self.autoencoder,
-            exit=Inverse(self.autoencoder),
-            mode=self.config.mode,
-            arithmetic=self.config.arithmetic,
             keep_states_every=self.config.keep_states_every,
             offload=self.config.offload,
+            **ends,
+            **how,
         )
+        if together > 1:
+            outputs = apply_at_once(decoder, outputs, together, **how)
         return outputs[0].transpose(0, 1)
 
     def initial_state(self, like: Tensor) -> ChainState:
