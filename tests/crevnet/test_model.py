@@ -404,6 +404,18 @@ class TestNoReencoding:
         model.predict(frames_for(model, observed + CLIP - 1), steps)
         assert calls == {"autoencoder": blocks * (observed + steps), "predictor": modules * (observed + steps - 1)}
 
+    @pytest.mark.parametrize("arithmetic", ["exact", "float"])
+    def test_prediction_keeps_nothing_but_what_it_predicts(self, arithmetic):
+        model = make(arithmetic=arithmetic).eval()
+        frames = frames_for(model, CLIP)
+        clip = model.predict(frames, 1).nbytes * CLIP  # and makes what is made once
+        peaks = []
+        for steps in (2, 10):
+            with LiveMemory() as memory:
+                model.predict(frames, steps)
+            peaks.append(memory.peak)
+        assert 8 * clip <= peaks[1] - peaks[0] <= 8 * (clip + 64)  # and the largest magnitude of each stream
+
     def test_a_step_without_a_clip_only_decodes(self):
         model = make()
         calls = count_transforms(model)
