@@ -152,6 +152,26 @@ class CrevNet(VideoModel):
             outputs = apply_at_once(decoder, outputs, together, **how)
         return outputs[0].transpose(0, 1)
 
+    def predict_clips(self, clips: Tensor, steps: int) -> Tensor:
+        """As in `VideoModel`; what is observed is encoded and not decoded, what is predicted decoded and not encoded.
+
+        Nothing is kept for a backward pass.
+        """
+        observed = clips.shape[1]
+        program = self._program()
+        residue = Residue(keep=False) if program.exact else None
+        features: Streams = ()
+        state = self.initial_state(clips)
+        predicted: list[Tensor] = []
+        for t, given in enumerate(self.feeding(clips, None, observed + steps - 1)):
+            entered = program.enter((clips[:, t],), residue) if given else None
+            features, state = program.run_core(0, entered, features, state, residue)
+            if t >= observed - 1:
+                predicted += program.run_exit(0, features, residue)
+        if residue is not None:
+            residue.check_range()
+        return torch.stack(predicted, dim=1)
+
     def initial_state(self, like: Tensor) -> ChainState:
         """Zero states for a batch of clips (one tensor of zeros, shared)."""
         zero = like.new_zeros(like.shape[0], self.width, *self.size)

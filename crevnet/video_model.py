@@ -102,9 +102,17 @@ class VideoModel(nn.Module):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
         clips = frames_to_clips(frames, self.config.clip, self.config.stacking)
+        return newest_frames(self.predict_clips(clips, steps), self.config.channels, self.config.stacking)
+
+    def predict_clips(self, clips: Tensor, steps: int) -> Tensor:
+        """Predict the clips that follow, `[B, steps, ...]`, the first of them one frame after the last one given.
+
+        Args:
+            clips: As in `forward`.
+            steps: Number of clips to predict.
+        """
         observed = clips.shape[1]
-        predicted = self(clips, steps=observed + steps - 1)[:, observed - 1 :]
-        return newest_frames(predicted, self.config.channels, self.config.stacking)
+        return self(clips, steps=observed + steps - 1)[:, observed - 1 :]
 
     def feeding(self, clips: Tensor, fed: Sequence[bool] | None, steps: int | None) -> list[bool]:
         """Check the arguments of `forward` and complete them: per time step, whether a clip is given."""

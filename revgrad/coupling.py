@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from revgrad_kernels import exact_additive, exact_additive_inverse
+from revgrad_kernels.backend import converted
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
@@ -322,7 +323,7 @@ class Coupling(ReversibleLayer):
     def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with no_autocast(target):
             if residue is None:
-                message = tuple([m.to(target.dtype) for m in message])
+                message = tuple([converted(m, target.dtype) for m in message])
                 return self.unmerge(target, *message) if undo else self.merge(target, *message)
             if torch.is_grad_enabled():
                 return _ExactUpdate.apply(self, undo, residue, target, *message)

@@ -84,7 +84,7 @@ def test_entry_points_know_every_option_that_is_shown():
         arguments = shlex.split(command.split("crevnet.train", 1)[1])
         if "config.yaml" not in arguments:
             parse_train_config("train", "", arguments)
-    for module in ("evaluate", "predict"):
+    for module in ("evaluate", "predict", "export"):
         helped = run("-m", f"crevnet.{module}", "--help").stdout
         for command in (c for c in commands() if f"crevnet.{module} " in c):
             assert all(option in helped for option in re.findall(r"--\w+", command)), command

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from crevnet.baselines.frame_config import FrameConfig
 from crevnet.baselines.pixel_cnn import PixelDecoder, ResidualMultiplicativeBlock
-from crevnet.clips import frames_to_clips, newest_frames
 from crevnet.convolution import convolution
 from crevnet.video_model import VideoModel
 
@@ -158,15 +157,10 @@ class VPN(VideoModel):
         """As in `VideoModel`; predictions are generated, and carry no gradient."""
         return self._run(clips, self.feeding(clips, fed, steps), 0)
 
-    @torch.no_grad()
-    def predict(self, frames: Tensor, steps: int) -> Tensor:
+    def predict_clips(self, clips: Tensor, steps: int) -> Tensor:
         """As in `VideoModel`; only what is asked for is generated."""
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
-        clips = frames_to_clips(frames, self.config.clip, self.config.stacking)
         first = clips.shape[1] - 1
-        predicted = self._run(clips, self.feeding(clips, None, first + steps), first)
-        return newest_frames(predicted, self.config.channels, self.config.stacking)
+        return self._run(clips, self.feeding(clips, None, first + steps), first)
 
     @torch.no_grad()
     def _run(self, clips: Tensor, fed: list[bool], first: int) -> Tensor:

@@ -395,6 +395,27 @@ class TestNoReencoding:
         again = 1 if mode == "stored" else 2
         assert calls == {part: again * count for part, count in forward.items()}
 
+    @pytest.mark.parametrize("arithmetic", ["exact", "float"])
+    @pytest.mark.parametrize(("observed", "steps"), [(1, 1), (3, 1), (1, 3), (3, 4)])
+    def test_prediction_encodes_what_is_observed_and_decodes_what_is_asked_for(self, arithmetic, observed, steps):
+        model = make(arithmetic=arithmetic).eval()
+        blocks, modules = sum(model.config.blocks), model.config.modules
+        calls = count_transforms(model)
+        model.predict(frames_for(model, observed + CLIP - 1), steps)
+        assert calls == {"autoencoder": blocks * (observed + steps), "predictor": modules * (observed + steps - 1)}
+
+    @pytest.mark.parametrize("arithmetic", ["exact", "float"])
+    def test_prediction_keeps_nothing_but_what_it_predicts(self, arithmetic):
+        model = make(arithmetic=arithmetic).eval()
+        frames = frames_for(model, CLIP)
+        clip = model.predict(frames, 1).nbytes * CLIP  # and makes what is made once
+        peaks = []
+        for steps in (2, 10):
+            with LiveMemory() as memory:
+                model.predict(frames, steps)
+            peaks.append(memory.peak)
+        assert 8 * clip <= peaks[1] - peaks[0] <= 8 * (clip + 64)  # and the largest magnitude of each stream
+
     def test_a_step_without_a_clip_only_decodes(self):
         model = make()
         calls = count_transforms(model)
@@ -435,10 +456,11 @@ class TestNoReencoding:
         torch.testing.assert_close(kept[0], fed[0], atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize("arithmetic", ["exact", "float"])
     @pytest.mark.parametrize("stacking", ["depth", "channels"])
     @pytest.mark.parametrize("steps", [1, 4])
-    def test_predict_is_the_free_running_forward_pass(self, cell, stacking, steps):
-        model = make(cell, stacking=stacking, channels=2).eval()
+    def test_predict_is_the_free_running_forward_pass(self, cell, arithmetic, stacking, steps):
+        model = make(cell, arithmetic=arithmetic, stacking=stacking, channels=2).eval()
         frames = frames_for(model, 4)
         predicted = model.predict(frames, steps)
         assert predicted.shape == (BATCH, steps, 2, SIDE, SIDE)
