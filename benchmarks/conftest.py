@@ -46,7 +46,8 @@ def publish(pytestconfig: pytest.Config) -> Callable[[Report], None]:
         if report.complete:
             written = ", ".join(path.name for path in report.write(where))
             outcome = f"written to {RESULTS}: {written}"
-            include(report.page, report.name, next(iter(report.tables.values())).to_markdown())
+            for i, (key, table) in enumerate(report.tables.items()):
+                include(report.page, f"{report.name} {key}" if i else report.name, table.to_markdown())
         else:
             outcome = "not all of it was measured: the written results were left as they are"
         published.append((report.to_markdown(where), outcome))

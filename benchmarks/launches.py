@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GROUPS = {
-    "convolution": ("convolution",),
+    "convolution": ("convolution", "addmm", "index_select"),
     "copy": ("copy", "clone", "cat", "stack", "contiguous", "zero", "empty", "full", "ones", "fill"),
     "ReLU": ("relu", "threshold_backward"),
     "fused kernels": ("revgrad::",),
