@@ -29,6 +29,7 @@ VARIANTS = (
     SPARSE,
     INVERTED,
     SPARSE_INVERTED,
+    Variant("reversible", clips_at_once=STEPS),
     Variant("reversible", "float"),
     CHECKPOINT,
     Variant("checkpoint", "float"),
