@@ -72,8 +72,8 @@ class Report:
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of what took part besides the libraries that all benchmarks use."""
     page: Path = README
-    """The page that shows the tables, where it has a place for them (see `include`): the first one by the report's name,
-    others by that and their key.
+    """The page that shows the tables that it has a place for (see `include`): the first one under the report's name,
+    others under that and their key.
     """
     cuda: bool = False
     """Whether it was measured on a GPU."""
