@@ -2,29 +2,28 @@
 
 import json
 import math
-import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.seed import seed_everything
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from crevnet.checkpoint import CheckpointDirectory
 from crevnet.clips import frames_to_clips
-from crevnet.command import as_plain, load_config, save_config
+from crevnet.command import save_config
 from crevnet.config import TrainConfig
+from crevnet.convolution import use_channels_last
 from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.interrupt import Interrupt
+from crevnet.launch import launch
 from crevnet.logs import RunLog
-from crevnet.run import find_checkpoint, select_device
+from crevnet.run import check_same_run, find_checkpoint, run_folder
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
 from revgrad import LiveMemory, ReversibilityError
 
@@ -284,15 +283,6 @@ class Trainer:
         return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
 
 
-def use_channels_last(model: nn.Module) -> None:
-    """Lay the weights of convolutions out so that oneDNN and cuDNN pick kernels that need no reordering."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        elif isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-
-
 def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
     """Per time step, whether the true clip is given: always while observing, afterwards as configured.
 
@@ -303,59 +293,6 @@ def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     draws = torch.rand(steps, generator=generator).tolist()
     return [t < observed or draw < probability for t, draw in enumerate(draws)]
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """The configured folder, or a new one named by the time."""
-    return config.run.folder or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-
-
-def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise if the folder holds a run with another configuration; a longer one with the same weights is the same run.
-
-    Raises:
-        ValueError: Names the options that differ.
-    """
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
-    free = {"steps", "run.folder", "run.workers", "run.threads", "run.device", "run.log_every", "run.keep"}
-    different = [k for k in new if k not in free and old.get(k) != new[k]]
-    if different:
-        listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
-        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
-
-
-class Autocast(MixedPrecision):
-    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
-
-    def convert_input(self, data: Any) -> Any:
-        """The data as they are."""
-        return data
-
-
-def launch(config: TrainConfig) -> Fabric:
-    """Device, precision and process group as configured, and as torchrun says.
-
-    Raises:
-        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
-    """
-    world, processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if config.batch_size % world:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    device = select_device(config.run.device).type
-    fabric = Fabric(
-        accelerator=device,
-        devices=processes,
-        num_nodes=world // processes,
-        strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
-        plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
-    )
-    fabric.launch()
-    return fabric
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -402,9 +339,3 @@ def summary(name: str, result: dict[str, Any], folder: Path) -> str:
         f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
     ]
     return "\n".join(lines)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, branch in tree.items() for k, v in _flat(branch, f"{prefix}{name}.").items()}

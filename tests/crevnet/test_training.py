@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import crevnet.video_model
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import load_config
-from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, launch, run_folder, summary, train
+from crevnet.launch import launch
+from crevnet.training import Trainer, TrainingDiverged, feeding_plan, summary, train
 from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -267,23 +268,6 @@ def test_another_configuration_in_the_same_folder_is_refused_by_name(train_tiny,
     assert snapshot(folder) == before
 
 
-def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path, train_tiny):
-    folder = train_tiny({"steps": 1})
-    free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
-    check_same_run(tiny.config(tmp_path / "moved", free), folder)
-
-
-def test_an_empty_folder_takes_any_run(tiny, tmp_path):
-    check_same_run(tiny.config(tmp_path), tmp_path)
-
-
-def test_the_folder_is_the_configured_one_or_a_new_one(tiny, tmp_path):
-    assert run_folder(tiny.config(tmp_path / "x")) == tmp_path / "x"
-    made = run_folder(tiny.config(None))
-    assert made.parent.name == "runs"
-    assert made.name[:8].isdecimal()
-
-
 # --- feeding ---
 
 
@@ -453,21 +437,6 @@ def test_mixed_precision_computes_almost_the_same(trainer, tmp_path):
 
 
 # --- processes ---
-
-
-def test_a_device_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="PyTorch sees no CUDA device here"):
-        train(tiny.config(tmp_path / "run", {"run.device": "cuda"}))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
-        train(tiny.config(tmp_path / "run", {"batch_size": 6}))
-    assert not (tmp_path / "run").exists()
 
 
 def test_only_rank_0_writes(trainer, monkeypatch):

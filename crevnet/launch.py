@@ -1,0 +1,42 @@
+"""The processes of a run: device, precision and process group."""
+
+import os
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+
+from crevnet.config import TrainConfig
+from crevnet.run import select_device
+
+
+class Autocast(MixedPrecision):
+    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
+
+    def convert_input(self, data: Any) -> Any:
+        """The data as they are."""
+        return data
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Device, precision and process group as configured, and as torchrun says.
+
+    Raises:
+        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
+    """
+    world, processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = select_device(config.run.device).type
+    fabric = Fabric(
+        accelerator=device,
+        devices=processes,
+        num_nodes=world // processes,
+        strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
+        plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
+    )
+    fabric.launch()
+    return fabric
