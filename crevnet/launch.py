@@ -25,7 +25,7 @@ def launch(config: TrainConfig) -> Fabric:
     Raises:
         ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
     """
-    world, processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    world, processes = int(os.environ.get("WORLD_SIZE", "1")), local_processes()
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     if config.run.threads:
@@ -40,3 +40,8 @@ def launch(config: TrainConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def local_processes() -> int:
+    """How many processes of the run this machine has, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

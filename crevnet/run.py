@@ -37,7 +37,16 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     if not path.exists():
         return
     old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
-    free = {"steps", "run.folder", "run.workers", "run.threads", "run.device", "run.log_every", "run.keep"}
+    free = {
+        "steps",
+        "run.folder",
+        "run.workers",
+        "run.threads",
+        "run.device",
+        "run.memory",
+        "run.log_every",
+        "run.keep",
+    }
     different = [k for k in new if k not in free and old.get(k) != new[k]]
     if different:
         listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)

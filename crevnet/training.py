@@ -11,6 +11,7 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from crevnet.checkpoint import CheckpointDirectory
@@ -20,11 +21,14 @@ from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
 from crevnet.data import train_batches
 from crevnet.evaluate import score
+from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
-from crevnet.launch import launch
+from crevnet.launch import launch, local_processes
 from crevnet.logs import RunLog
 from crevnet.run import check_same_run, find_checkpoint, run_folder
+from crevnet.video_model import VideoConfig
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
+from crevnet.ways import MARGIN, choose, training_bytes
 from revgrad import LiveMemory, ReversibilityError
 
 
@@ -59,6 +63,7 @@ class Trainer:
         self.seconds = 0.0
         self.best_mse = math.inf
         self.peak_activation_bytes = 0
+        self.way: str | None = None
 
     def resume(self) -> bool:
         """Go on from the newest undamaged checkpoint, if there is one."""
@@ -71,6 +76,7 @@ class Trainer:
         self.seconds = found.state["seconds"]
         self.best_mse = found.state["best_mse"]
         self.peak_activation_bytes = found.state["peak_activation_bytes"]
+        self.way = found.state.get("way")
         torch.set_rng_state(found.state["rng"])
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
@@ -86,11 +92,50 @@ class Trainer:
                 "seconds": self.seconds,
                 "best_mse": self.best_mse,
                 "peak_activation_bytes": self.peak_activation_bytes,
+                "way": self.way,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
             self.checkpoints.save(self.step, self.raw_model.state_dict(), state, best=best)
         self.fabric.barrier()
+
+    def choose_way(self) -> str:
+        """Train in the fastest way that fits into memory, the same on all processes; returns a line that tells.
+
+        Raises:
+            ValueError: None fits.
+        """
+        config, world = self.config, self.fabric.world_size
+        ways = config.model.ways(config.data.frames - config.model.clip, self.way)
+        if len(ways) == 1 and config.run.memory_bytes is None:
+            self.way, self.raw_model.config = next(iter(ways.items()))
+            return f"Training {self.way}"
+
+        def need(way: VideoConfig) -> float:
+            found = training_bytes(
+                way,
+                config.batch_size // world,
+                config.data.frames,
+                self.fabric.device,
+                gradients=2 if world > 1 else 1,
+                autocast=self.fabric.autocast,
+            )
+            return self._agree(found, "max")
+
+        choice = choose(ways, self.available_bytes(), need)
+        self.way, self.raw_model.config = choice.name, choice.config
+        return str(choice)
+
+    def available_bytes(self) -> float:
+        """What training may take of the memory of each process's device: as configured, or what is free."""
+        if self.config.run.memory_bytes is not None:
+            return self.config.run.memory_bytes
+        device = self.fabric.device
+        free = free_bytes(device) / (local_processes() if device.type == "cpu" else 1)
+        # Training takes these too, but they are there already; Adam's moments only in a run that goes on.
+        held = [*self.raw_model.parameters(), *tree_leaves(self.optimiser.state_dict())]
+        free += sum(x.nbytes for x in held if isinstance(x, Tensor))
+        return self._agree(MARGIN * free, "min")
 
     def fit(self) -> bool:
         """Train to the last step; False if interrupted before (and saved).
@@ -124,7 +169,7 @@ class Trainer:
                 best = False
                 if self.step % run.validate_every == 0 or self.step == config.steps:
                     best = self._validate(validation, log)
-                stop = self._any(interrupt.requested is not None)
+                stop = bool(self._agree(interrupt.requested is not None, "max"))
                 if best or stop or self.step % run.checkpoint_every == 0 or self.step == config.steps:
                     self.save(best=best)
                     saved_at = self.step
@@ -151,6 +196,7 @@ class Trainer:
             "steps": config.steps,
             "seconds": self.seconds,
             "peak_activation_bytes": self.peak_activation_bytes,
+            "way": self.way,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
             "data_range": 1.0,
@@ -276,11 +322,12 @@ class Trainer:
         if steps:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says so; all of them then agree."""
+    def _agree(self, value: float, reduce_op: str) -> float:
+        """One number of all processes, `sum`, `min` or `max`."""
         if self.fabric.world_size == 1:
-            return flag
-        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.fabric.device)
+        return float(self.fabric.all_reduce(tensor, reduce_op=reduce_op))  # type: ignore[arg-type]
 
 
 def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
@@ -319,6 +366,8 @@ def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
         fabric.print(f"Going on from step {trainer.step} in {folder}")
     else:
         fabric.print(f"Run folder: {folder}")
+    if trainer.step < config.steps:
+        fabric.print(trainer.choose_way())
     if not trainer.fit():
         return None
     result = trainer.finish()

@@ -19,6 +19,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"
 DISTRIBUTED = {
     "batch_size": 4,
     "steps": 3,
+    "model.mode": "auto",
     "run.checkpoint_every": 1,
     "run.keep": 9,
     "run.validation_sequences": 5,  # the processes get different numbers of them
@@ -138,6 +139,7 @@ def test_only_one_of_two_processes_writes(processes, tiny):
     events = [p.name.split(".")[4:5] for p in (folder / "tensorboard").iterdir()]
     assert len({tuple(e) for e in events}) == 1  # the process's number is part of the name
     assert out.count("Run folder: ") == 1
+    assert out.count("Training stored: needs ") == 1
     assert out.count("copy last frame") == 1
     assert "Traceback" not in err
 
