@@ -98,6 +98,8 @@ class RunConfig:
     """`auto`, `cpu` or `cuda`."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """`bf16-mixed` runs convolutions in bfloat16; streams stay in float32."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` has all weights on each, `fsdp` shards weights, gradients and Adam's moments."""
     memory: int | str = "auto"
     """Memory that training may take, per process: bytes or a text such as `4 GiB`; `auto` is what is free. With
     `model.mode=auto` the fastest way to train that fits is taken.
@@ -115,6 +117,7 @@ class RunConfig:
         if self.workers < 0 or self.threads < 0:
             raise ValueError("run.workers and run.threads must not be negative")
         _check_choice("run", self, "precision")
+        _check_choice("run", self, "strategy")
         try:
             _ = self.memory_bytes
         except StreamError:

@@ -9,6 +9,7 @@ from lightning_fabric.plugins import MixedPrecision
 
 from crevnet.config import TrainConfig
 from crevnet.run import select_device
+from crevnet.sharding import sharded_strategy
 
 
 class Autocast(MixedPrecision):
@@ -23,7 +24,8 @@ def launch(config: TrainConfig) -> Fabric:
     """Device, precision and process group as configured, and as torchrun says.
 
     Raises:
-        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
+        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there; one process is to
+            be sharded.
     """
     world, processes = int(os.environ.get("WORLD_SIZE", "1")), local_processes()
     if config.batch_size % world:
@@ -31,11 +33,16 @@ def launch(config: TrainConfig) -> Fabric:
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
     device = select_device(config.run.device).type
+    strategy: Any = "ddp" if "WORLD_SIZE" in os.environ else "auto"
+    if config.run.strategy == "fsdp":
+        if world == 1:
+            raise ValueError("run.strategy fsdp shards a model among processes: start several with torchrun")
+        strategy = sharded_strategy(world)
     fabric = Fabric(
         accelerator=device,
         devices=processes,
         num_nodes=world // processes,
-        strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
+        strategy=strategy,
         plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
     )
     fabric.launch()

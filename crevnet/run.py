@@ -37,16 +37,8 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     if not path.exists():
         return
     old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
-    free = {
-        "steps",
-        "run.folder",
-        "run.workers",
-        "run.threads",
-        "run.device",
-        "run.memory",
-        "run.log_every",
-        "run.keep",
-    }
+    looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
+    free = {"steps", *(f"run.{name}" for name in looks)}
     different = [k for k in new if k not in free and old.get(k) != new[k]]
     if different:
         listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)

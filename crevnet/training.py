@@ -26,7 +26,8 @@ from crevnet.interrupt import Interrupt
 from crevnet.launch import launch, local_processes
 from crevnet.logs import RunLog
 from crevnet.run import check_same_run, find_checkpoint, run_folder
-from crevnet.video_model import VideoConfig
+from crevnet.sharding import load_moments, load_weights, own_part, views_are_fine, whole, whole_model
+from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
 from crevnet.ways import MARGIN, choose, training_bytes
 from revgrad import LiveMemory, ReversibilityError
@@ -53,10 +54,12 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
         self.raw_model = config.model.build()
-        use_channels_last(self.raw_model)
+        if config.run.strategy == "ddp":  # FSDP refuses weights of another layout
+            use_channels_last(self.raw_model)
+        self.model = fabric.setup_module(self.raw_model)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
-        self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
+        self.optimiser: Any = fabric.setup_optimizers(optimiser)
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")
         self.step = 0
@@ -70,8 +73,8 @@ class Trainer:
         found = self.checkpoints.latest()
         if found is None:
             return False
-        self.raw_model.load_state_dict(found.weights)
-        self.optimiser.load_state_dict(found.state["optimiser"])
+        load_weights(self.raw_model, found.weights)
+        load_moments(self.optimiser, found.state["optimiser"], list(self.raw_model.parameters()))
         self.step = found.state["step"]
         self.seconds = found.state["seconds"]
         self.best_mse = found.state["best_mse"]
@@ -84,10 +87,11 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint; only rank 0 does."""
+        weights, optimiser = whole(self.raw_model.state_dict()), whole(self.optimiser.state_dict())
         if self.main:
             cuda = self.fabric.device.type == "cuda"
             state = {
-                "optimiser": self.optimiser.state_dict(),
+                "optimiser": optimiser,
                 "step": self.step,
                 "seconds": self.seconds,
                 "best_mse": self.best_mse,
@@ -96,7 +100,7 @@ class Trainer:
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
-            self.checkpoints.save(self.step, self.raw_model.state_dict(), state, best=best)
+            self.checkpoints.save(self.step, weights, state, best=best)
         self.fabric.barrier()
 
     def choose_way(self) -> str:
@@ -117,7 +121,7 @@ class Trainer:
                 config.batch_size // world,
                 config.data.frames,
                 self.fabric.device,
-                gradients=2 if world > 1 else 1,
+                gradients=2 if world > 1 and config.run.strategy == "ddp" else 1,
                 autocast=self.fabric.autocast,
             )
             return self._agree(found, "max")
@@ -134,7 +138,7 @@ class Trainer:
         free = free_bytes(device) / (local_processes() if device.type == "cpu" else 1)
         # Training takes these too, but they are there already; Adam's moments only in a run that goes on.
         held = [*self.raw_model.parameters(), *tree_leaves(self.optimiser.state_dict())]
-        free += sum(x.nbytes for x in held if isinstance(x, Tensor))
+        free += sum(own_part(x).nbytes for x in held if isinstance(x, Tensor))
         return self._agree(MARGIN * free, "min")
 
     def fit(self) -> bool:
@@ -187,7 +191,7 @@ class Trainer:
         """Evaluate the best weights on the test set; write `metrics.json`, pictures and the loss curve."""
         found = find_checkpoint(self.checkpoints, "best")
         if found is not None:
-            self.raw_model.load_state_dict(found.weights)
+            load_weights(self.raw_model, found.weights)
         config = self.config
         dataset = config.data.build_test()
         result = self._score(dataset, progress=True)
@@ -201,9 +205,10 @@ class Trainer:
             "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
             "data_range": 1.0,
         }
+        model = whole_model(self.raw_model)
         if self.main:
             (self.folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-            self._draw(dataset.batch(range(min(4, len(dataset)))))
+            self._draw(model, dataset.batch(range(min(4, len(dataset)))))
         return result
 
     def _train_step(self, frames: Tensor) -> tuple[float, float]:
@@ -242,7 +247,8 @@ class Trainer:
         return loss, norm
 
     def _backward(self, clips: Tensor, fed: list[bool]) -> float:
-        with self.fabric.autocast():  # which Fabric enters by itself around `forward` only
+        # Fabric enters autocast by itself around `forward` only.
+        with self.fabric.autocast(), views_are_fine(self.raw_model):
             loss = self.model.loss(clips, fed)
         self.fabric.backward(loss)
         return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
@@ -251,12 +257,12 @@ class Trainer:
         """The norm of the whole gradient, clipped if configured."""
         parameters = list(self.raw_model.parameters())
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
+        norm = float(whole(total))
         if not math.isfinite(norm):  # before clipping, which would spread a NaN to all
             names = [
                 n
                 for n, p in self.raw_model.named_parameters()
-                if p.grad is not None and not bool(p.grad.isfinite().all())
+                if p.grad is not None and not bool(whole(p.grad).isfinite().all())
             ]
             raise TrainingDiverged(
                 f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} "
@@ -284,7 +290,7 @@ class Trainer:
     def _score(self, dataset: Any, *, progress: bool = False) -> dict[str, Any]:
         several = self.fabric.world_size > 1
         return score(
-            self.raw_model,
+            whole_model(self.raw_model),
             dataset,
             self.config.observed,
             batch_size=max(1, self.config.batch_size // self.fabric.world_size),
@@ -310,10 +316,10 @@ class Trainer:
                 {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "sequences_per_second": rate},
             )
 
-    def _draw(self, frames: Tensor) -> None:
+    def _draw(self, model: VideoModel, frames: Tensor) -> None:
         observed = self.config.observed
         given, target = frames[:, :observed], frames[:, observed:]
-        prediction = self.raw_model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
+        prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
         prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
         prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
         log = RunLog(self.folder, self.step + 1)

@@ -17,3 +17,9 @@ def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
         train(tiny.config(tmp_path / "run", {"batch_size": 6}))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_process_cannot_shard(tiny, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"shards a model among processes: start several with torchrun"):
+        train(tiny.config(tmp_path / "run", {"run.strategy": "fsdp"}))
+    assert not (tmp_path / "run").exists()
