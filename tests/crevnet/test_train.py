@@ -251,7 +251,7 @@ def test_the_result_is_printed_beside_the_baseline(tiny, tmp_path, capsys):
     assert main(tiny.arguments(tmp_path / "run", {"steps": 1})) == 0
     out = capsys.readouterr().out.splitlines()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert out[0] == f"Run folder: {tmp_path}/run"
-    rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[3:5]}
+    assert out[:2] == [f"Run folder: {tmp_path}/run", "Training reversible"]
+    rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[4:6]}
     for name, of in (("crevnet", metrics), ("copy last frame", metrics["copy_last_frame"])):
         assert rows[name] == pytest.approx([of[k] for k in ("mse", "ssim", "psnr")], abs=0.006)
