@@ -90,13 +90,15 @@ def training_bytes(
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         try:
-            _peak(model, 1, config.clip + 1, device, autocast)  # makes tables that stay
-            peaks = [_peak(model, n, frames, device, autocast) for n in (1, 2)[:batch]]
+            # The first time step of each size makes tables that stay, and on a GPU tunes the kernels.
+            for length in (config.clip + 1, frames):
+                peaks = [_peak(model, n, length, device, autocast) for n in (1, 2)[:batch]]
         except torch.OutOfMemoryError:
             return math.inf
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        finally:
+            if cuda:
+                torch.cuda.empty_cache()
+                torch.cuda.reset_peak_memory_stats(device)
     activations = peaks[0] + (batch - 1) * (peaks[-1] - peaks[0])
     weights = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
