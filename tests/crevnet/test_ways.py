@@ -116,11 +116,11 @@ def test_another_model_has_one_way():
     assert config.ways(9) == {"stored": config}
 
 
-@pytest.mark.parametrize("cell_states", ["kept", "inverted"])
+@pytest.mark.parametrize("options", [{}, {"cell_states": "inverted"}, {"clips_at_once": 3}], ids=str)
 @pytest.mark.parametrize("cell", ["convlstm", "stlstm"])
-def test_all_ways_have_the_same_gradients_bit_for_bit(cell, cell_states):
+def test_all_ways_have_the_same_gradients_bit_for_bit(cell, options):
     found = []
-    for config in ways(small(cell, cell_states=cell_states)).values():
+    for config in ways(small(cell, **options)).values():
         torch.manual_seed(0)
         model = config.build()
         loss = model.loss(frames_to_clips(torch.rand(2, FRAMES, 1, 16, 16), 2, "depth"))
