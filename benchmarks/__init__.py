@@ -6,8 +6,9 @@
 - `test_step_time.py`: time of a training step, reversible over stored; a sweep.
 - `test_profile.py`: operators, bytes and CPU time of a training step, with and without fused kernels.
 - `test_kernel_resources.py`: registers, spills and bytes of the compiled kernels.
-- `test_residue.py`, `test_data.py`: residue against its bound; sequences generated per second.
+- `test_residue.py`, `test_data.py`: residue against its bound; generating sequences, and waiting for them.
 - `test_normalisation.py`, `test_scaling.py`: stability of training; growth with modules, frames, pixels; sweeps.
+- `scale_out.py`: training on several GPUs, projected on paper: `python -m benchmarks.scale_out`.
 - `gpu/`: what only a CUDA device can tell.
 
 Each writes `NAME.json`, `NAME.md` and its pictures. Those marked `sweep` run with `--sweeps`. A run of some of the

@@ -9,6 +9,8 @@ from crevnet.data import DataConfig
 from crevnet.metrics import SSIM_WINDOW
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
+from revgrad.budget import parse_bytes
+from revgrad.errors import StreamError
 
 
 def _check_choice(section: str, config: Any, name: str) -> None:
@@ -96,6 +98,12 @@ class RunConfig:
     """`auto`, `cpu` or `cuda`."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """`bf16-mixed` runs convolutions in bfloat16; streams stay in float32."""
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+    """With several processes: `ddp` has all weights on each, `fsdp` shards weights, gradients and Adam's moments."""
+    memory: int | str = "auto"
+    """Memory that training may take, per process: bytes or a text such as `4 GiB`; `auto` is what is free. With
+    `model.mode=auto` the fastest way to train that fits is taken.
+    """
     workers: int = 0
     """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU.
     """
@@ -109,6 +117,18 @@ class RunConfig:
         if self.workers < 0 or self.threads < 0:
             raise ValueError("run.workers and run.threads must not be negative")
         _check_choice("run", self, "precision")
+        _check_choice("run", self, "strategy")
+        try:
+            _ = self.memory_bytes
+        except StreamError:
+            raise ValueError(
+                f"run.memory must be 'auto', bytes or a text such as '4 GiB' or '500 MB', got {self.memory!r}"
+            ) from None
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """What `memory` says; None for `auto`."""
+        return None if self.memory == "auto" else parse_bytes(self.memory)
 
 
 @dataclass(kw_only=True)

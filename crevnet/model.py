@@ -2,8 +2,9 @@
 autoencoder.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -48,8 +49,10 @@ class CrevNetConfig(VideoConfig):
     """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch`
     (as in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
     """
-    mode: Literal["reversible", "checkpoint", "stored"] = "reversible"
-    """What is kept for the backward pass; the results are the same."""
+    mode: Literal["auto", "reversible", "checkpoint", "stored"] = "auto"
+    """What is kept for the backward pass; the results are the same. With `auto` the trainer takes what is fastest of
+    what fits into memory (`run.memory`); a model by itself is reversible.
+    """
     arithmetic: Literal["exact", "float"] = "exact"
     """`exact`: fixed-point streams whose inverse is exact bit for bit; `float`: as they come, ill-conditioned for
     closed gates.
@@ -86,6 +89,25 @@ class CrevNetConfig(VideoConfig):
                 f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} "
                 f"stages fold it"
             )
+
+    def ways(self, steps: int, begun: str | None = None) -> Mapping[str, VideoConfig]:
+        """As in `VideoConfig`: all give equal gradients, up to the order of sums where the model goes on by itself.
+
+        Options of the reversible mode choose it. A run goes on in the way in which it was begun if that still fits, bit
+        for bit; in float arithmetic, where the ways round differently, in no other.
+        """
+        if self.mode != "auto":
+            return {self.mode: self}
+        reversible = replace(self, mode="reversible")
+        if self.keep_states_every > 1 or self.offload:
+            return {"reversible": reversible}
+        root = math.isqrt(steps - 1) + 1
+        sparse = {f"reversible, states every {root} steps": replace(reversible, keep_states_every=root)}
+        ways = {"stored": replace(self, mode="stored"), "reversible": reversible, **(sparse if root > 1 else {})}
+        if begun in ways:
+            first = {begun: ways[begun]}
+            return first if self.arithmetic == "float" else first | ways
+        return ways
 
     def build(self) -> "CrevNet":
         """The model, with random weights."""
@@ -134,7 +156,8 @@ class CrevNet(VideoModel):
         fed = self.feeding(clips, fed, steps)
         given = [clips[:, t] for t, f in enumerate(fed) if f]
         encoder, decoder, together = self.autoencoder, Inverse(self.autoencoder), self.config.clips_at_once
-        how: dict[str, Any] = {"mode": self.config.mode, "arithmetic": self.config.arithmetic}
+        mode = "reversible" if self.config.mode == "auto" else self.config.mode
+        how: dict[str, Any] = {"mode": mode, "arithmetic": self.config.arithmetic}
         ends: dict[str, Any] = {"entry": encoder, "exit": decoder}
         inputs: Iterator[Tensor | Streams] = iter(given)
         if together > 1:

@@ -1,12 +1,14 @@
 """The folder of a run: its configuration and its checkpoints, and the model in it."""
 
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from crevnet.checkpoint import Checkpoint, CheckpointDirectory
-from crevnet.command import load_config
+from crevnet.command import as_plain, load_config
 from crevnet.config import TrainConfig
 from crevnet.video_model import VideoModel
 
@@ -18,6 +20,29 @@ class LoadedRun:
     config: TrainConfig
     model: VideoModel
     step: int
+
+
+def run_folder(config: TrainConfig) -> Path:
+    """The configured folder, or a new one named by the time."""
+    return config.run.folder or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+
+
+def check_same_run(config: TrainConfig, folder: Path) -> None:
+    """Raise if the folder holds a run with another configuration; a longer one with the same weights is the same run.
+
+    Raises:
+        ValueError: Names the options that differ.
+    """
+    path = folder / "config.yaml"
+    if not path.exists():
+        return
+    old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
+    looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
+    free = {"steps", *(f"run.{name}" for name in looks)}
+    different = [k for k in new if k not in free and old.get(k) != new[k]]
+    if different:
+        listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
+        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
 
 
 def load_run(folder: Path, checkpoint: str, device: torch.device) -> LoadedRun:
@@ -72,3 +97,9 @@ def select_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: PyTorch sees no CUDA device here; use device cpu")
     return torch.device(name)
+
+
+def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(tree, dict):
+        return {prefix[:-1]: tree}
+    return {k: v for name, branch in tree.items() for k, v in _flat(branch, f"{prefix}{name}.").items()}

@@ -2,30 +2,34 @@
 
 import json
 import math
-import os
 import sys
 import time
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 from lightning_fabric.utilities.seed import seed_everything
-from torch import Tensor, nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from crevnet.checkpoint import CheckpointDirectory
 from crevnet.clips import frames_to_clips
-from crevnet.command import as_plain, load_config, save_config
+from crevnet.command import save_config
 from crevnet.config import TrainConfig
+from crevnet.convolution import use_channels_last
 from crevnet.data import train_batches
 from crevnet.evaluate import score
+from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
+from crevnet.launch import launch, local_processes
 from crevnet.logs import RunLog
-from crevnet.run import find_checkpoint, select_device
+from crevnet.run import check_same_run, find_checkpoint, run_folder
+from crevnet.sharding import load_moments, load_weights, own_part, views_are_fine, whole, whole_model
+from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
+from crevnet.ways import MARGIN, choose, training_bytes
 from revgrad import LiveMemory, ReversibilityError
 
 
@@ -50,28 +54,32 @@ class Trainer:
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
         seed_everything(config.seed, verbose=False)
         self.raw_model = config.model.build()
-        use_channels_last(self.raw_model)
+        if config.run.strategy == "ddp":  # FSDP refuses weights of another layout
+            use_channels_last(self.raw_model)
+        self.model = fabric.setup_module(self.raw_model)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
         optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
-        self.model, self.optimiser = fabric.setup(self.raw_model, optimiser)
+        self.optimiser: Any = fabric.setup_optimizers(optimiser)
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")
         self.step = 0
         self.seconds = 0.0
         self.best_mse = math.inf
         self.peak_activation_bytes = 0
+        self.way: str | None = None
 
     def resume(self) -> bool:
         """Go on from the newest undamaged checkpoint, if there is one."""
         found = self.checkpoints.latest()
         if found is None:
             return False
-        self.raw_model.load_state_dict(found.weights)
-        self.optimiser.load_state_dict(found.state["optimiser"])
+        load_weights(self.raw_model, found.weights)
+        load_moments(self.optimiser, found.state["optimiser"], list(self.raw_model.parameters()))
         self.step = found.state["step"]
         self.seconds = found.state["seconds"]
         self.best_mse = found.state["best_mse"]
         self.peak_activation_bytes = found.state["peak_activation_bytes"]
+        self.way = found.state.get("way")
         torch.set_rng_state(found.state["rng"])
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
@@ -79,19 +87,59 @@ class Trainer:
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint; only rank 0 does."""
+        weights, optimiser = whole(self.raw_model.state_dict()), whole(self.optimiser.state_dict())
         if self.main:
             cuda = self.fabric.device.type == "cuda"
             state = {
-                "optimiser": self.optimiser.state_dict(),
+                "optimiser": optimiser,
                 "step": self.step,
                 "seconds": self.seconds,
                 "best_mse": self.best_mse,
                 "peak_activation_bytes": self.peak_activation_bytes,
+                "way": self.way,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
-            self.checkpoints.save(self.step, self.raw_model.state_dict(), state, best=best)
+            self.checkpoints.save(self.step, weights, state, best=best)
         self.fabric.barrier()
+
+    def choose_way(self) -> str:
+        """Train in the fastest way that fits into memory, the same on all processes; returns a line that tells.
+
+        Raises:
+            ValueError: None fits.
+        """
+        config, world = self.config, self.fabric.world_size
+        ways = config.model.ways(config.data.frames - config.model.clip, self.way)
+        if len(ways) == 1 and config.run.memory_bytes is None:
+            self.way, self.raw_model.config = next(iter(ways.items()))
+            return f"Training {self.way}"
+
+        def need(way: VideoConfig) -> float:
+            found = training_bytes(
+                way,
+                config.batch_size // world,
+                config.data.frames,
+                self.fabric.device,
+                gradients=2 if world > 1 and config.run.strategy == "ddp" else 1,
+                autocast=self.fabric.autocast,
+            )
+            return self._agree(found, "max")
+
+        choice = choose(ways, self.available_bytes(), need)
+        self.way, self.raw_model.config = choice.name, choice.config
+        return str(choice)
+
+    def available_bytes(self) -> float:
+        """What training may take of the memory of each process's device: as configured, or what is free."""
+        if self.config.run.memory_bytes is not None:
+            return self.config.run.memory_bytes
+        device = self.fabric.device
+        free = free_bytes(device) / (local_processes() if device.type == "cpu" else 1)
+        # Training takes these too, but they are there already; Adam's moments only in a run that goes on.
+        held = [*self.raw_model.parameters(), *tree_leaves(self.optimiser.state_dict())]
+        free += sum(own_part(x).nbytes for x in held if isinstance(x, Tensor))
+        return self._agree(MARGIN * free, "min")
 
     def fit(self) -> bool:
         """Train to the last step; False if interrupted before (and saved).
@@ -125,7 +173,7 @@ class Trainer:
                 best = False
                 if self.step % run.validate_every == 0 or self.step == config.steps:
                     best = self._validate(validation, log)
-                stop = self._any(interrupt.requested is not None)
+                stop = bool(self._agree(interrupt.requested is not None, "max"))
                 if best or stop or self.step % run.checkpoint_every == 0 or self.step == config.steps:
                     self.save(best=best)
                     saved_at = self.step
@@ -143,7 +191,7 @@ class Trainer:
         """Evaluate the best weights on the test set; write `metrics.json`, pictures and the loss curve."""
         found = find_checkpoint(self.checkpoints, "best")
         if found is not None:
-            self.raw_model.load_state_dict(found.weights)
+            load_weights(self.raw_model, found.weights)
         config = self.config
         dataset = config.data.build_test()
         result = self._score(dataset, progress=True)
@@ -152,13 +200,15 @@ class Trainer:
             "steps": config.steps,
             "seconds": self.seconds,
             "peak_activation_bytes": self.peak_activation_bytes,
+            "way": self.way,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
             "data_range": 1.0,
         }
+        model = whole_model(self.raw_model)
         if self.main:
             (self.folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
-            self._draw(dataset.batch(range(min(4, len(dataset)))))
+            self._draw(model, dataset.batch(range(min(4, len(dataset)))))
         return result
 
     def _train_step(self, frames: Tensor) -> tuple[float, float]:
@@ -197,7 +247,8 @@ class Trainer:
         return loss, norm
 
     def _backward(self, clips: Tensor, fed: list[bool]) -> float:
-        with self.fabric.autocast():  # which Fabric enters by itself around `forward` only
+        # Fabric enters autocast by itself around `forward` only.
+        with self.fabric.autocast(), views_are_fine(self.raw_model):
             loss = self.model.loss(clips, fed)
         self.fabric.backward(loss)
         return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
@@ -206,12 +257,12 @@ class Trainer:
         """The norm of the whole gradient, clipped if configured."""
         parameters = list(self.raw_model.parameters())
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(total)
+        norm = float(whole(total))
         if not math.isfinite(norm):  # before clipping, which would spread a NaN to all
             names = [
                 n
                 for n, p in self.raw_model.named_parameters()
-                if p.grad is not None and not bool(p.grad.isfinite().all())
+                if p.grad is not None and not bool(whole(p.grad).isfinite().all())
             ]
             raise TrainingDiverged(
                 f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} "
@@ -239,7 +290,7 @@ class Trainer:
     def _score(self, dataset: Any, *, progress: bool = False) -> dict[str, Any]:
         several = self.fabric.world_size > 1
         return score(
-            self.raw_model,
+            whole_model(self.raw_model),
             dataset,
             self.config.observed,
             batch_size=max(1, self.config.batch_size // self.fabric.world_size),
@@ -265,10 +316,10 @@ class Trainer:
                 {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "sequences_per_second": rate},
             )
 
-    def _draw(self, frames: Tensor) -> None:
+    def _draw(self, model: VideoModel, frames: Tensor) -> None:
         observed = self.config.observed
         given, target = frames[:, :observed], frames[:, observed:]
-        prediction = self.raw_model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
+        prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
         prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
         prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
         log = RunLog(self.folder, self.step + 1)
@@ -277,20 +328,12 @@ class Trainer:
         if steps:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 
-    def _any(self, flag: bool) -> bool:
-        """Whether any process says so; all of them then agree."""
+    def _agree(self, value: float, reduce_op: str) -> float:
+        """One number of all processes, `sum`, `min` or `max`."""
         if self.fabric.world_size == 1:
-            return flag
-        return bool(self.fabric.all_reduce(torch.tensor(float(flag), device=self.fabric.device), reduce_op="sum"))
-
-
-def use_channels_last(model: nn.Module) -> None:
-    """Lay the weights of convolutions out so that oneDNN and cuDNN pick kernels that need no reordering."""
-    for module in model.modules():
-        if isinstance(module, nn.Conv2d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
-        elif isinstance(module, nn.Conv3d):
-            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+            return value
+        tensor = torch.tensor(value, dtype=torch.float64, device=self.fabric.device)
+        return float(self.fabric.all_reduce(tensor, reduce_op=reduce_op))  # type: ignore[arg-type]
 
 
 def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
@@ -303,59 +346,6 @@ def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
     generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
     draws = torch.rand(steps, generator=generator).tolist()
     return [t < observed or draw < probability for t, draw in enumerate(draws)]
-
-
-def run_folder(config: TrainConfig) -> Path:
-    """The configured folder, or a new one named by the time."""
-    return config.run.folder or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-
-
-def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise if the folder holds a run with another configuration; a longer one with the same weights is the same run.
-
-    Raises:
-        ValueError: Names the options that differ.
-    """
-    path = folder / "config.yaml"
-    if not path.exists():
-        return
-    old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
-    free = {"steps", "run.folder", "run.workers", "run.threads", "run.device", "run.log_every", "run.keep"}
-    different = [k for k in new if k not in free and old.get(k) != new[k]]
-    if different:
-        listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
-        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
-
-
-class Autocast(MixedPrecision):
-    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
-
-    def convert_input(self, data: Any) -> Any:
-        """The data as they are."""
-        return data
-
-
-def launch(config: TrainConfig) -> Fabric:
-    """Device, precision and process group as configured, and as torchrun says.
-
-    Raises:
-        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there.
-    """
-    world, processes = (int(os.environ.get(name, "1")) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if config.batch_size % world:
-        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
-    if config.run.threads:
-        torch.set_num_threads(config.run.threads)
-    device = select_device(config.run.device).type
-    fabric = Fabric(
-        accelerator=device,
-        devices=processes,
-        num_nodes=world // processes,
-        strategy="ddp" if processes > 1 or "WORLD_SIZE" in os.environ else "auto",
-        plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
-    )
-    fabric.launch()
-    return fabric
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:
@@ -382,6 +372,8 @@ def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
         fabric.print(f"Going on from step {trainer.step} in {folder}")
     else:
         fabric.print(f"Run folder: {folder}")
+    if trainer.step < config.steps:
+        fabric.print(trainer.choose_way())
     if not trainer.fit():
         return None
     result = trainer.finish()
@@ -402,9 +394,3 @@ def summary(name: str, result: dict[str, Any], folder: Path) -> str:
         f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
     ]
     return "\n".join(lines)
-
-
-def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(tree, dict):
-        return {prefix[:-1]: tree}
-    return {k: v for name, branch in tree.items() for k, v in _flat(branch, f"{prefix}{name}.").items()}

@@ -3,7 +3,7 @@
 Shape letters: B batch, T frames, N clips, C channels, K frames per clip, H height, W width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -44,6 +44,15 @@ class VideoConfig:
         frame = (self.image_size, self.image_size)
         depth = self.stacking == "depth"
         return (self.channels, self.clip, *frame) if depth else (self.channels * self.clip, *frame)
+
+    def ways(self, steps: int, begun: str | None = None) -> Mapping[str, "VideoConfig"]:
+        """Ways to train the same weights, by name, the fastest first; of more than one the trainer chooses.
+
+        Args:
+            steps: Time steps of a training sequence.
+            begun: The way in which a run that is resumed has been trained so far.
+        """
+        return {"stored": self}
 
     def build(self) -> "VideoModel":
         """The model, with random weights."""

@@ -24,6 +24,7 @@ TINY = {
     "model.clip": 2,
     "model.blocks": [1],
     "model.modules": 2,
+    "model.mode": "reversible",
     "data.image_size": 16,
     "data.digit_size": 8,
     "data.num_digits": 1,

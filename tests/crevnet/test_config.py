@@ -204,3 +204,16 @@ def test_every_option_is_explained_by_help():
     assert "Learning rate after warm-up." in text
     assert "Largest norm of the whole gradient; 0 does not clip." in text
     assert unexplained == []
+
+
+@pytest.mark.parametrize(("given", "size"), [("auto", None), (5, 5), ("2 KiB", 2048), ("1.5 MB", 1_500_000)])
+def test_memory_is_bytes_or_what_is_free(given, size):
+    assert RunConfig(memory=given).memory_bytes == size
+
+
+@pytest.mark.parametrize("given", ["much", "4", -1, "4 GiB or so"])
+def test_memory_of_another_form_is_refused(given):
+    with pytest.raises(
+        ValueError, match=r"run\.memory must be 'auto', bytes or a text such as '4 GiB' or '500 MB', got"
+    ):
+        RunConfig(memory=given)

@@ -5,7 +5,7 @@ import torch
 
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import save_config
-from crevnet.run import find_checkpoint, load_run, select_device
+from crevnet.run import check_same_run, find_checkpoint, load_run, run_folder, select_device
 
 CPU = torch.device("cpu")
 
@@ -96,3 +96,20 @@ def test_devices(monkeypatch):
 def test_an_unknown_device_is_named():
     with pytest.raises((ValueError, RuntimeError), match="tpu9"):
         select_device("tpu9")
+
+
+def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path):
+    save_config(tiny.config(tmp_path, {"steps": 1}), tmp_path / "config.yaml")
+    free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
+    check_same_run(tiny.config(tmp_path / "moved", free), tmp_path)
+
+
+def test_an_empty_folder_takes_any_run(tiny, tmp_path):
+    check_same_run(tiny.config(tmp_path), tmp_path)
+
+
+def test_the_folder_is_the_configured_one_or_a_new_one(tiny, tmp_path):
+    assert run_folder(tiny.config(tmp_path / "x")) == tmp_path / "x"
+    made = run_folder(tiny.config(None))
+    assert made.parent.name == "runs"
+    assert made.name[:8].isdecimal()

@@ -1,6 +1,7 @@
 """The command line of training: what it prints and returns, and real processes that are killed, stopped or several."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -19,6 +20,7 @@ TORCHRUN = ["torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m"
 DISTRIBUTED = {
     "batch_size": 4,
     "steps": 3,
+    "model.mode": "auto",
     "run.checkpoint_every": 1,
     "run.keep": 9,
     "run.validation_sequences": 5,  # the processes get different numbers of them
@@ -30,14 +32,17 @@ DISTRIBUTED = {
 
 @pytest.fixture(scope="module")
 def processes(tiny, tmp_path_factory):
-    """What became of four real processes, run side by side: three that get a signal amid their steps, and torchrun.
+    """What became of real processes, run side by side: three that get a signal amid their steps, and torchrun twice.
 
     By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
     """
     base = tmp_path_factory.mktemp("processes")
     signalled = {number: base / number.name for number in SIGNALS}
     running = {n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled)) for n, f in signalled.items()}
-    several = tiny.start(*TORCHRUN, *tiny.arguments(base / "torchrun", DISTRIBUTED))
+    several = {
+        strategy: tiny.start(*TORCHRUN, *tiny.arguments(base / strategy, DISTRIBUTED | {"run.strategy": strategy}))
+        for strategy in ("ddp", "fsdp")
+    }
     try:
         waiting, deadline = dict(running), time.monotonic() + 300
         while waiting:
@@ -49,13 +54,13 @@ def processes(tiny, tmp_path_factory):
             assert time.monotonic() < deadline
             time.sleep(0.005)
         found = {}
-        for name, process in [*running.items(), ("torchrun", several)]:
+        for name, process in [*running.items(), *several.items()]:
             out, err = process.communicate(timeout=300)
-            folder = signalled.get(name, base / "torchrun")
+            folder = signalled[name] if name in signalled else base / name
             steps = CheckpointDirectory(folder / "checkpoints").steps()
             found[name] = (folder, process.returncode, out, err, max(steps))
     finally:
-        for process in (*running.values(), several):
+        for process in (*running.values(), *several.values()):
             process.kill()
             process.wait()
     return found
@@ -101,12 +106,20 @@ def test_sigterm_and_ctrl_c_save_at_the_current_step_and_end_cleanly(number, pro
 # --- several processes ---
 
 
-def test_two_processes_make_the_steps_of_one(processes, tmp_path, tiny):
+@pytest.fixture(scope="module")
+def one_process(tiny, tmp_path_factory):
+    """The folder of the same run in one process."""
+    folder = tmp_path_factory.mktemp("one") / "run"
+    assert main(tiny.arguments(folder, DISTRIBUTED)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_make_the_steps_of_one(strategy, processes, one_process, tiny):
     """The same global batch, in gradients and in weights; only the order of summation differs."""
-    folder, status, _, err, _ = processes["torchrun"]
+    folder, status, _, err, _ = processes[strategy]
     assert status == 0, err
-    single = tmp_path / "single"
-    assert main(tiny.arguments(single, DISTRIBUTED)) == 0
+    single = one_process
     for step in (1, 2, 3):
         ours, theirs = (tiny.state(f, step)["optimiser"]["state"] for f in (folder, single))
         # Adam's first moment is (1 - 0.9) times the gradient at first, and then a sum of gradients
@@ -130,16 +143,32 @@ def test_two_processes_make_the_steps_of_one(processes, tmp_path, tiny):
         assert ours["per_frame"][name] == pytest.approx(theirs["per_frame"][name], rel=1e-5)
 
 
-def test_only_one_of_two_processes_writes(processes, tiny):
-    folder, _, out, err, _ = processes["torchrun"]
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_only_one_of_two_processes_writes(strategy, processes, tiny):
+    folder, _, out, err, _ = processes[strategy]
     assert tiny.column(folder, "step") == ["1", "2", "3"]
     assert tiny.column(folder, "step", "validation") == ["3"]
     assert CheckpointDirectory(folder / "checkpoints").steps() == [1, 2, 3]
     events = [p.name.split(".")[4:5] for p in (folder / "tensorboard").iterdir()]
     assert len({tuple(e) for e in events}) == 1  # the process's number is part of the name
     assert out.count("Run folder: ") == 1
+    assert out.count("Training stored: needs ") == 1
     assert out.count("copy last frame") == 1
     assert "Traceback" not in err
+
+
+def test_a_sharded_run_goes_on_sharded_or_in_one_process(processes, tiny, tmp_path):
+    longer = DISTRIBUTED | {"steps": 4, "run.strategy": "fsdp"}
+    folders = [shutil.copytree(processes["fsdp"][0], tmp_path / name) for name in ("sharded", "whole")]
+    process = tiny.start(*TORCHRUN, *tiny.arguments(folders[0], longer))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert "Going on from step 3" in out
+    assert "returned a view" not in err
+    assert main(tiny.arguments(folders[1], longer | {"run.strategy": "ddp"})) == 0
+    one, other = (tiny.weights(folder, 4) for folder in folders)
+    for name, x in one.items():
+        assert float((x - other[name]).norm()) <= 1e-6 * float(other[name].norm()) + 1e-7, name
 
 
 # --- what it returns and prints ---
@@ -222,7 +251,7 @@ def test_the_result_is_printed_beside_the_baseline(tiny, tmp_path, capsys):
     assert main(tiny.arguments(tmp_path / "run", {"steps": 1})) == 0
     out = capsys.readouterr().out.splitlines()
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
-    assert out[0] == f"Run folder: {tmp_path}/run"
-    rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[3:5]}
+    assert out[:2] == [f"Run folder: {tmp_path}/run", "Training reversible"]
+    rows = {line[:18].strip(): [float(x) for x in line[18:].split()] for line in out[4:6]}
     for name, of in (("crevnet", metrics), ("copy last frame", metrics["copy_last_frame"])):
         assert rows[name] == pytest.approx([of[k] for k in ("mse", "ssim", "psnr")], abs=0.006)

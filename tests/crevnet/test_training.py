@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import shutil
 
 import pytest
@@ -11,7 +12,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import crevnet.video_model
 from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
 from crevnet.command import load_config
-from crevnet.training import Trainer, TrainingDiverged, check_same_run, feeding_plan, launch, run_folder, summary, train
+from crevnet.launch import launch
+from crevnet.training import Trainer, TrainingDiverged, feeding_plan, summary, train
+from crevnet.ways import MARGIN, training_bytes
 from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -44,7 +47,7 @@ def test_metrics_are_written_with_everything_that_is_promised(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert set(metrics) == {
         "mse", "ssim", "psnr", "per_frame", "sequences", "copy_last_frame", "step", "steps", "seconds",
-        "peak_activation_bytes", "parameters", "digits", "data_range",
+        "peak_activation_bytes", "way", "parameters", "digits", "data_range",
     }  # fmt: skip
     assert set(metrics["copy_last_frame"]) == {"mse", "ssim", "psnr"}
     assert {k: len(v) for k, v in metrics["per_frame"].items()} == {"mse": 3, "ssim": 3, "psnr": 3}
@@ -267,23 +270,6 @@ def test_another_configuration_in_the_same_folder_is_refused_by_name(train_tiny,
     assert snapshot(folder) == before
 
 
-def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path, train_tiny):
-    folder = train_tiny({"steps": 1})
-    free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
-    check_same_run(tiny.config(tmp_path / "moved", free), folder)
-
-
-def test_an_empty_folder_takes_any_run(tiny, tmp_path):
-    check_same_run(tiny.config(tmp_path), tmp_path)
-
-
-def test_the_folder_is_the_configured_one_or_a_new_one(tiny, tmp_path):
-    assert run_folder(tiny.config(tmp_path / "x")) == tmp_path / "x"
-    made = run_folder(tiny.config(None))
-    assert made.parent.name == "runs"
-    assert made.name[:8].isdecimal()
-
-
 # --- feeding ---
 
 
@@ -389,7 +375,7 @@ def test_weights_that_break_in_the_last_step_are_found_by_validation(trainer, mo
     assert not list(trainer.folder.glob("checkpoints/step-*"))
 
 
-# --- memory ---
+# --- the peak that is reported ---
 
 
 def test_reversible_training_holds_less_than_stored(trainer, tmp_path):
@@ -425,6 +411,87 @@ def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
     tiny.assert_equal(one.raw_model.state_dict(), other.raw_model.state_dict())
 
 
+# --- memory against speed ---
+
+
+AUTO = {"model.mode": "auto", "model.cell": "stlstm", "steps": 3}
+
+
+def way_of(folder):
+    return json.loads((folder / "metrics.json").read_text())["way"]
+
+
+def test_with_memory_to_spare_training_is_stored_and_says_so(train_tiny, tiny, capsys):
+    folder = train_tiny(AUTO)
+    assert way_of(folder) == "stored"
+    assert re.search(r"\nTraining stored: needs 0\.\d MiB of [\d,.]+ MiB\n", capsys.readouterr().out)
+    assert load_config(folder / "config.yaml").model.mode == "auto"
+
+
+def test_every_budget_gives_the_same_weights_bit_for_bit(train_tiny, tiny, monkeypatch):
+    ways = tiny.config(None, AUTO).model.ways(4)
+    assert list(ways) == ["stored", "reversible", "reversible, states every 2 steps"]
+    monkeypatch.setattr(
+        "crevnet.training.training_bytes", lambda config, *args, **kw: 9 - list(ways.values()).index(config)
+    )
+    folders = [train_tiny(AUTO | {"run.memory": need}) for need in (9, 8, 7)]
+    assert [way_of(folder) for folder in folders] == list(ways)
+    for folder in folders[1:]:
+        tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(folders[0], 3))
+
+
+def test_a_resumed_run_keeps_its_way_as_long_as_that_fits(train_tiny, tiny, capsys):
+    straight = train_tiny(AUTO | {"run.memory": "1 GiB"})
+    folder = train_tiny(AUTO | {"run.memory": "0.1 GiB", "steps": 1})
+    assert way_of(folder) == "stored"
+    need = int(training_bytes(tiny.config(None, AUTO).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
+    train_tiny(AUTO | {"run.memory": need, "steps": 2}, folder)
+    assert way_of(folder) == "reversible"
+    train_tiny(AUTO | {"run.memory": "1 GiB"}, folder)
+    assert way_of(folder) == "reversible"
+    tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(straight, 3))
+
+
+def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
+    options = AUTO | {"model.arithmetic": "float"}
+    folder = train_tiny(options | {"steps": 1})
+    before = snapshot(folder / "checkpoints")
+    need = int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
+    with pytest.raises(ValueError, match=r"no way to train fits into .*: the least is .*, stored;"):
+        train_tiny(options | {"run.memory": need}, folder)
+    assert snapshot(folder / "checkpoints") == before
+
+
+def test_a_mode_that_is_set_is_not_measured(train_tiny, monkeypatch, capsys):
+    monkeypatch.setattr("crevnet.training.training_bytes", None)
+    folder = train_tiny({"steps": 1})
+    assert way_of(folder) == "reversible"
+    assert "\nTraining reversible\n" in capsys.readouterr().out
+
+
+def test_a_budget_holds_for_a_mode_that_is_set(train_tiny):
+    with pytest.raises(ValueError, match=r"fits into 0\.0 MiB: the least is 0\.\d MiB, reversible;"):
+        train_tiny({"steps": 1, "run.memory": "1 KiB"})
+
+
+def test_where_nothing_fits_no_step_is_made(train_tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("crevnet.training.free_bytes", lambda device: 0)
+    with pytest.raises(ValueError, match=r"lower batch_size or raise run\.memory"):
+        train_tiny(AUTO, tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
+
+
+def test_what_is_there_already_counts_as_free(trainer, monkeypatch):
+    made = trainer(AUTO)
+    made._train_step(training_batch(made))
+    weights = sum(p.nbytes for p in made.raw_model.parameters())
+    counters = sum(s["step"].nbytes for s in made.optimiser.state_dict()["state"].values())
+    monkeypatch.setattr("crevnet.training.free_bytes", lambda device: 2**20)
+    assert made.available_bytes() == pytest.approx(MARGIN * (2**20 + 3 * weights + counters))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes that share the memory of a machine
+    assert made.available_bytes() == pytest.approx(MARGIN * (2**18 + 3 * weights + counters))
+
+
 # --- precision ---
 
 
@@ -453,21 +520,6 @@ def test_mixed_precision_computes_almost_the_same(trainer, tmp_path):
 
 
 # --- processes ---
-
-
-def test_a_device_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="PyTorch sees no CUDA device here"):
-        train(tiny.config(tmp_path / "run", {"run.device": "cuda"}))
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
-        train(tiny.config(tmp_path / "run", {"batch_size": 6}))
-    assert not (tmp_path / "run").exists()
 
 
 def test_only_rank_0_writes(trainer, monkeypatch):

@@ -1,0 +1,54 @@
+"""The processes of a run: device, precision and process group."""
+
+import os
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins import MixedPrecision
+
+from crevnet.config import TrainConfig
+from crevnet.run import select_device
+from crevnet.sharding import sharded_strategy
+
+
+class Autocast(MixedPrecision):
+    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
+
+    def convert_input(self, data: Any) -> Any:
+        """The data as they are."""
+        return data
+
+
+def launch(config: TrainConfig) -> Fabric:
+    """Device, precision and process group as configured, and as torchrun says.
+
+    Raises:
+        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there; one process is to
+            be sharded.
+    """
+    world, processes = int(os.environ.get("WORLD_SIZE", "1")), local_processes()
+    if config.batch_size % world:
+        raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
+    if config.run.threads:
+        torch.set_num_threads(config.run.threads)
+    device = select_device(config.run.device).type
+    strategy: Any = "ddp" if "WORLD_SIZE" in os.environ else "auto"
+    if config.run.strategy == "fsdp":
+        if world == 1:
+            raise ValueError("run.strategy fsdp shards a model among processes: start several with torchrun")
+        strategy = sharded_strategy(world)
+    fabric = Fabric(
+        accelerator=device,
+        devices=processes,
+        num_nodes=world // processes,
+        strategy=strategy,
+        plugins=Autocast("bf16-mixed", device) if config.run.precision == "bf16-mixed" else None,
+    )
+    fabric.launch()
+    return fabric
+
+
+def local_processes() -> int:
+    """How many processes of the run this machine has, as torchrun says."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

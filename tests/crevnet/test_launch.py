@@ -1,0 +1,25 @@
+import pytest
+import torch
+
+from crevnet.training import train
+
+
+def test_a_device_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA device here"):
+        train(tiny.config(tmp_path / "run", {"run.device": "cuda"}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match="batch_size 6 is not a multiple of the 4 processes"):
+        train(tiny.config(tmp_path / "run", {"batch_size": 6}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_one_process_cannot_shard(tiny, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"shards a model among processes: start several with torchrun"):
+        train(tiny.config(tmp_path / "run", {"run.strategy": "fsdp"}))
+    assert not (tmp_path / "run").exists()
