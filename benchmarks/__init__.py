@@ -3,7 +3,9 @@
 - `test_table1.py`: FLOPs and memory of the paper's table 1, counted on the real models.
 - `test_engine.py`: the engine beside stored autograd, checkpointing and other reversible libraries.
 - `test_training_memory.py`: memory of a training step in all modes, and its growth with depth; a sweep.
-- `test_step_time.py`: time of a training step, reversible over stored; a sweep.
+- `test_training_step.py`, `test_inference.py`: training and prediction beside plain PyTorch, in every mode; sweeps.
+- `test_cpu_operators.py`, `test_convolution.py`: operators and convolutions on a CPU beside PyTorch's.
+- `test_deep_chain.py`, `test_budget.py`: a chain of 1,000 layers; step time against a memory budget.
 - `test_profile.py`: operators, bytes and CPU time of a training step, with and without fused kernels.
 - `test_kernel_resources.py`: registers, spills and bytes of the compiled kernels.
 - `test_residue.py`, `test_data.py`: residue against its bound; generating sequences, and waiting for them.

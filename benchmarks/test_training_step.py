@@ -38,7 +38,8 @@ COPIED = 2**24
 NOTES = (
     f"Forward pass with teacher forcing, mean squared error, backward pass; {STEPS} time steps of the paper's Moving "
     "MNIST configuration, float32, one thread; random weights and frames. Without the optimiser.",
-    "Speed-up: time of plain PyTorch over that of the variant, median over the rounds, each of which runs all once.",
+    "Speed-up: time of plain PyTorch over that of the variant, median over the rounds, each of which runs all once. "
+    "Over stored: time over that of stored training with as many clips at once.",
     f"Rate: FLOPs of the convolutions in the forward and backward pass of plain PyTorch, over the time, as a fraction "
     f"of the rate of a product of two {SIDE} x {SIDE} matrices in the same round. A reversible step does 4/3 of these "
     "FLOPs; what is more than one pass is not counted.",
@@ -56,7 +57,8 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     yield found
     rows = found["rows"]
     columns = {"cell": "cell", "batch": "batch", "variant": "variant", "ms": "ms per sequence and time step"}
-    columns |= {"speedup": "speed-up", "p20": "p20", "p80": "p80", "rate": "rate", "mb": "MB"}
+    columns |= {"speedup": "speed-up", "p20": "p20", "p80": "p80", "over_stored": "over stored", "rate": "rate"}
+    columns["mb"] = "MB"
     below = {"cell": "cell", "batch": "batch", "gflop": "GFLOP", "gflops": "GFLOP/s of a matrix product"}
     below |= {"arithmetic_ms": "arithmetic, ms", "mb": "MB", "gbs": "GB/s of a copy", "memory_ms": "memory, ms"}
     below |= {"fastest": "fastest", "fastest_ms": "its ms"}
@@ -113,6 +115,7 @@ def test_beside_plain_pytorch(benchmark, results, cell, batch):
             "speedup": faster["median"],
             "p20": faster["p20"],
             "p80": faster["p80"],
+            "over_stored": None if name == PLAIN else over_stored(rounds, name),
             "rate": spread([counter.get_total_flops() / t[name] / t["rate"] for t in rounds])["median"],
             "mb": memory.peak / 1e6,
         }
@@ -140,6 +143,12 @@ def test_beside_plain_pytorch(benchmark, results, cell, batch):
 def median(rounds: list[dict[str, float]], name: str) -> float:
     """Of one thing that was measured in every round."""
     return spread([r[name] for r in rounds])["median"]
+
+
+def over_stored(rounds: list[dict[str, float]], name: str) -> float:
+    """Time over that of stored training with as many clips at once, within each round."""
+    stored = str(VARIANTS[len(ONE_BY_ONE) if "at once" in name else 0])
+    return spread([times[name] / times[stored] for times in rounds])["median"]
 
 
 def seconds(step: Callable[[], None]) -> float:
