@@ -31,7 +31,11 @@ BATCHES = (1, 16, 64, 256)
 ROUNDS = 5
 STORED, EXACT = Variant("stored", "float"), Variant("reversible")
 OFFLOADED = Variant("reversible", offload=True)
-MODES = (STORED, Variant("checkpoint", "float"), Variant("reversible", "float"), Variant("stored"), EXACT, OFFLOADED)
+AT_ONCE = replace(STORED, clips_at_once=STEPS), replace(EXACT, clips_at_once=STEPS)
+MODES = (
+    *(STORED, Variant("checkpoint", "float"), Variant("reversible", "float"), Variant("stored"), EXACT, OFFLOADED),
+    *AT_ONCE,
+)
 PRECISIONS = ("float32", "bfloat16")
 BASELINES = "baselines"
 PATCH = 4
