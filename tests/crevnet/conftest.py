@@ -24,6 +24,7 @@ TINY = {
     "model.clip": 2,
     "model.blocks": [1],
     "model.modules": 2,
+    "model.clips_at_once": 1,
     "model.mode": "reversible",
     "data.image_size": 16,
     "data.digit_size": 8,

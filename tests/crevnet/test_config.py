@@ -171,7 +171,14 @@ def test_all_shipped_configurations_were_found():
 def test_the_papers_numbers(name):
     config = load_config(CONFIGS / f"{name}.yaml")
     assert config.model == CrevNetConfig(
-        cell=name.rpartition("_")[2], channels=1, image_size=64, clip=3, stacking="depth", blocks=(4, 5, 3), modules=8
+        cell=name.rpartition("_")[2],
+        channels=1,
+        image_size=64,
+        clip=3,
+        stacking="depth",
+        blocks=(4, 5, 3),
+        modules=8,
+        clips_at_once=20,
     )
     assert 3 * sum(config.model.blocks) == 36  # three convolutions per block
     assert config.optimiser == OptimiserConfig(learning_rate=5e-4, betas=(0.9, 0.999), clip_norm=0, warmup_steps=0)
@@ -182,9 +189,10 @@ def test_the_papers_numbers(name):
     assert config.feeding.kind == "teacher"
 
 
-def test_the_papers_setting_with_st_lstm_is_the_default_but_for_how_often_it_validates():
+def test_the_papers_setting_with_st_lstm_is_the_default_but_for_speed_and_how_often_it_validates():
     config = load_config(CONFIGS / "moving_mnist_stlstm.yaml")
     config.run.validate_every = TrainConfig().run.validate_every
+    config.model.clips_at_once = TrainConfig().model.clips_at_once
     assert config == TrainConfig()
 
 
