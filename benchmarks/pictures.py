@@ -162,7 +162,7 @@ def scaling_curves(rows: Rows) -> bytes:
     grid = figure.subplots(2, 3, sharex="col", sharey="row")
     for column, (axis, label) in enumerate(labels.items()):
         mine = [r for r in rows if r["axis"] == axis]
-        for line, (key, unit) in enumerate((("mb", "activations of one sample (MB)"), ("seconds", "step time (s)"))):
+        for line, (key, unit) in enumerate((("mb", "memory of one more sample (MB)"), ("seconds", "step time (s)"))):
             axes = grid[line][column]
             for i, variant in enumerate(dict.fromkeys(r["variant"] for r in mine)):
                 points = [r for r in mine if r["variant"] == variant]

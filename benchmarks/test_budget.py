@@ -18,7 +18,7 @@ from revgrad import ReversibleSequential, plan
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-BLOCKS, ROUNDS, PARTS = 16, 8, 8
+BLOCKS, ROUNDS, PARTS = 16, 3, 8
 FRACTIONS = [i / PARTS for i in range(PARTS + 1)]
 SUBTITLE = f"{BLOCKS} blocks: {CONVOLUTION.description}"
 

@@ -19,7 +19,7 @@ from benchmarks.reporting import Report, Table, spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 BATCHES = (1, 4, 16)
-ROUNDS, WARMUP = 60, 5
+ROUNDS, WARMUP = 40, 5
 REPETITIONS = 3
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"
 TWINS = [operator for operator in OPERATORS if not operator.name.startswith("exact")]

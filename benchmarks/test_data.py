@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 BATCH = 16
 DIGITS = (1, 2, 3)
 WORKERS = {"none": 0, "one process ahead": 1}
-STEPS = 3
+STEPS = 2
 QUICK = CONFIGS / "quick.yaml"
 
 NOTES = (

@@ -19,8 +19,8 @@ from benchmarks.reporting import Report, Table, spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDS = {
-    (CONVOLUTION, 4): 12,
-    (CONVOLUTION, 16): 5,
+    (CONVOLUTION, 4): 6,
+    (CONVOLUTION, 16): 3,
     (CONVOLUTION, 64): 2,
     (TRANSFORMER, 4): 4,
     (TRANSFORMER, 12): 2,
