@@ -46,8 +46,8 @@ NOTES = (
     "Reversible in exact arithmetic: in float arithmetic, 64 gated modules do not invert, which the engine refuses.",
     f"{FEW} time steps against modules and pixels; the step of n frames has n - 1.",
     "MB: what one more sample takes, that is, the peak of a step with batch 2 minus that with batch 1.",
-    f"Step time: processor time, median of {ROUNDS} rounds, in each of which every variant runs once (of one round where "
-    f"it takes more than {LARGE} seconds); `over stored` is the median of the ratios within a round.",
+    f"Step time: processor time, median of {ROUNDS} rounds, in each of which every variant runs once; one round where "
+    f"it takes more than {LARGE} seconds. `over stored` is the median of the ratios within a round.",
     f"Largest model: so many predictive modules that weights, gradients, Adam's moments and the activations of one "
     f"sequence of {STEPS + 1} frames take 16 GB, computed from the slope between 4 and 8 modules. That the slope holds "
     f"is shown by a training step of the model that is computed for {SHOWN / 1e9:.0f} GB.",

@@ -7,6 +7,7 @@ move a whole batch in one call of `index_select`, in a third to all of the time 
 import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,15 +37,55 @@ def takes(backend: str, *tensors: Tensor) -> bool:
     return True
 
 
-def unshuffle(operator: str, x: Tensor, n: int, order: str, groups: int = 1) -> list[Tensor]:
+def unshuffle(operator: str, x: Tensor, n: int, order: str, groups: int = 1) -> Sequence[Tensor]:
     """As the reference, which is asked for checks and places when a shape is new."""
+    if x.shape[0] > 1 and x.requires_grad and torch.is_grad_enabled():
+        return _Unshuffle.apply(operator, x, n, order, groups)
+    return _unshuffled(operator, x, n, order, groups)
+
+
+def shuffle(operator: str, parts: Sequence[Tensor], n: int, order: str) -> Tensor:
+    """As `unshuffle`, the other way; all parts have one shape and dtype."""
+    if parts[0].shape[0] > 1 and torch.is_grad_enabled() and any(x.requires_grad for x in parts):
+        return _Shuffle.apply(operator, n, order, *parts)
+    return _shuffled(operator, parts, n, order)
+
+
+class _Unshuffle(torch.autograd.Function):
+    """Its gradient is the inverse, moved likewise: that of `index_select` takes several times as long for a batch."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, x: Tensor, n: int, order: str, groups: int) -> tuple[Tensor, ...]:
+        ctx.how = operator, n, order
+        return tuple(_unshuffled(operator, x, n, order, groups))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        operator, n, order = ctx.how
+        return None, shuffle(operator, grads, n, order), None, None, None
+
+
+class _Shuffle(torch.autograd.Function):
+    """As `_Unshuffle`."""
+
+    @staticmethod
+    def forward(ctx: Any, operator: str, n: int, order: str, *parts: Tensor) -> Tensor:
+        ctx.how = operator, n, order, len(parts)
+        return _shuffled(operator, parts, n, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        operator, n, order, groups = ctx.how
+        return None, None, None, *unshuffle(operator, grad, n, order, groups)
+
+
+def _unshuffled(operator: str, x: Tensor, n: int, order: str, groups: int) -> list[Tensor]:
     last = not x.is_contiguous() and is_channels_last(x)
     shape, places = _folding(operator, x.shape, n, order, groups, last)
     return [_moved(x, own, shape, last) for own in places]
 
 
-def shuffle(operator: str, parts: Sequence[Tensor], n: int, order: str) -> Tensor:
-    """As `unshuffle`, the other way; all parts have one shape and dtype."""
+def _shuffled(operator: str, parts: Sequence[Tensor], n: int, order: str) -> Tensor:
     x, *second = parts
     if second:
         x = canonical(x)
