@@ -15,6 +15,9 @@ Normalisation = Literal["batch", "group", "none"]
 class Convolution2d(nn.Conv2d):
     """`nn.Conv2d` that keeps the size of its input; on a CPU by the fastest way."""
 
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, kernel_size, padding=_half(kernel_size), bias=bias)
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """`[B, inputs, H, W]` to `[B, outputs, H, W]`."""
         found = convolution_cpu.convolve(input, self.weight, self.bias)
@@ -23,6 +26,9 @@ class Convolution2d(nn.Conv2d):
 
 class Convolution3d(nn.Conv3d):
     """`nn.Conv3d` that keeps the size of its input; on a CPU by the fastest way."""
+
+    def __init__(self, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> None:
+        super().__init__(inputs, outputs, kernel_size, padding=_half(kernel_size), bias=bias)
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002
         """`[B, inputs, T, H, W]` to `[B, outputs, T, H, W]`."""
@@ -36,7 +42,14 @@ Convolution = Convolution2d | Convolution3d
 def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3, *, bias: bool = True) -> Convolution:
     """A convolution that keeps the size: `[B, inputs, (T,) H, W]` to `[B, outputs, (T,) H, W]`."""
     kinds: dict[int, type[Convolution]] = {2: Convolution2d, 3: Convolution3d}
-    return kinds[dimensions](inputs, outputs, kernel_size, padding=kernel_size // 2, bias=bias)
+    return kinds[dimensions](inputs, outputs, kernel_size, bias=bias)
+
+
+def _half(kernel_size: int) -> int:
+    """The zeros on each side with which the size is kept."""
+    if kernel_size % 2 == 0:
+        raise ValueError(f"a convolution that keeps the size needs an odd kernel_size, got {kernel_size}")
+    return kernel_size // 2
 
 
 def convolve(layer: Convolution, x: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -12,11 +12,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from revgrad_kernels.backend import observed
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
 _ONES = {n: (1,) * n for n in (1, 2, 3)}
-_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _onednn: Any = torch.mkldnn_convolution
 _onednn_transposed: Any = getattr(torch.ops.mkldnn, "_convolution_transpose_pointwise", None)
 
@@ -62,7 +63,7 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     if type(x) is not Tensor or type(weight) not in (Tensor, nn.Parameter) or x.shape[1] != weight.shape[1]:
         return None
-    if torch.compiler.is_compiling() or _transformed() or torch.is_autocast_enabled("cpu"):
+    if observed() or torch.is_autocast_enabled("cpu"):
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
@@ -138,7 +139,7 @@ def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ways: _Ways) -> Te
 @lru_cache(32)
 def _places(size: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
     """For every pixel in turn the pixels that a kernel reads; one outside has the number behind the last."""
-    with torch.inference_mode(False):  # they serve outside as well
+    with torch.inference_mode(False), _disable_current_modes():  # they serve outside as well
         grid = torch.meshgrid(*(torch.arange(n, device="cpu") for n in size), indexing="ij")
         outside = torch.full_like(grid[0], math.prod(size))
         found = []

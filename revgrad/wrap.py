@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from revgrad_kernels.backend import observed
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
@@ -80,7 +81,7 @@ class Wrapped(ReversibleLayer):
             raise StreamError(f"{step.name}: a wrapped function has no exact form; choose arithmetic='float'")
         out = _streams(there, streams, step)
         # What is traced, batched, fake or on the meta device has no values to compare yet.
-        traced = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+        traced = observed()
         if not (self._checked or traced or any(isinstance(x, FakeTensor) or x.is_meta for x in (*streams, *out))):
             with torch.no_grad():
                 _compare(_streams(back, out, step), streams, step)

@@ -74,6 +74,16 @@ def fused(backend: str, *tensors: Tensor) -> bool:
     return True
 
 
+def left_to_cpu(backend: str) -> bool:
+    """Whether an operator may use its code for the CPU: nobody has chosen a backend or needs PyTorch's own graph."""
+    return backend == AUTO == "auto" and not observed()
+
+
+def observed() -> bool:
+    """Whether a compiler or a transform of functions (`torch.func`) is at work, which need PyTorch's own operators."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
 def can_run(device: torch.device) -> bool:
     """Whether Triton kernels run on tensors of this device."""
     return HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))

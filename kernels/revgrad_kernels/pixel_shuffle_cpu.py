@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad_kernels import backend as _backend
 from revgrad_kernels import pixel_shuffle_reference as reference
+from revgrad_kernels.backend import left_to_cpu
 from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like
 
 LARGEST = 2**18
@@ -23,13 +23,12 @@ _KEPT = 32
 
 _Places = tuple[tuple[int, ...], tuple[Tensor, ...]]
 """The shape of a result, and per group of its channels where each element of a sample comes from, in memory."""
-_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
 
 
 def takes(backend: str, *tensors: Tensor) -> bool:
     """Whether this code is for these tensors: data on a CPU, and nobody looking who needs the reference's graph."""
-    if backend != "auto" or _backend.AUTO != "auto" or torch.compiler.is_compiling() or _modes() or _transformed():
+    if not left_to_cpu(backend) or _modes():
         return False
     for x in tensors:
         if not (x.is_cpu and type(x) is Tensor and x.ndim in (4, 5) and 0 < x.numel() <= LARGEST * x.shape[0]):

@@ -5,14 +5,13 @@ Activations are saved instead of recomputed, gradients are written where they be
 rounding. What an operator computes is defined by its reference.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from revgrad_kernels import backend as _backend
-from revgrad_kernels.backend import BackendError
+from revgrad_kernels.backend import BackendError, left_to_cpu
 
 sigmoid_backward: Any = torch.ops.aten.sigmoid_backward.grad_input
 """As in `recurrent`, into a given tensor."""
@@ -23,14 +22,13 @@ SMALL = 2**13
 """States of fewer elements take plain PyTorch, whose graph needs no Python."""
 
 _DTYPES = (torch.float32, torch.float64)
-_transformed: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
 def takes(backend: str, first: Tensor, *others: Tensor | None) -> bool:
     """Whether this code is for these tensors, or None where one is left out: on a CPU, of one dtype in which arithmetic
     is done, and for nobody who needs the reference's graph: compilers and transforms of functions.
     """
-    if backend != "auto" or _backend.AUTO != "auto" or torch.compiler.is_compiling() or _transformed():
+    if not left_to_cpu(backend):
         return False
     dtype = first.dtype
     if dtype not in _DTYPES or not first.is_cpu:

@@ -84,3 +84,9 @@ def test_group_normalisation_matches_its_definition():
 def test_unknown_normalisation_is_refused():
     with pytest.raises(ValueError, match="'batch', 'group' or 'none', got 'layer'"):
         normalisation(2, 4, "layer")
+
+
+@pytest.mark.parametrize("dimensions", [2, 3])
+def test_an_even_kernel_does_not_keep_the_size(dimensions):
+    with pytest.raises(ValueError, match="odd kernel_size, got 4"):
+        convolution(dimensions, 1, 1, 4)

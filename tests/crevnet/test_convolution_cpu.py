@@ -140,3 +140,12 @@ def test_the_layer_falls_back():
     assert layer(torch.randn(1, 8, 2, 3, 4, dtype=torch.float64)).shape == (1, 4, 2, 3, 4)
     with pytest.raises(RuntimeError, match="expected input"):
         convolution(3, 8, 4)(torch.randn(1, 7, 2, 3, 4))
+
+
+def test_a_size_met_beside_fake_tensors_serves_real_ones():
+    convolution_cpu._places.cache_clear()
+    x, weight, bias = tensors(*SHAPES[0])
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        places = convolution_cpu._places(x.shape[2:], weight.shape[2:])
+    assert type(places) is torch.Tensor
+    convolve(x, weight, bias).sum().backward()
