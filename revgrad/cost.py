@@ -2,7 +2,7 @@
 
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
 from revgrad.function import uncached_autocast
 from revgrad.layer import NO_ARGUMENTS, Streams
@@ -45,6 +46,8 @@ class LayerCost:
     """What its graph keeps where it is stored."""
     read: Storages
     """Its conditioning state, which is kept where it is reversed."""
+    statistics: Storages = field(default_factory=dict)
+    """Its batch statistics, likewise."""
 
 
 class Run(NamedTuple):
@@ -103,7 +106,7 @@ class ChainCost:
         for position in anchors:
             found |= _storages(self.streams[position])
         for layer in layers:
-            found |= layer.read
+            found |= layer.read | layer.statistics
         found |= {("fingerprint", run.first): _FINGERPRINT_BYTES * len(self.streams[run.first])}
         return found | self.reservoirs[run.first] | self.reservoirs[run.last]
 
@@ -159,10 +162,13 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
             before = counter.total
             streams, carry = _cut_off(streams), _cut_off(carry)
             read = ledger.storages([*own, *(carry if link.layer.carries else ())])
-            with ledger.saving() as saved:
+            kept: Kept = {}
+            with ledger.saving() as saved, keeping(reusable(link.layer), kept):
                 streams, new = run_chain((link,), streams, ChainState((own,), carry), residue, arguments=(given,))
                 flops = counter.total - before
-                layers.append(LayerCost(link.name, flops, flops * link.layer.evaluations_in_rewind, saved, read))
+                again = flops * link.layer.evaluations_in_rewind
+                statistics = ledger.storages(x for of_one in kept.values() for x in of_one or ())
+                layers.append(LayerCost(link.name, flops, again, saved, read, statistics))
                 places.append(ledger.streams(streams))
                 reservoirs.append(ledger.storages(_tensors(residue)))
             carry = new.carry

@@ -6,12 +6,14 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.errors import ReversibilityError
 from revgrad.layer import ReversibleLayer
 
@@ -38,28 +40,41 @@ class Scope:
         self.training = [m.training for m in modules]
         """Of each module, whether the forward pass was in train mode."""
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
+        self.measured: list[nn.Module] = []
+        """Batch normalisations whose statistics the first evaluation keeps for the second."""
         self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
         """Which parameters there are, each once."""
 
 
 class Snapshot:
-    """What the forward pass of some layers depends on, taken when it starts."""
+    """What the forward pass of some layers depends on, taken when it starts.
+
+    Args:
+        layers: In the order of their applications within a time step.
+    """
 
     def __init__(self, layers: Iterable[ReversibleLayer]) -> None:
         # And buffers: whoever changes one before the backward pass, or puts another in its place, changes the result.
         self.parameters: list[Tensor] = []
         self._indices: dict[int, int] = {}
         self._scopes: dict[int, Scope] = {}
+        self._statistics: dict[int, Kept] = {}
+        self._by_position: list[Scope] = []
         slots_of: dict[nn.Module, list[Slot]] = {}
         for layer in layers:
-            if id(layer) in self._scopes:
+            scope = self._scopes.get(id(layer))
+            if scope is not None:
+                self._by_position.append(scope)
                 continue
             modules, slots = _modules(layer), []
             for module in modules:
                 if module not in slots_of:
                     slots_of[module] = self._slots(module)
                 slots += slots_of[module]
-            self._scopes[id(layer)] = Scope(modules, slots)
+            scope = self._scopes[id(layer)] = Scope(modules, slots)
+            if scope.norms:
+                scope.measured = reusable(layer)
+            self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         self.slots, self.modules = self._everything.slots, self._everything.modules
         self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in _plain_buffers(m)]
@@ -90,10 +105,16 @@ class Snapshot:
 
     @contextmanager
     def recording(self, application: int, device: torch.device) -> Iterator[None]:
-        """Around the first evaluation: keep the random state it started from, if it drew anything."""
+        """Around the first evaluation: keep the random state it started from, if it drew anything, and statistics."""
         # Nothing is drawn between one evaluation and the next.
         before = self._random_state or _random_states(device)
-        yield
+        measured = self._by_position[application % len(self._by_position)].measured
+        if measured:
+            kept = self._statistics[application] = {}
+            with keeping(measured, kept):
+                yield
+        else:
+            yield
         self._random_state = _random_states(device)
         if not all(map(torch.equal, before.values(), self._random_state.values())):
             self._random_states[application] = before
@@ -114,18 +135,22 @@ class Snapshot:
                 )
 
     @contextmanager
-    def standing_in(self, parameters: Sequence[Tensor], layer: ReversibleLayer | None = None) -> Iterator[None]:
+    def standing_in(
+        self, parameters: Sequence[Tensor], layer: ReversibleLayer | None = None, application: int | None = None
+    ) -> Iterator[None]:
         """Around a second evaluation: parameters, modes and statistics as in the forward pass; restored afterwards.
 
         Args:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
                 parameters fire once, on the final gradient.
             layer: The layer that is evaluated; by default all of them.
+            application: The application of this layer whose batch statistics are used.
 
         Raises:
             ReversibilityError: A module has put a tensor with a graph aside, in an attribute.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
+        kept = self._statistics.get(application) if application is not None else None
         before = [holder[name] for holder, name, _ in scope.slots]
         modes = zip(scope.modules, scope.training, strict=True)
         switched = [(module, module.training) for module, training in modes if module.training != training]
@@ -136,7 +161,11 @@ class Snapshot:
                 module.training = not now
             first_node = torch._C._autograd._get_sequence_nr()
             with _frozen(scope.norms) if scope.norms else nullcontext():
-                yield
+                if kept is None:
+                    yield
+                else:
+                    with reusing(scope.measured, kept):
+                        yield
             _check_attributes(scope.modules, first_node)
         finally:
             for (holder, name, _), parameter in zip(scope.slots, before, strict=True):
@@ -212,9 +241,11 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
     would give no gradient.
     """
     for module in modules:
-        for name, value in module.__dict__.items():
-            # In this order: nearly all attributes are those of every module, or plain values.
-            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+        attributes = module.__dict__
+        # Those of every module come first, unless something was set before nn.Module.__init__.
+        usual = tuple(islice(attributes, len(_OF_MODULE))) == _OF_MODULE
+        for name, value in islice(attributes.items(), len(_OF_MODULE) if usual else 0, None):
+            if type(value) in _PLAIN or name in _OF_MODULE or not isinstance(value, _HOLDERS):
                 continue
             kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
             for x in kept:
@@ -232,7 +263,7 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
 _HOLDERS = (Tensor, list, tuple, dict)
-_OF_MODULE = frozenset(nn.Module().__dict__)
+_OF_MODULE = tuple(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
 
 

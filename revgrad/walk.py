@@ -121,7 +121,9 @@ class Walk:
             flow,
             self.tape.take_read(t, part),
             residue,
-            lambda i: self.snapshot.standing_in(self.gradients.parameters, links[i].layer),
+            lambda i: self.snapshot.standing_in(
+                self.gradients.parameters, links[i].layer, self.program.application(t, part, i)
+            ),
             self.program.around(t, part, self.snapshot.replaying),
             self.snapshot.indices_of,
             self.gradients,
