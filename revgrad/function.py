@@ -286,7 +286,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
 
         def entering(position: int, streams: Streams, t: int = t) -> None:
             if position == 0 or program.guarded:
-                tape.fingerprints[t, 1, position] = fingerprint(streams, program.exact)
+                tape.fingerprints[t, 1, position] = fingerprint(program.recovered(position, streams), program.exact)
             if program.anchored(position):
                 tape.anchor(t, position, streams)
 

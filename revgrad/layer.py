@@ -87,6 +87,9 @@ class ReversibleLayer(nn.Module):
     forgets = False
     """Whether exact arithmetic needs a residue to undo the layer."""
 
+    unread = 0
+    """How many trailing streams a rewind of the layer leaves as they are, since no layer reads them."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Only chains are called.
 
