@@ -33,7 +33,7 @@ from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
-from revgrad.tracing import check_surroundings, untraced
+from revgrad.tracing import check_recording, check_surroundings, untraced
 from revgrad.walk import Walk
 
 
@@ -195,6 +195,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        check_recording()
         outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
             [p.detach().requires_grad_(p.requires_grad) for p in parameters],
