@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 
 from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
-from revgrad.function import uncached_autocast
+from revgrad.function import uncached
 from revgrad.layer import NO_ARGUMENTS, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue, snap
@@ -147,7 +147,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _undisturbed(modules),
-        uncached_autocast(),
+        uncached(),
         torch.enable_grad(),
         Flops() as counter,
     ):

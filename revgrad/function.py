@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
@@ -32,7 +33,7 @@ from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
-from revgrad.tracing import check_surroundings, untraced
+from revgrad.tracing import check_recording, check_surroundings, untraced
 from revgrad.walk import Walk
 
 
@@ -173,7 +174,7 @@ class _Outputs(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
-        with uncached_autocast(), unchanged(conditioning):
+        with uncached(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
         storages = {x.untyped_storage().data_ptr() for x in inputs}
@@ -194,6 +195,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
+        check_recording()
         outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
             [p.detach().requires_grad_(p.requires_grad) for p in parameters],
@@ -286,7 +288,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
 
         def entering(position: int, streams: Streams, t: int = t) -> None:
             if position == 0 or program.guarded:
-                tape.fingerprints[t, 1, position] = fingerprint(streams, program.exact)
+                tape.fingerprints[t, 1, position] = fingerprint(program.recovered(position, streams), program.exact)
             if program.anchored(position):
                 tape.anchor(t, position, streams)
 
@@ -333,13 +335,15 @@ def _by_step(program: Program, given: Streams) -> list[Streams | None]:
 
 
 @contextmanager
-def uncached_autocast() -> Iterator[None]:
-    """Autocast must not cache casts of weights made here without a graph: stored layers in the same region would use
-    them.
+def uncached() -> Iterator[None]:
+    """Autocast and `parametrize.cached` must not cache casts and weights made here without a graph: stored layers in
+    the same region would use them.
     """
-    before = torch.is_autocast_cache_enabled()
+    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
     torch.set_autocast_cache_enabled(False)
+    parametrize._cache_enabled = 0
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before)
+        torch.set_autocast_cache_enabled(before[0])
+        parametrize._cache_enabled = before[1]

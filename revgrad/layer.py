@@ -87,6 +87,9 @@ class ReversibleLayer(nn.Module):
     forgets = False
     """Whether exact arithmetic needs a residue to undo the layer."""
 
+    unread = 0
+    """How many trailing streams a rewind of the layer leaves as they are, since no layer reads them."""
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Only chains are called.
 
@@ -172,10 +175,19 @@ class ReversibleLayer(nn.Module):
 
 
 class Inverse(ReversibleLayer):
-    """A layer run backwards, with the same parameters: the decoder of a two-way autoencoder (eq. 4)."""
+    """A layer run backwards, with the same parameters: the decoder of a two-way autoencoder (eq. 4).
+
+    Raises:
+        StreamError: It is no reversible layer.
+    """
 
     def __init__(self, layer: ReversibleLayer) -> None:
         super().__init__()
+        if not isinstance(layer, ReversibleLayer):
+            raise StreamError(
+                f"Inverse: a {type(layer).__name__} is not a reversible layer: put a module inside a coupling, "
+                "AdditiveCoupling(module), and several layers into a ReversibleSequential(*layers)"
+            )
         self.layer = layer
         self.stateful = layer.stateful
         self.carries = layer.carries

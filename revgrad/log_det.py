@@ -57,11 +57,14 @@ class _Start(ReversibleLayer):
 class _Counted(ReversibleLayer):
     """A layer on all streams but the last, to which it adds its log-determinant."""
 
+    unread = 1
+
     def __init__(self, layer: ReversibleLayer) -> None:
         super().__init__()
         self.layer = layer
         self.stateful = layer.stateful
         self.carries = layer.carries
+        self.evaluations_in_rewind = layer.evaluations_in_rewind
         self.forgets = layer.forgets
         self.inverted_cell = layer.inverted_cell
 

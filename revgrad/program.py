@@ -106,6 +106,11 @@ class Program:
         """Whether the input of this layer of the core is kept. The first one's is the caller's."""
         return self.anchor_every is not None and position > 0 and position % self.anchor_every == 0
 
+    def recovered(self, position: int, streams: Streams) -> Streams:
+        """Of the input of this layer of the core, the streams that a rewind recovers: all but a log-determinant."""
+        unread = self.core[position].layer.unread if self.core else 0
+        return streams[: len(streams) - unread]
+
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
         """Put a given input on the grid, where exact; integers (the edges of a graph) are exact as they are."""
         if residue is None or self.on_grid:

@@ -4,7 +4,7 @@ That is: the parameters given to the forward pass, train or eval mode, random nu
 first evaluation may do is kept from happening twice: running statistics of normalisation layers move once.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import islice
 from typing import Any, NamedTuple
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils import parametrize
 
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.errors import ReversibilityError
@@ -154,6 +155,8 @@ class Snapshot:
         before = [holder[name] for holder, name, _ in scope.slots]
         modes = zip(scope.modules, scope.training, strict=True)
         switched = [(module, module.training) for module, training in modes if module.training != training]
+        # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
+        caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
         try:
             for holder, name, i in scope.slots:
                 holder[name] = parameters[i]
@@ -168,6 +171,7 @@ class Snapshot:
                         yield
             _check_attributes(scope.modules, first_node)
         finally:
+            parametrize._cache_enabled = caching
             for (holder, name, _), parameter in zip(scope.slots, before, strict=True):
                 holder[name] = parameter
             for module, now in switched:
@@ -179,7 +183,7 @@ class Snapshot:
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: its recomputation must not move the statistics either."""
-        return nullcontext(), self.frozen_statistics()
+        return nullcontext(), _Anew(self.frozen_statistics)
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
@@ -190,6 +194,21 @@ class Snapshot:
             if enabled or torch.is_autocast_enabled(kind)
         ]
         return _replaying(autocast, states) if autocast or states else nullcontext()
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context that is made whenever it is entered: there may be several backward passes through the same graph."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)
 
 
 @contextmanager

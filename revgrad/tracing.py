@@ -50,6 +50,19 @@ def check_surroundings(modules: Iterable[nn.Module], device: torch.device) -> No
         )
 
 
+def check_recording() -> None:
+    """Raise where a backward pass could not differentiate what it computes again.
+
+    Raises:
+        ReversibilityError: It runs in `torch.inference_mode`, where nothing has a graph.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ReversibilityError(
+            "a backward pass that recomputes records a graph, which torch.inference_mode() does not allow: call "
+            "backward outside of it"
+        )
+
+
 def untraced(function: Callable[P, R]) -> Callable[P, R]:
     """`torch.compile` leaves this function to Python. Its compiler is imported only by those who use it, since that
     takes seconds.

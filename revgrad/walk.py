@@ -177,17 +177,18 @@ class Walk:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
         expected = self.tape.fingerprints.get((t, part, position))
         anchor = self.tape.take_anchor(t, position) if part == 1 else None
-        if anchor is not None:
-            expected = fingerprint(anchor, self.program.exact) if expected is None else expected
+        if anchor is not None and expected is None:
+            expected = fingerprint(self.program.recovered(position, anchor), self.program.exact)
         if expected is not None:
             of_layer = f"of {name} " if name and part == 1 and self.program.guarded else ""
-            self.compare(flow.streams, expected, of_layer)
+            found = tuple(flow.streams)
+            self.compare(self.program.recovered(position, found) if part == 1 else found, expected, of_layer)
         if anchor is not None:
             flow.streams[:] = [x.detach() for x in anchor]
 
-    def compare(self, streams: list[Tensor], expected: Tensor, of_layer: str = "") -> None:
+    def compare(self, streams: Streams, expected: Tensor, of_layer: str = "") -> None:
         """Raise unless the recovered input is the input that was given."""
-        found = fingerprint(tuple(streams), self.program.exact)
+        found = fingerprint(streams, self.program.exact)
         if torch.equal(found, expected) or not bool(expected.isfinite().all()):
             return
         # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
@@ -201,7 +202,10 @@ class Walk:
         tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_differentiable(x))
         if self.program.exact or error > tolerance or math.isnan(error):
             by = f"by {error:.2g} of its size"
-            why = "an inverse does not invert, or not precisely enough"
+            why = (
+                "an inverse does not invert, or not precisely enough, or what a transform reads has changed since the "
+                "forward pass"
+            )
             if not bool(found.isfinite().all()):
                 by = "and is not finite"
                 why = (
@@ -215,7 +219,7 @@ class Walk:
                 f"{self._remedy(streams)}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
             )
 
-    def _remedy(self, streams: list[Tensor]) -> str:
+    def _remedy(self, streams: Streams) -> str:
         """Exact arithmetic, where there is such a thing and it is not in use."""
         fits = all(x.dtype in (torch.float32, torch.float64) for x in streams if is_differentiable(x))
         possible = fits and all(layer.has_exact_form() for layer in self.program.layers())

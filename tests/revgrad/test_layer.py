@@ -148,3 +148,9 @@ def test_per_sample_sums_everything_but_the_first_dimension():
     assert per_sample(torch.zeros(3, 0)).tolist() == [0, 0, 0]
     assert per_sample(torch.full((1, 1000), 1.001, dtype=torch.bfloat16)).dtype == torch.float32
     assert per_sample(x.double()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", [nn.Linear(2, 2), (Swap(), Swap())])
+def test_inverse_of_what_is_no_layer(wrong):
+    with pytest.raises(StreamError, match=f"a {type(wrong).__name__} is not a reversible layer"):
+        Inverse(wrong)

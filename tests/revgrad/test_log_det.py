@@ -193,6 +193,15 @@ def test_gradients_are_those_of_stored_autograd(case, check, mode, outputs):
         )
 
 
+@pytest.mark.parametrize("option", [{"drift_guard": True}, {"anchor_every": 1}, {"memory_budget": 150}])
+@pytest.mark.composes("Log-determinants", "`drift_guard=`, `anchor_every=`, `memory_budget=`")
+def test_options_do_not_look_at_what_no_rewind_recovers(make, check, option):
+    layers = [*pair(AffineCoupling)(make), *pair(AffineCoupling)(make)]
+    x = make.streams(2, 3)
+    expected = pulled(ReversibleSequential(*layers), x, "stored")
+    check.same(pulled(ReversibleSequential(*layers, **option), x, "reversible"), expected, rtol=1e-5)
+
+
 def test_inverse_gives_the_opposite(case):
     chain, x = case
     y, log_det = chain(*x, log_det=True)

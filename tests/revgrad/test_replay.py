@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from revgrad import AdditiveCoupling, GatedCoupling, ReversibleLayer, ReversibleSequential, unroll
 from revgrad.replay import Snapshot
@@ -270,6 +272,28 @@ def test_frozen_statistics_come_back_after_an_error():
         fail()
     assert all(layer.norm._buffers[k] is b for k, b in buffers.items())
     assert layer.norm.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.composes("Modes", "several backward passes, with BatchNorm")
+def test_statistics_stay_in_every_backward_pass(make, check, mode):
+    chain = make.chain("additive", 2, inner=lambda: nn.BatchNorm1d(8), mode=mode)
+    loss = check.loss(chain(*make.streams()))
+    after = {name: b.clone() for name, b in chain.named_buffers()}
+    for _ in range(2):
+        loss.backward(retain_graph=True)
+    assert all(torch.equal(b, after[name]) for name, b in chain.named_buffers())
+
+
+@pytest.mark.composes("Structure", "`torch.nn.utils.parametrize.cached()` around a training step")
+def test_weights_cached_by_parametrizations_keep_their_gradients(make, check):
+    chain, x = make.chain("additive", 2), make.streams()
+    for layer in chain:
+        weight_norm(layer.transform.first)
+    with parametrize.cached():
+        found = check.gradients(chain, x, "reversible")
+    check.same(found, check.gradients(chain, x, "stored"), rtol=1e-5)
+    assert all(v is not None for v in found.values())
 
 
 def test_buffers_that_are_only_read_are_fine(make, check):

@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from revgrad import ReversibilityError
 from revgrad.tracing import check_surroundings, recomputing, untraced
 
 
@@ -52,3 +54,10 @@ assert "torch._dynamo" not in sys.modules
 
 def test_ordinary_modules_are_let_through():
     check_surroundings([torch.nn.Linear(2, 2)], torch.device("cpu"))
+
+
+@pytest.mark.composes("Autograd", "backward inside torch.inference_mode()", "error: *call backward outside of it*")
+def test_backward_in_inference_mode_raises_instead_of_giving_no_gradients(make):
+    loss = make.chain("additive", 2)(*make.streams())[1].sum()
+    with torch.inference_mode(), pytest.raises(ReversibilityError, match="call backward outside"):
+        loss.backward()
