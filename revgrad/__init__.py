@@ -3,12 +3,13 @@ with depth.
 """
 
 from revgrad.actnorm import ActNorm
+from revgrad.additive import AdditiveCoupling
 from revgrad.affine import AffineCoupling
 from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.cell import CellUpdate, update_cell
 from revgrad.chain import ChainState
 from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
-from revgrad.coupling import AdditiveCoupling, Coupling
+from revgrad.coupling import Coupling
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling

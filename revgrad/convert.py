@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from revgrad.adapter import Adapter
+from revgrad.additive import AdditiveCoupling
 from revgrad.bijection import Concatenate, Split
-from revgrad.coupling import AdditiveCoupling
 from revgrad.errors import StreamError
 from revgrad.layer import ReversibleLayer
 from revgrad.momentum import MomentumStep

@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from revgrad_kernels import exact_additive, exact_additive_inverse
 from revgrad_kernels.backend import converted
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -343,37 +342,6 @@ class Coupling(ReversibleLayer):
     def extra_repr(self) -> str:
         """Which stream is read and which updated."""
         return f"source={self.source}, target={self.target}"
-
-
-class AdditiveCoupling(Coupling):
-    """`target' = target + message` (NICE, RevNet, i-RevNet; eq. 2 and 3)."""
-
-    def merge(self, target: Tensor, *message: Tensor) -> Tensor:
-        """Add the message."""
-        return target + message[0]
-
-    def unmerge(self, merged: Tensor, *message: Tensor) -> Tensor:
-        """Subtract the message."""
-        return merged - message[0]
-
-    def merge_exact(self, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
-        """Add the message rounded to the grid; nothing is forgotten."""
-        return exact_additive(target, message[0])
-
-    def unmerge_exact(self, residue: Residue, merged: Tensor, *message: Tensor) -> Tensor:
-        """Subtract the message rounded to the grid."""
-        return exact_additive_inverse(merged, message[0])
-
-    def log_derivative(self, target: Tensor, *message: Tensor) -> None:
-        """Zero."""
-
-    def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
-        """The same gradient for both."""
-        return grad, grad.to(message[0].dtype)
-
-    def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
-        """The opposite gradient for the message."""
-        return grad, -grad.to(message[0].dtype)
 
 
 class _ExactUpdate(torch.autograd.Function):

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from revgrad.adapter import Adapter
+from revgrad.additive import AdditiveCoupling
 from revgrad.bijection import Swap
-from revgrad.coupling import AdditiveCoupling, Coupling
+from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
 from revgrad.layer import Grads
 from revgrad.residue import Residue

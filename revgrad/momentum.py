@@ -6,7 +6,8 @@ import torch
 from revgrad_kernels import exact_additive, exact_additive_inverse
 from torch import Tensor, nn
 
-from revgrad.coupling import AdditiveCoupling, Coupling
+from revgrad.additive import AdditiveCoupling
+from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
 from revgrad.layer import Grads
 from revgrad.residue import Residue
