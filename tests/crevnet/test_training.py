@@ -124,6 +124,8 @@ def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
         {"feeding.kind": "free", "model.cell_states": "inverted", "model.cell": "stlstm"},
         {"model.mode": "checkpoint", "model.arithmetic": "float"},
         {"run.precision": "bf16-mixed", "model.cell": "stlstm"},
+        {"run.precision": "bf16-mixed", "model.cell": "stlstm", "model.arithmetic": "float"},
+        {"run.precision": "bf16-mixed", "model.cell": "stlstm", "model.mode": "stored"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -428,13 +430,15 @@ def test_with_memory_to_spare_training_is_stored_and_says_so(train_tiny, tiny, c
     assert load_config(folder / "config.yaml").model.mode == "auto"
 
 
-def test_every_budget_gives_the_same_weights_bit_for_bit(train_tiny, tiny, monkeypatch):
-    ways = tiny.config(None, AUTO).model.ways(4)
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_every_budget_gives_the_same_weights_bit_for_bit(precision, train_tiny, tiny, monkeypatch):
+    options = AUTO | {"run.precision": precision}
+    ways = tiny.config(None, options).model.ways(4)
     assert list(ways) == ["stored", "reversible", "reversible, states every 2 steps"]
     monkeypatch.setattr(
         "crevnet.training.training_bytes", lambda config, *args, **kw: 9 - list(ways.values()).index(config)
     )
-    folders = [train_tiny(AUTO | {"run.memory": need}) for need in (9, 8, 7)]
+    folders = [train_tiny(options | {"run.memory": need}) for need in (9, 8, 7)]
     assert [way_of(folder) for folder in folders] == list(ways)
     for folder in folders[1:]:
         tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(folders[0], 3))
