@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from crevnet.adam import adam
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.clips import frames_to_clips
 from crevnet.command import save_config
 from crevnet.config import TrainConfig

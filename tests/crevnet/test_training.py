@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import crevnet.video_model
-from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.checkpoint import DamagedCheckpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
 from crevnet.launch import launch
 from crevnet.training import Trainer, TrainingDiverged, feeding_plan, summary, train
