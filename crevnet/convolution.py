@@ -35,6 +35,14 @@ class Convolution3d(nn.Conv3d):
         found = convolution_cpu.convolve(input, self.weight, self.bias)
         return super().forward(input) if found is None else found
 
+    def _conv_forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: A002
+        # oneDNN 3.12 gets a weight's gradient in bfloat16 wrong, up to NaN, where the kernel is deeper than the input,
+        # unless that is flat. So the zeros around it are made part of it.
+        if input.is_cpu and 1 < input.shape[-3] < weight.shape[-3] and _in_bfloat16(input):
+            (depth, *rest) = (n // 2 for n in self.kernel_size)
+            return F.conv3d(F.pad(input, (0, 0, 0, 0, depth, depth)), weight, bias, padding=(0, *rest))
+        return super()._conv_forward(input, weight, bias)
+
 
 Convolution = Convolution2d | Convolution3d
 
@@ -50,6 +58,13 @@ def _half(kernel_size: int) -> int:
     if kernel_size % 2 == 0:
         raise ValueError(f"a convolution that keeps the size needs an odd kernel_size, got {kernel_size}")
     return kernel_size // 2
+
+
+def _in_bfloat16(x: Tensor) -> bool:
+    """Whether a convolution of a tensor on a CPU is one in bfloat16."""
+    if torch.is_autocast_enabled("cpu"):
+        return torch.get_autocast_dtype("cpu") is torch.bfloat16
+    return x.dtype is torch.bfloat16
 
 
 def convolve(layer: Convolution, x: Tensor) -> tuple[Tensor, Tensor | None]:

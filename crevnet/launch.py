@@ -1,6 +1,7 @@
 """The processes of a run: device, precision and process group."""
 
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +14,15 @@ from crevnet.sharding import sharded_strategy
 
 
 class Autocast(MixedPrecision):
-    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be."""
+    """Mixed precision whose inputs stay in float32, as the exact streams that are made of them must be.
+
+    Weights are rounded each time they are used. Were the first copy kept, stored training would add up the gradients
+    of all time steps in bfloat16, and so be less accurate than reversible training, which makes the copies anew.
+    """
+
+    def forward_context(self) -> AbstractContextManager:
+        """Around the forward pass."""
+        return torch.autocast(self.device, dtype=torch.bfloat16, cache_enabled=False)
 
     def convert_input(self, data: Any) -> Any:
         """The data as they are."""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from crevnet.checkpoint import Checkpoint, CheckpointDirectory
+from crevnet.checkpoint import Checkpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import as_plain, load_config
 from crevnet.config import TrainConfig
 from crevnet.video_model import VideoModel

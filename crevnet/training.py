@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.adam import adam
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.clips import frames_to_clips
 from crevnet.command import save_config
 from crevnet.config import TrainConfig
@@ -58,7 +59,7 @@ class Trainer:
             use_channels_last(self.raw_model)
         self.model = fabric.setup_module(self.raw_model)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
-        optimiser = torch.optim.Adam(self.raw_model.parameters(), lr=config.optimiser.learning_rate, betas=betas)
+        optimiser = adam(self.raw_model.parameters(), config.optimiser.learning_rate, betas)
         self.optimiser: Any = fabric.setup_optimizers(optimiser)
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")

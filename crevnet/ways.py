@@ -103,8 +103,7 @@ def training_bytes(
     weights = sum(p.nbytes for p in model.parameters())
     buffers = sum(b.nbytes for b in model.buffers())
     moments = 2 * weights
-    # Adam's step makes one more tensor per weight, when the activations are gone.
-    return weights + buffers + gradients * weights + moments + max(activations, weights)
+    return weights + buffers + gradients * weights + moments + activations
 
 
 def _peak(

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from benchmarks.record_run import validations
 from benchmarks.reporting import RESULTS, Report, Table, environment, write_file
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, as_plain, load_config
 from crevnet.evaluate import score
 from crevnet.interrupt import Interrupt

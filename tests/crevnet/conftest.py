@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from crevnet.config import TrainConfig
+from crevnet.launch import launch
 from crevnet.model import CrevNetConfig
 from crevnet.train import main
 from crevnet.training import Trainer, train
@@ -150,3 +151,14 @@ def train_tiny(tmp_path, single_thread, monkeypatch):
         return folder
 
     return run
+
+
+@pytest.fixture
+def trainer(tiny, tmp_path):
+    """A trainer before its first step, in this process."""
+
+    def make(options=None, folder=None):
+        config = tiny.config(folder or tmp_path / "run", options)
+        return Trainer(config, launch(config), config.run.folder)
+
+    return make

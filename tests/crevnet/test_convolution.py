@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -30,6 +32,31 @@ def test_the_border_is_padded_with_zeros(dimensions):
     corner, centre = (0,) * dimensions, (1,) * dimensions
     assert counts[corner] == 2**dimensions
     assert counts[centre] == 3**dimensions
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
+@pytest.mark.parametrize("kernel_size", [3, 5])
+@pytest.mark.parametrize("depth", [1, 2, 3, 4, 5])
+def test_gradients_in_bfloat16_are_those_of_float32_rounded(depth, kernel_size, layout, autocast):
+    """PyTorch's own are not on a CPU with AVX-512, where the kernel is deeper than the input."""
+    torch.manual_seed(0)
+    layer = convolution(3, 8, 8, kernel_size, bias=False).bfloat16()
+    layer.weight.data = layer.weight.data.contiguous(memory_format=layout)
+    x, g = torch.randn(2, 2, 8, depth, 6, 6).bfloat16()
+
+    def found(layer, x):
+        out = layer(x.requires_grad_())
+        return out, *torch.autograd.grad(out, [x, layer.weight], g.to(out.dtype))
+
+    wanted = found(copy.deepcopy(layer).float(), x.float())
+    if autocast:
+        layer, x = layer.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        rounded = found(layer, x)
+    assert rounded[0].dtype is torch.bfloat16
+    for a, b in zip(rounded, wanted, strict=True):
+        assert float((a - b).detach().norm() / b.detach().norm()) < 0.01
 
 
 @pytest.mark.parametrize("dimensions", [2, 3])

@@ -3,7 +3,8 @@ import shutil
 import pytest
 import torch
 
-from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.checkpoint import DamagedCheckpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import save_config
 from crevnet.run import check_same_run, find_checkpoint, load_run, run_folder, select_device
 

@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+from crevnet.adam import adam
 from crevnet.model import CrevNetConfig
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 
@@ -23,11 +24,15 @@ def build(seed=0):
     return CrevNetConfig(image_size=16, clip=2, blocks=(1,), modules=2, norm="batch").build()
 
 
+def optimiser_of(model):
+    return adam(model.parameters(), 1e-2, (0.9, 0.999))
+
+
 def one_step(model):
-    adam = torch.optim.Adam(model.parameters(), lr=1e-2)
+    optimiser = optimiser_of(model)
     model.loss(torch.rand(2, 3, 1, 2, 16, 16, generator=torch.Generator().manual_seed(1))).backward()
-    adam.step()
-    return adam
+    optimiser.step()
+    return optimiser
 
 
 def assert_equal(found, expected):
@@ -79,9 +84,9 @@ def test_a_model_that_is_whole_is_not_copied():
 @pytest.mark.parametrize("to_sharded", [True, False])
 def test_whole_checkpoints_go_into_any_model(to_sharded, sharded):
     source, target = sharded if to_sharded else reversed(sharded)
-    adam = one_step(source)
-    weights, state = whole(source.state_dict()), whole(adam.state_dict())
-    other = torch.optim.Adam(target.parameters())
+    optimiser = one_step(source)
+    weights, state = whole(source.state_dict()), whole(optimiser.state_dict())
+    other = optimiser_of(target)
     load_weights(target, weights)
     load_moments(other, state, list(target.parameters()))
     assert_equal(whole(target.state_dict()), weights)

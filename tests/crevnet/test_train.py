@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import crevnet.train
-from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.checkpoint import DamagedCheckpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, load_config
 from crevnet.train import main
 from crevnet.training import TrainingDiverged

@@ -1,7 +1,5 @@
 import json
 import math
-import re
-import shutil
 
 import pytest
 import torch
@@ -10,25 +8,12 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import crevnet.video_model
-from crevnet.checkpoint import CheckpointDirectory, DamagedCheckpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
-from crevnet.launch import launch
-from crevnet.training import Trainer, TrainingDiverged, feeding_plan, summary, train
-from crevnet.ways import MARGIN, training_bytes
+from crevnet.training import TrainingDiverged, feeding_plan, summary
 from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
-
-
-@pytest.fixture
-def trainer(tiny, tmp_path):
-    """A trainer before its first step, in this process."""
-
-    def make(options=None, folder=None):
-        config = tiny.config(folder or tmp_path / "run", options)
-        return Trainer(config, launch(config), config.run.folder)
-
-    return make
 
 
 def snapshot(folder):
@@ -124,6 +109,8 @@ def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
         {"feeding.kind": "free", "model.cell_states": "inverted", "model.cell": "stlstm"},
         {"model.mode": "checkpoint", "model.arithmetic": "float"},
         {"run.precision": "bf16-mixed", "model.cell": "stlstm"},
+        {"run.precision": "bf16-mixed", "model.cell": "stlstm", "model.arithmetic": "float"},
+        {"run.precision": "bf16-mixed", "model.cell": "stlstm", "model.mode": "stored"},
     ],
     ids=lambda options: "-".join(map(str, options.values())),
 )
@@ -164,110 +151,6 @@ def test_the_first_steps_are_adam_on_the_mean_squared_error(trainer, tiny):
         assert found_norm == pytest.approx(float(norm), rel=1e-5)
     for (name, p), q in zip(trainer.raw_model.named_parameters(), model.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=0, atol=2e-6), name
-
-
-# --- the same again ---
-
-
-def test_the_written_configuration_repeats_the_run_bit_for_bit(train_tiny, tiny, tmp_path):
-    options = tiny.scheduled | {"steps": 4, "feeding.fall_to": 4, "run.validate_every": 3}
-    first = train_tiny(options)
-    config = load_config(first / "config.yaml")
-    assert config == tiny.config(first, options)
-    config.run.folder = tmp_path / "again"
-    torch.manual_seed(99)  # what was drawn before must not matter
-    train(config)
-    tiny.assert_equal(tiny.weights(tmp_path / "again", 4), tiny.weights(first, 4))
-    assert tiny.column(tmp_path / "again", "loss") == tiny.column(first, "loss")
-    same = ("mse", "ssim", "psnr", "per_frame", "copy_last_frame", "peak_activation_bytes")
-    first_metrics, again = (json.loads((f / "metrics.json").read_text()) for f in (first, tmp_path / "again"))
-    assert [again[k] for k in same] == [first_metrics[k] for k in same]
-
-
-def test_another_seed_is_another_run(trainer):
-    made = [trainer(options) for options in ({}, {"seed": 1}, {"data.seed": 1})]
-    assert len({t._train_step(training_batch(t))[0] for t in made}) == 3
-
-
-def test_how_often_it_looks_up_does_not_change_the_weights(train_tiny, tiny):
-    often = {"run.checkpoint_every": 1, "run.validate_every": 1, "run.log_every": 1}
-    seldom = {"run.checkpoint_every": 100, "run.validate_every": 100, "run.log_every": 100}
-    one, other = (tiny.weights(train_tiny({"steps": 3} | o), 3) for o in (often, seldom))
-    tiny.assert_equal(one, other)
-
-
-# --- going on ---
-
-
-def test_a_longer_run_in_the_same_folder_goes_on_and_is_the_run_in_one_go(train_tiny, tiny, capsys):
-    options = {"feeding.kind": "scheduled", "feeding.fall_to": 6, "run.keep": 9}
-    straight = train_tiny(options | {"steps": 5})
-    folder = train_tiny(options | {"steps": 3})
-    capsys.readouterr()
-    train_tiny(options | {"steps": 5}, folder)
-    assert f"Going on from step 3 in {folder}" in capsys.readouterr().out
-    tiny.assert_equal(tiny.weights(folder, 5), tiny.weights(straight, 5))
-    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 6))
-    assert tiny.column(folder, "loss") == tiny.column(straight, "loss")
-    one, other = (tiny.state(f, 5)["optimiser"]["state"] for f in (folder, straight))
-    for i in one:
-        tiny.assert_equal(one[i], other[i])
-
-
-def test_a_finished_run_is_only_measured_again(train_tiny, tiny):
-    folder = train_tiny({"steps": 2})
-    before = snapshot(folder / "checkpoints")
-    (folder / "metrics.json").unlink()
-    train_tiny({"steps": 2}, folder)
-    assert snapshot(folder / "checkpoints") == before
-    assert tiny.column(folder, "step") == ["1", "2"]
-    assert (folder / "metrics.json").exists()
-
-
-def test_a_damaged_checkpoint_is_passed_over_loudly_for_the_same_result(train_tiny, tiny, finished_run, tmp_path):
-    """The run in one go, cut back to its last checkpoints; the newest of them is damaged."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished_run, folder)
-    for name in ("metrics.json", "predictions.png"):
-        (folder / name).unlink()
-    shutil.rmtree(folder / "checkpoints" / "step-00000024")
-    (folder / "checkpoints" / "best.json").unlink()  # it may name the one that was just removed
-    damaged = folder / "checkpoints" / "step-00000022" / "weights.safetensors"
-    data = bytearray(damaged.read_bytes())
-    data[-3] ^= 1
-    damaged.write_bytes(data)
-    with pytest.warns(RuntimeWarning, match=r"passing over a damaged checkpoint.*step-00000022/weights.safetensors"):
-        train_tiny(tiny.scheduled, folder, pictures=True)
-    tiny.assert_equal(tiny.weights(folder, 24), tiny.weights(finished_run, 24))
-    assert [int(s) for s in tiny.column(folder, "step")] == list(range(1, 25))
-    assert tiny.column(folder, "loss") == tiny.column(finished_run, "loss")
-    assert (folder / "metrics.json").exists()
-    assert (folder / "predictions.png").exists()
-
-
-def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(train_tiny):
-    folder = train_tiny({"steps": 2})
-    for weights in folder.glob("checkpoints/step-*/weights.safetensors"):
-        weights.write_bytes(b"damage")
-    before = snapshot(folder / "checkpoints")
-    with pytest.warns(RuntimeWarning), pytest.raises(DamagedCheckpoint, match=r"all checkpoints in .* are damaged"):
-        train_tiny({"steps": 4}, folder)
-    assert snapshot(folder / "checkpoints") == before
-
-
-# --- the folder ---
-
-
-def test_another_configuration_in_the_same_folder_is_refused_by_name(train_tiny, tiny):
-    folder = train_tiny({"steps": 1})
-    before = snapshot(folder)
-    with pytest.raises(ValueError, match=r"holds a run with other options") as error:
-        train_tiny({"steps": 1, "optimiser.learning_rate": 0.125, "model.modules": 3}, folder)
-    assert str(folder) in str(error.value)
-    assert "model.modules was 2, is 3" in str(error.value)
-    assert "optimiser.learning_rate was 0.0005, is 0.125" in str(error.value)
-    assert "steps was" not in str(error.value)
-    assert snapshot(folder) == before
 
 
 # --- feeding ---
@@ -373,123 +256,6 @@ def test_weights_that_break_in_the_last_step_are_found_by_validation(trainer, mo
     with pytest.raises(TrainingDiverged, match="step 1: validation failed: "):
         trainer.fit()
     assert not list(trainer.folder.glob("checkpoints/step-*"))
-
-
-# --- the peak that is reported ---
-
-
-def test_reversible_training_holds_less_than_stored(trainer, tmp_path):
-    deep = {"model.blocks": [3], "model.modules": 6}
-    peaks = {}
-    for mode in ("reversible", "stored"):
-        made = trainer(deep | {"model.mode": mode}, tmp_path / mode)
-        for _ in range(2):
-            made._train_step(training_batch(made))
-        peaks[mode] = made.peak_activation_bytes
-    assert 0 < peaks["reversible"] < 0.35 * peaks["stored"]
-
-
-def test_the_reported_peak_is_that_of_any_step_after_the_first(trainer, tmp_path):
-    """What the first step of a process makes for good, tables for instance, are no activations."""
-    made = trainer()
-    peaks = []
-    for step in range(4):
-        made.step = step % 2
-        made._train_step(training_batch(made))
-        peaks.append(made.peak_activation_bytes)
-    assert peaks[1] == peaks[2] == peaks[3]
-
-
-def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
-    one, other = trainer(folder=tmp_path / "one"), trainer(folder=tmp_path / "other")
-    other._train_step(training_batch(other))  # so that its third and later steps are not measured
-    other.step = 5
-    other.raw_model.load_state_dict(one.raw_model.state_dict())
-    other.optimiser.load_state_dict(one.optimiser.state_dict())
-    for made in (one, other):
-        made._train_step(training_batch(made))
-    tiny.assert_equal(one.raw_model.state_dict(), other.raw_model.state_dict())
-
-
-# --- memory against speed ---
-
-
-AUTO = {"model.mode": "auto", "model.cell": "stlstm", "steps": 3}
-
-
-def way_of(folder):
-    return json.loads((folder / "metrics.json").read_text())["way"]
-
-
-def test_with_memory_to_spare_training_is_stored_and_says_so(train_tiny, tiny, capsys):
-    folder = train_tiny(AUTO)
-    assert way_of(folder) == "stored"
-    assert re.search(r"\nTraining stored: needs 0\.\d MiB of [\d,.]+ MiB\n", capsys.readouterr().out)
-    assert load_config(folder / "config.yaml").model.mode == "auto"
-
-
-def test_every_budget_gives_the_same_weights_bit_for_bit(train_tiny, tiny, monkeypatch):
-    ways = tiny.config(None, AUTO).model.ways(4)
-    assert list(ways) == ["stored", "reversible", "reversible, states every 2 steps"]
-    monkeypatch.setattr(
-        "crevnet.training.training_bytes", lambda config, *args, **kw: 9 - list(ways.values()).index(config)
-    )
-    folders = [train_tiny(AUTO | {"run.memory": need}) for need in (9, 8, 7)]
-    assert [way_of(folder) for folder in folders] == list(ways)
-    for folder in folders[1:]:
-        tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(folders[0], 3))
-
-
-def test_a_resumed_run_keeps_its_way_as_long_as_that_fits(train_tiny, tiny, capsys):
-    straight = train_tiny(AUTO | {"run.memory": "1 GiB"})
-    folder = train_tiny(AUTO | {"run.memory": "0.1 GiB", "steps": 1})
-    assert way_of(folder) == "stored"
-    need = int(training_bytes(tiny.config(None, AUTO).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
-    train_tiny(AUTO | {"run.memory": need, "steps": 2}, folder)
-    assert way_of(folder) == "reversible"
-    train_tiny(AUTO | {"run.memory": "1 GiB"}, folder)
-    assert way_of(folder) == "reversible"
-    tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(straight, 3))
-
-
-def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
-    options = AUTO | {"model.arithmetic": "float"}
-    folder = train_tiny(options | {"steps": 1})
-    before = snapshot(folder / "checkpoints")
-    need = int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
-    with pytest.raises(ValueError, match=r"no way to train fits into .*: the least is .*, stored;"):
-        train_tiny(options | {"run.memory": need}, folder)
-    assert snapshot(folder / "checkpoints") == before
-
-
-def test_a_mode_that_is_set_is_not_measured(train_tiny, monkeypatch, capsys):
-    monkeypatch.setattr("crevnet.training.training_bytes", None)
-    folder = train_tiny({"steps": 1})
-    assert way_of(folder) == "reversible"
-    assert "\nTraining reversible\n" in capsys.readouterr().out
-
-
-def test_a_budget_holds_for_a_mode_that_is_set(train_tiny):
-    with pytest.raises(ValueError, match=r"fits into 0\.0 MiB: the least is 0\.\d MiB, reversible;"):
-        train_tiny({"steps": 1, "run.memory": "1 KiB"})
-
-
-def test_where_nothing_fits_no_step_is_made(train_tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("crevnet.training.free_bytes", lambda device: 0)
-    with pytest.raises(ValueError, match=r"lower batch_size or raise run\.memory"):
-        train_tiny(AUTO, tmp_path / "run")
-    assert not list((tmp_path / "run").glob("checkpoints/step-*"))
-
-
-def test_what_is_there_already_counts_as_free(trainer, monkeypatch):
-    made = trainer(AUTO)
-    made._train_step(training_batch(made))
-    weights = sum(p.nbytes for p in made.raw_model.parameters())
-    counters = sum(s["step"].nbytes for s in made.optimiser.state_dict()["state"].values())
-    monkeypatch.setattr("crevnet.training.free_bytes", lambda device: 2**20)
-    assert made.available_bytes() == pytest.approx(MARGIN * (2**20 + 3 * weights + counters))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")  # processes that share the memory of a machine
-    assert made.available_bytes() == pytest.approx(MARGIN * (2**18 + 3 * weights + counters))
 
 
 # --- precision ---
