@@ -3,7 +3,8 @@
 The paper's CrevNet on Moving MNIST in every mode, with the kernels and with plain PyTorch in their place, in float32
 and under bfloat16 autocast, and the baselines of table 1. Every round runs one step of each variant with the same
 weights and frames in the same process. Nothing is asserted. Every batch of a system is written when it has been
-measured, and is added to those that were measured before: `-k "[stlstm-16]"`, `-k "convlstm and crevnet"`, `-k baselines`.
+measured, and is added to those that were measured before: `-k "[stlstm-16]"`, `-k "convlstm and crevnet"`,
+`-k baselines`.
 """
 
 import gc
