@@ -8,7 +8,7 @@ import torch
 
 from benchmarks.reporting import RESULTS, Report, environment, include
 
-_REPORTS = pytest.StashKey[list[tuple[str, str]]]()
+_REPORTS = pytest.StashKey[dict[str, tuple[str, str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -35,29 +35,29 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def publish(pytestconfig: pytest.Config) -> Callable[[Report], None]:
-    """Write a report to `benchmarks/results/` if it is complete, and print it at the end of the run."""
-    published = pytestconfig.stash.setdefault(_REPORTS, [])
+    """Write a report to `benchmarks/results/` if it is complete or in pieces, and print it at the end of the run."""
+    published = pytestconfig.stash.setdefault(_REPORTS, {})
     command = shlex.join(["pytest", *pytestconfig.invocation_params.args])
 
     def write(report: Report) -> None:
         if not any(table.rows for table in report.tables.values()):
             return
         where = environment(command, report.cuda)
-        if report.complete:
+        outcome = "not all of it was measured: the written results were left as they are"
+        if report.complete or report.in_pieces:
             written = ", ".join(path.name for path in report.write(where))
             outcome = f"written to {RESULTS}: {written}"
+        if report.complete:
             for i, (key, table) in enumerate(report.tables.items()):
                 include(report.page, f"{report.name} {key}" if i else report.name, table.to_markdown())
-        else:
-            outcome = "not all of it was measured: the written results were left as they are"
-        published.append((report.to_markdown(where), outcome))
+        published[report.name] = report.to_markdown(where), outcome
 
     return write
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print all tables."""
-    for markdown, outcome in config.stash.get(_REPORTS, []):
+    for markdown, outcome in config.stash.get(_REPORTS, {}).values():
         title, _, text = markdown.partition("\n")
         terminalreporter.section(title.removeprefix("# "))
         terminalreporter.write_line(text.strip())

@@ -68,7 +68,9 @@ class Report:
     pictures: Mapping[str, bytes] = field(default_factory=dict)
     """Contents by file name."""
     complete: bool = True
-    """Whether every row was measured; only then the files are written."""
+    """Whether every row was measured; only then the files are written, and tables put into pages."""
+    in_pieces: bool = False
+    """Whether the files are written before that as well."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of what took part besides the libraries that all benchmarks use."""
     page: Path = README
@@ -83,6 +85,7 @@ class Report:
         parts = [f"# {self.title}", *(table.to_markdown() for table in self.tables.values() if table.rows)]
         parts += [f"![{self.title}]({name})" for name in self.pictures]
         parts += ["\n".join(f"- {note}" for note in self.notes)] if self.notes else []
+        parts += [] if self.complete else ["Not all of it has been measured yet."]
         return "\n\n".join([*parts, _measured(environment)]) + "\n"
 
     def write(self, environment: Row, folder: Path = RESULTS) -> list[Path]:
@@ -100,6 +103,7 @@ class Report:
             "versions": versions | dict(self.versions),
             "environment": {k: v for k, v in environment.items() if k not in {"device", "commit", *versions}},
             "configuration": self.configuration,
+            **({"complete": self.complete} if self.in_pieces else {}),
         }
         files = {
             f"{self.name}.json": json.dumps(data, indent=2, allow_nan=False).encode() + b"\n",

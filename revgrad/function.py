@@ -26,7 +26,7 @@ from torch.nn.utils import parametrize
 
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
-from revgrad.layer import Flow, Grads, Streams
+from revgrad.layer import Flow, Grads, Streams, check_closed
 from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
@@ -272,8 +272,11 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     features: Streams = ()
     outputs: Streams = ()
 
+    idle = bool(program.entry) and not program.entry_wants_gradients(given)
+
     def recording(application: int) -> AbstractContextManager[None]:
-        return snapshot.recording(application, device)
+        recorded = snapshot.recording(application, device)
+        return _with_graph(recorded) if idle and program.is_entry(application) else recorded
 
     for t in range(program.steps):
         if t % length == 0:
@@ -287,6 +290,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
                 tape.fingerprints[t, 0, 0] = fingerprint(entered, program.exact)
 
         def entering(position: int, streams: Streams, t: int = t) -> None:
+            if idle and position == 0:
+                check_closed("the entry", streams, ())
             if position == 0 or program.guarded:
                 tape.fingerprints[t, 1, position] = fingerprint(program.recovered(position, streams), program.exact)
             if program.anchored(position):
@@ -313,6 +318,15 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     else:
         tape.cells = cells_of(program.core, state, program.exact)
     return outputs, state, tape
+
+
+@contextmanager
+def _with_graph(inner: AbstractContextManager[None]) -> Iterator[None]:
+    """Around an entry that nobody wants undone: a graph begins where a transform reads a tensor that requires a
+    gradient by way of a closure, which would lose it.
+    """
+    with inner, torch.enable_grad():
+        yield
 
 
 def _unsave(ctx: Any) -> tuple[Streams, Streams, Streams, Tape]:

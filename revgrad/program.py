@@ -77,6 +77,12 @@ class Program:
             return True
         return any(p.requires_grad for layer in self.layers() for p in layer.parameters())
 
+    def entry_wants_gradients(self, given: Iterable[Streams | None]) -> bool:
+        """Whether anything that the entry reads requires a gradient, as far as the program knows."""
+        inputs = (x for streams in given if streams is not None for x in streams)
+        parameters = (p for _, layer in self.entry for p in layer.parameters())
+        return any(x.requires_grad for x in (*inputs, *parameters, *tensors_in(self.arguments[0])))
+
     def emptied(self) -> "Program":
         """The same program with places in its arguments instead of tensors."""
         tensors = self.conditioning()
@@ -94,6 +100,10 @@ class Program:
         """A number for every application of a layer. Parts: 0 entry, 1 core, 2 exit."""
         before = (0, len(self.entry), len(self.entry) + len(self.core))[part]
         return t * (len(self.entry) + len(self.core) + len(self.exit)) + before + position
+
+    def is_entry(self, application: int) -> bool:
+        """Whether an application is one of a layer of the entry."""
+        return application % self.application(1, 0, 0) < len(self.entry)
 
     def around(self, t: int, part: int, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
         """The context of one part of a step, by position."""

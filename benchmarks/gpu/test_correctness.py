@@ -1,7 +1,7 @@
 """The kernels' tests on a GPU: `pytest benchmarks/gpu/test_correctness.py --benchmark-only`.
 
 And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, `torch.compile` with its own compiler, a
-second device.
+second device. `-k` may cut the run into pieces: outcomes are added to those of earlier runs.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks.gpu.operators import OPERATORS, STREAM, Inputs, Operator, outputs, with_gradients
+from benchmarks.gpu.pieces import joined
 from benchmarks.gpu.pytest_summary import ROOT, Run, run_files
 from benchmarks.gpu.timing import captured, side_stream
 from benchmarks.reporting import Report, Table
@@ -28,6 +29,7 @@ TIMEOUT = 500.0
 FILES = [*sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ROOT / "tests" / "crevnet" / "test_kernels.py"]
 NAMES = [str(file.relative_to(ROOT)) for file in FILES if file.exists()]
 POINTS = [(o, dtype) for o in OPERATORS for dtype in DTYPES]
+COLUMNS = {"files": ("file",), "checks": ("check", "operator", "dtype")}
 IDS = [f"{o.name}-{dtype}" for o, dtype in POINTS]
 
 NOTES = (
@@ -41,9 +43,24 @@ NOTES = (
 
 
 @pytest.fixture(scope="module")
-def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    rows: dict[str, list[dict[str, Any]]] = {"files": [], "checks": []}
-    yield rows
+def measured() -> dict[str, list[dict[str, Any]]]:
+    """The rows of this run."""
+    return {"files": [], "checks": []}
+
+
+@pytest.fixture
+def results(publish, measured) -> Iterator[dict[str, list[dict[str, Any]]]]:
+    """Written after every test: whatever cuts a run off, what it has found is kept."""
+    yield measured
+    publish(report(measured))
+
+
+def report(measured: dict[str, list[dict[str, Any]]]) -> Report:
+    """What is known by now."""
+    configuration = {"files": NAMES, "batch": BATCH, "devices": torch.cuda.device_count()}
+    rows = {
+        key: joined("gpu_correctness", key, measured[key], columns, configuration) for key, columns in COLUMNS.items()
+    }
     files = {key: key for key in ("file", "passed", "failed", "skipped", "errors", "seconds")}
     checks = {key: key for key in ("check", "operator", "dtype", "outcome")}
     tables = {
@@ -51,8 +68,16 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         "checks": Table("Checks that need a device", checks, rows["checks"]),
     }
     complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == 2 * len(POINTS) + 1 + len(LARGE)
-    configuration = {"files": NAMES, "batch": BATCH, "devices": torch.cuda.device_count()}
-    publish(Report("gpu_correctness", "Kernels on a GPU", tables, configuration, NOTES, complete=complete, cuda=True))
+    return Report(
+        "gpu_correctness",
+        "Kernels on a GPU",
+        tables,
+        configuration,
+        NOTES,
+        complete=complete,
+        in_pieces=True,
+        cuda=True,
+    )
 
 
 @pytest.fixture

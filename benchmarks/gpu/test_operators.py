@@ -1,7 +1,8 @@
 """Speed of every operator on a GPU: `pytest benchmarks/gpu/test_operators.py --benchmark-only`.
 
 Against a copy of as many bytes, against plain PyTorch and against `torch.compile` of that, all in the same rounds.
-Nothing is asserted: the table says which targets were met. `-k float32` measures one dtype, and writes its results.
+Nothing is asserted: the table says which targets were met. Every operator is written when it has been measured, and is
+added to those that were measured before, so that `-k` may cut the run into pieces of any size.
 """
 
 import os
@@ -15,6 +16,7 @@ import torch._functorch.config
 
 from benchmarks.gpu.operators import ELEMENTS, OPERATORS, SPEEDUP, Inputs, Operator, backward, outputs, with_gradients
 from benchmarks.gpu.pictures import speed_of_operators
+from benchmarks.gpu.pieces import joined
 from benchmarks.gpu.timing import Call, cache_bytes, measure, ratios, sets_beyond_cache, side_stream, timed
 from benchmarks.reporting import Report, Table, spread
 
@@ -51,11 +53,9 @@ NOTES = (
 
 
 @pytest.fixture(scope="module")
-def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    rows: dict[str, list[dict[str, Any]]] = {dtype: [] for dtype in DTYPES}
-    yield rows
-    for dtype, mine in rows.items():
-        publish(report(dtype, mine))
+def results() -> dict[str, list[dict[str, Any]]]:
+    """The rows of this run, by dtype."""
+    return {dtype: [] for dtype in DTYPES}
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +68,10 @@ def empty_cache() -> Iterator[None]:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("operator", OPERATORS, ids=lambda o: o.name)
-def test_operator(benchmark, results, empty_cache, operator, dtype):
+def test_operator(benchmark, publish, results, empty_cache, operator, dtype):
     rows = benchmark.pedantic(measured, (operator, dtype), rounds=1)
     results[dtype] += rows
+    publish(report(dtype, results[dtype]))
     benchmark.extra_info["of_copy"] = {f"{r['pass']} {r['size']} {r['layout']}": r["of_copy"] for r in rows}
 
 
@@ -198,8 +199,6 @@ def median(values: list[float]) -> float:
 
 def report(dtype: str, rows: list[dict[str, Any]]) -> Report:
     """The report of one dtype."""
-    directions = sum(1 + o.differentiable for o in OPERATORS)
-    complete = len(rows) == directions * len(points(DTYPES[dtype]))
     columns = {"operator": "operator", "pass": "pass", "size": "size", "layout": "layout"} | {
         "us_p20": "us, p20",
         "us": "median",
@@ -223,6 +222,9 @@ def report(dtype: str, rows: list[dict[str, Any]]) -> Report:
         "l2_bytes": cache_bytes(),
     }
     name = f"gpu_operators_{dtype}"
+    rows = joined(name, "rows", rows, ("operator", "pass", "size", "layout"), configuration)
+    complete = len(rows) == sum(1 + o.differentiable for o in OPERATORS) * len(points(DTYPES[dtype]))
     pictures = {f"{name}.png": speed_of_operators(rows, dtype)} if complete else {}
     tables = {"rows": Table(f"Operators in {dtype}", columns, rows)}
-    return Report(name, f"Speed of the operators, {dtype}", tables, configuration, NOTES, pictures, complete, cuda=True)
+    title = f"Speed of the operators, {dtype}"
+    return Report(name, title, tables, configuration, NOTES, pictures, complete, in_pieces=True, cuda=True)

@@ -2,12 +2,12 @@
 
 The paper's CrevNet on Moving MNIST in every mode, with the kernels and with plain PyTorch in their place, in float32
 and under bfloat16 autocast, and the baselines of table 1. Every round runs one step of each variant with the same
-weights and frames in the same process. Nothing is asserted. `-k stlstm`, `-k "convlstm and crevnet"` or `-k baselines`
-measures one part, and writes its results.
+weights and frames in the same process. Nothing is asserted. Every batch of a system is written when it has been
+measured, and is added to those that were measured before: `-k "[stlstm-16]"`, `-k "convlstm and crevnet"`,
+`-k baselines`.
 """
 
 import gc
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ import torch
 from revgrad_kernels import backend
 from torch import Tensor, nn
 
+from benchmarks.gpu.pieces import joined
 from benchmarks.gpu.timing import ratios, rotated, timed
 from benchmarks.memory import MB
 from benchmarks.reporting import Report, Table, spread
@@ -28,7 +29,7 @@ from crevnet.video_model import VideoConfig, VideoModel
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 BATCHES = (1, 16, 64, 256)
-ROUNDS = 5
+ROUNDS = 3
 STORED, EXACT = Variant("stored", "float"), Variant("reversible")
 OFFLOADED = Variant("reversible", offload=True)
 AT_ONCE = replace(STORED, clips_at_once=STEPS), replace(EXACT, clips_at_once=STEPS)
@@ -75,26 +76,26 @@ def ways_of_crevnet() -> list[Way]:
 
 
 @pytest.fixture(scope="module")
-def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
-    rows: dict[str, list[dict[str, Any]]] = {part: [] for part in (*CELLS, BASELINES)}
-    yield rows
-    for part, mine in rows.items():
-        publish(report(part, mine))
+def results() -> dict[str, list[dict[str, Any]]]:
+    """The rows of this run, by part."""
+    return {part: [] for part in (*CELLS, BASELINES)}
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_crevnet(benchmark, results, cell, batch):
+def test_crevnet(benchmark, publish, results, cell, batch):
     config = CrevNetConfig(cell=cell)
     results[cell] += benchmark.pedantic(measured, (f"CrevNet, {cell}", config, batch, ways_of_crevnet()), rounds=1)
+    publish(report(cell, results[cell]))
 
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("system", [s for s in SYSTEMS if s.name in PATCHED], ids=lambda s: f"baselines-{s.name}")
-def test_baseline(benchmark, results, system, batch):
+def test_baseline(benchmark, publish, results, system, batch):
     config = replace(system.config, patch=PATCH)
     ways = [Way(None, "triton", p) for p in PRECISIONS]
     results[BASELINES] += benchmark.pedantic(measured, (system.name, config, batch, ways), rounds=1)
+    publish(report(BASELINES, results[BASELINES]))
 
 
 def measured(name: str, config: VideoConfig, batch: int, ways: list[Way]) -> list[dict[str, Any]]:
@@ -220,6 +221,7 @@ def report(part: str, rows: list[dict[str, Any]]) -> Report:
         "matmul_tf32": torch.backends.cuda.matmul.allow_tf32,
     }
     name = f"gpu_training_step_{part}"
+    rows = joined(name, "rows", rows, ("system", "batch", "variant", "kernels", "precision", "weights"), configuration)
     return Report(
         name,
         f"Training step on a GPU, {part}",
@@ -227,5 +229,6 @@ def report(part: str, rows: list[dict[str, Any]]) -> Report:
         configuration,
         NOTES,
         complete=len(rows) == systems * len(BATCHES),
+        in_pieces=True,
         cuda=True,
     )

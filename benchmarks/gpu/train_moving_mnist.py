@@ -3,7 +3,9 @@
 The trainer runs in a process of its own (`crevnet/configs/moving_mnist_stlstm.yaml`), is interrupted when the time is
 up, and is then called once more to evaluate the best weights on the test set. The run itself is `OUT/run`: the same
 command goes on with it. In OUT is what to keep: configuration, metrics, logs, pictures, loss curve, and the best
-weights, below 15 MB. Options after `--` go to the trainer: `-- --run.precision bf16-mixed --data.test_sequences 1000`.
+weights, below 15 MB; in OUT/state, in three files of half precision, what another machine goes on from:
+`--begin OUT --out OTHER`. Options after `--` go to the trainer:
+`-- --run.precision bf16-mixed --data.test_sequences 1000`.
 """
 
 import argparse
@@ -23,6 +25,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.small_state import grow, shrink
 from benchmarks.record_run import validations
 from benchmarks.reporting import RESULTS, Report, Table, environment, write_file
 from crevnet.checkpoint_directory import CheckpointDirectory
@@ -52,6 +55,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, required=True, help="time to train, without the evaluation after it")
     parser.add_argument("--out", type=Path, required=True, help="folder for what is to be kept, and for the run")
+    parser.add_argument("--begin", type=Path, help="folder of an earlier OUT: go on from its OUT/state")
     parser.add_argument("--root", type=Path, help="folder of the MNIST files; without, digits embedded in scikit-learn")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for gpu_moving_mnist.json and .md")
@@ -63,6 +67,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"skipped: {error}", file=sys.stderr)
         return 0
     run = given.out / "run"
+    if given.begin:
+        grow(given.begin / "state", run)
     options = [
         f"--config={CONFIGS / 'moving_mnist_stlstm.yaml'}",
         *OFTEN,
@@ -78,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     if trainer([*options, "--steps", str(step)]).wait():
         return 1
     weights = collect(run, given.out, device)
+    shrink(run, given.out / "state")
     command = shlex.join(["python", "-m", "benchmarks.gpu.train_moving_mnist", *(arguments or sys.argv[1:])])
     made = report(run, weights, given.minutes, device)
     for path in made.write(environment(command, made.cuda), given.results):

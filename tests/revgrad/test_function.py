@@ -513,6 +513,26 @@ def test_entry_that_does_not_invert_is_seen_where_it_is_evaluated(make, check):
     check.loss(outputs).backward()
 
 
+class Times(nn.Module):
+    def __init__(self, factor):
+        super().__init__()
+        self.factors = [factor]
+
+    def forward(self, x):
+        return x * self.factors[0]
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_closure_of_an_entry_that_is_not_undone_raises_too(make, check, wanted):
+    entry = ReversibleSequential(AdditiveCoupling(Times(torch.ones(4, requires_grad=wanted))))
+    inputs, core = [make.streams(requires_grad=False), None], make.chain("additive", 2)
+    if wanted:
+        with pytest.raises(ReversibilityError, match="the entry: the transform reads a tensor"):
+            unroll(core, inputs, entry=entry, exit=Inverse(entry))
+        return
+    check.loss(unroll(core, inputs, entry=entry, exit=Inverse(entry))[0]).backward()
+
+
 def test_copies_of_a_module_do_not_share_passes(make, check):
     chain, x = make.chain("mixed", 2), make.streams()
     y = chain(*x)

@@ -1,3 +1,4 @@
+import json
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import torch
 
 from benchmarks.gpu import train_moving_mnist
 from benchmarks.gpu.train_moving_mnist import fit_weights, main, train_for
+from crevnet.checkpoint import CheckpointDirectory
 
 TINY = [
     "--steps", "2", "--batch_size", "2", "--model.image_size", "32", "--data.image_size", "32",
@@ -27,6 +29,15 @@ def test_trains_evaluates_and_keeps_what_matters(tmp_path, capsys):
     assert "copying the last frame" in text
     assert "as trained" in text
     assert (results / "gpu_moving_mnist.json").exists()
+    goes_on_elsewhere(tmp_path, out)
+
+
+def goes_on_elsewhere(tmp_path, before):
+    other = tmp_path / "other"
+    arguments = ["--minutes", "9", "--begin", str(before), "--out", str(other), "--device", "cpu"]
+    assert main([*arguments, "--results", str(tmp_path / "results"), "--", *TINY, "--steps", "4"]) == 0
+    assert CheckpointDirectory(other / "run" / "checkpoints").steps()[-1] == 4
+    assert json.loads((other / "state" / "state.json").read_text())["updates"]["0"] == 4
 
 
 def test_without_the_device_it_is_skipped(tmp_path, capsys, monkeypatch):
