@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
+from revgrad import fused_steps
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
 from revgrad.layer import Flow, Grads, Streams, check_closed
@@ -70,6 +71,7 @@ def run_reversible(
     Returns:
         The output streams and the final state.
     """
+    fused_steps.notice()
     snapshot = Snapshot(program.layers())
     inputs = flat(given)
     stages, waiting = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
