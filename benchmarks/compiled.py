@@ -27,6 +27,7 @@ POINTWISE = ("weighted_sum", "hidden_output", "convlstm", "stlstm_states")
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 64  # the autoencoder's convolutions have many shapes
     for batch in BATCHES:
         print(f"batch {batch}, ST-LSTM, stored:", compared(training_steps(batch)), flush=True)
         for operator in OPERATORS:
