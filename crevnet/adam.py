@@ -8,7 +8,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 
-def adam(parameters: Iterable[nn.Parameter], learning_rate: float, betas: tuple[float, float]) -> torch.optim.Adam:
+def adam(
+    parameters: Iterable[nn.Parameter],
+    learning_rate: float,
+    betas: tuple[float, float],
+    *,
+    capturable: bool = False,
+) -> torch.optim.Adam:
     """`torch.optim.Adam`, fused: two thirds of its time on a CPU, and no memory besides the moments.
 
     Its state is that of any other `torch.optim.Adam`, so that it takes the state of one that is not fused. What is
@@ -18,8 +24,14 @@ def adam(parameters: Iterable[nn.Parameter], learning_rate: float, betas: tuple[
     order than its weight would, without an error, move other weights. So gradients and loaded moments are laid out like
     their weights first. Autograd does so by itself, but whoever sets a `.grad`, or saves the moments of weights in
     another layout, need not.
+
+    Args:
+        parameters: The weights.
+        learning_rate: Of the first step.
+        betas: Decay of the first and second moments.
+        capturable: Whether a CUDA graph may capture the step.
     """
-    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=betas, fused=True)
+    optimiser = torch.optim.Adam(parameters, lr=learning_rate, betas=betas, fused=True, capturable=capturable)
     optimiser.register_step_pre_hook(_lay_out_gradients)
     optimiser.register_load_state_dict_pre_hook(_with_own_options)
     optimiser.register_load_state_dict_post_hook(_lay_out_moments)

@@ -117,8 +117,9 @@ def test_the_options_of_the_configuration_stay_when_moments_are_loaded():
     model = build()
     saved = plain(model)
     taught(saved, model)
-    other = adam(model.parameters(), 3e-4, (0.7, 0.9))
+    other = adam(model.parameters(), 3e-4, (0.7, 0.9), capturable=True)
     other.load_state_dict(saved.state_dict())
+    assert other.param_groups[0]["capturable"]
     assert (other.param_groups[0]["lr"], other.param_groups[0]["betas"]) == (3e-4, (0.7, 0.9))
 
 
