@@ -18,6 +18,7 @@ from torch.utils.flop_counter import conv_flop_count, flop_registry, register_fl
 from crevnet.banded_cpu import banded_weight_gradient
 from crevnet.winograd_cpu import direct_weight_gradient, winograd_weight_gradient
 
+_OfWeight = Literal["pytorch", "direct", "winograd", "banded"]
 _WEIGHT_GRADIENTS = {
     "direct": direct_weight_gradient,
     "winograd": winograd_weight_gradient,
@@ -26,8 +27,6 @@ _WEIGHT_GRADIENTS = {
 _ONES = {n: (1,) * n for n in (1, 2, 3)}
 _onednn: Any = torch.mkldnn_convolution
 _onednn_transposed: Any = getattr(torch.ops.mkldnn, "_convolution_transpose_pointwise", None)
-
-
 _FLIPPED_CHUNK = 16
 """Samples at a time: oneDNN lays out 16 channels where there are few, and large temporary tensors cost more than small
 ones."""
@@ -40,40 +39,48 @@ class _Ways(NamedTuple):
     """Give it to oneDNN, which PyTorch does not do with a batch of 1."""
     flipped: bool = False
     """Find the input's gradient by a convolution with the weight turned round."""
-    weight: Literal["pytorch", "direct", "winograd", "banded"] = "pytorch"
+    weight: _OfWeight = "pytorch"
     """How the weight's gradient is found."""
 
 
 @lru_cache(256)
 def _ways(x: torch.Size, weight: torch.Size, wide: bool) -> _Ways:
-    """Which ways are the faster ones, by what was measured with the convolutions of the paper's model.
+    """Which ways are the faster ones.
+
+    The limits are where the ways cross in the convolutions of the paper's model, at batches of 1, 4, 16 and 64, on one
+    thread of an AMD EPYC with AVX-512, and with AVX-512 turned off.
 
     Args:
         x: Shape of the input.
         weight: Shape of the weight.
-        wide: Whether there is AVX-512, with which oneDNN finds the gradients of weights at the rate of a matrix
-            product; without at half of it.
+        wide: Whether there is AVX-512.
     """
-    batch, pixels = x[0], math.prod(x[2:])
-    (outputs, inputs), kernel = weight[:2], weight[2:]
-    if math.prod(kernel) == 1 or not batch * pixels:
+    batch, pixels, taps = x[0], math.prod(x[2:]), math.prod(weight[2:])
+    (outputs, inputs), most = weight[:2], max(weight[:2])
+    if taps == 1 or not batch * pixels:
         return _Ways()
-    most, least = max(inputs, outputs), min(inputs, outputs)
-    three = kernel[-2:] == (3, 3)
-    small = inputs * pixels * math.prod(kernel) <= 2**21
-    way: Literal["pytorch", "direct", "winograd", "banded"] = "pytorch"
-    if inputs >= 32 and batch < (2 if wide else 4) and small:
-        way = "direct"
-    elif three and not wide and batch >= 4 and least >= 16 and min(x[-2:]) >= 4:
-        way = "winograd"
-    elif three and most <= 8 and batch >= 16 and pixels // x[-2] <= 96:
-        # oneDNN's code for one or two channels is good with AVX-512, and better for more outputs than inputs.
-        way = "banded" if (inputs >= outputs and (least > 2 or not wide)) or (most <= 2 and not wide) else "pytorch"
+    small = inputs * pixels * taps <= 2**21  # 8 MiB, gathered
     return _Ways(
         onednn=batch == 1 and inputs >= 8 and small,
-        flipped=batch >= 4 and (least <= 2 or (most <= 8 and (wide or outputs <= 4))),
-        weight=way,
+        flipped=batch >= 4 and (min(weight[:2]) <= 2 or (most <= 8 and (wide or outputs <= 4))),
+        weight=_way_of_weight(x, weight, wide) if small else "pytorch",
     )
+
+
+def _way_of_weight(x: torch.Size, weight: torch.Size, wide: bool) -> _OfWeight:
+    """oneDNN is half as fast as a matrix product without AVX-512, and with it where channels do not suit its code."""
+    batch, (outputs, inputs), (height, width) = x[0], weight[:2], x[-2:]
+    least, most = min(outputs, inputs), max(outputs, inputs)
+    if inputs >= 32 and batch < (2 if wide else 4):
+        return "direct"
+    if weight[-2:] != (3, 3):
+        return "pytorch"
+    if most <= 8:
+        row = math.prod(x[2:]) // height * most
+        slow = inputs >= outputs if least > 2 else not wide
+        return "banded" if slow and batch >= 16 and row <= 384 else "pytorch"
+    many = batch >= 16 and inputs * outputs >= 64 * 96 if wide else batch >= 4 and least >= 16
+    return "winograd" if many and min(height, width) >= 4 else "pytorch"
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:

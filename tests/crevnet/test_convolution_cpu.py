@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 PLAIN = {2: F.conv2d, 3: F.conv3d}
 SHAPES = [
     *((1, 8, 4, (3, 4, 4)), (1, 32, 16, (6, 5)), (3, 33, 5, (2, 3, 4)), (4, 1, 2, (3, 4, 5)), (5, 2, 3, (7, 4))),
-    *((4, 16, 17, (3, 4, 5)), (5, 20, 16, (7, 4)), (17, 4, 3, (2, 3, 5)), (18, 2, 1, (5, 7))),
+    *((4, 16, 17, (3, 4, 5)), (5, 20, 16, (7, 4)), (17, 4, 3, (2, 3, 5)), (18, 2, 1, (5, 7)), (16, 64, 96, (5, 4))),
 ]
 """Batch, inputs, outputs, size: between them they go all ways."""
 
