@@ -78,7 +78,9 @@ def _way_of_weight(x: torch.Size, weight: torch.Size, wide: bool) -> _OfWeight:
     if most <= 8:
         row = math.prod(x[2:]) // height * most
         slow = inputs >= outputs if least > 2 else not wide
-        return "banded" if slow and batch >= 16 and row <= 384 else "pytorch"
+        if slow and batch >= 16 and row <= 384:
+            return "banded"
+        return "direct" if inputs == 8 else "pytorch"
     many = batch >= 16 and inputs * outputs >= 64 * 96 if wide else batch >= 4 and least >= 16
     return "winograd" if many and min(height, width) >= 4 else "pytorch"
 
