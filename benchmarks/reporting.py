@@ -134,7 +134,7 @@ def environment(command: str, cuda: bool = False) -> dict[str, Any]:
         "command": command,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **commit(Path(__file__).parent),
-        "device": f"CPU, {cpu_model()}",
+        "device": f"CPU, {cpu_model()} with {torch.backends.cpu.get_cpu_capability()}",
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -1,50 +1,88 @@
 """Convolutions on a CPU by the way that is fastest for each, where PyTorch's own choice is not.
 
-PyTorch does not give a batch of 1 to oneDNN, whose code is twice to four times as fast, and oneDNN finds the gradient
-of a weight at half the rate of a matrix product. Here it is one matrix product per sample: the pixels that the weights
-read are gathered, as whole rows of channels, which takes a twentieth of the time.
+PyTorch does not give a batch of 1 to oneDNN, whose code is twice to four times as fast. oneDNN has slow code for the
+gradients of some convolutions: of the input with few channels, of the weight with few channels, and without AVX-512 of
+every weight.
 """
 
-import itertools
 import math
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from revgrad_kernels.backend import observed
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.flop_counter import conv_flop_count, flop_registry, register_flop_formula
 
+from crevnet.banded_cpu import banded_weight_gradient
+from crevnet.winograd_cpu import direct_weight_gradient, winograd_weight_gradient
+
+_OfWeight = Literal["pytorch", "direct", "winograd", "banded"]
+_WEIGHT_GRADIENTS = {
+    "direct": direct_weight_gradient,
+    "winograd": winograd_weight_gradient,
+    "banded": banded_weight_gradient,
+}
 _ONES = {n: (1,) * n for n in (1, 2, 3)}
 _onednn: Any = torch.mkldnn_convolution
 _onednn_transposed: Any = getattr(torch.ops.mkldnn, "_convolution_transpose_pointwise", None)
+_FLIPPED_CHUNK = 16
+"""Samples at a time: oneDNN lays out 16 channels where there are few, and large temporary tensors cost more than small
+ones."""
 
 
 class _Ways(NamedTuple):
-    """Which of the ways that are not PyTorch's are the faster ones."""
+    """How output and gradients are found."""
 
-    onednn: bool
+    onednn: bool = False
     """Give it to oneDNN, which PyTorch does not do with a batch of 1."""
-    flipped: bool
-    """Find the input's gradient by a convolution with the weight turned round: where there are hardly any channels."""
-    gathered: bool
-    """Find the weight's gradient by gathering: not for rows of few channels, which cost as much as long ones."""
+    flipped: bool = False
+    """Find the input's gradient by a convolution with the weight turned round."""
+    weight: _OfWeight = "pytorch"
+    """How the weight's gradient is found."""
 
 
 @lru_cache(256)
-def _ways(x: torch.Size, weight: torch.Size) -> _Ways:
-    batch, pixels = x[0], math.prod(x[2:])
-    (outputs, inputs), taps = weight[:2], math.prod(weight[2:])
+def _ways(x: torch.Size, weight: torch.Size, wide: bool) -> _Ways:
+    """Which ways are the faster ones.
+
+    The limits are where the ways cross in the convolutions of the paper's model, at batches of 1, 4, 16 and 64, on one
+    thread of an AMD EPYC with AVX-512, and with AVX-512 turned off.
+
+    Args:
+        x: Shape of the input.
+        weight: Shape of the weight.
+        wide: Whether there is AVX-512.
+    """
+    batch, pixels, taps = x[0], math.prod(x[2:]), math.prod(weight[2:])
+    (outputs, inputs), most = weight[:2], max(weight[:2])
     if taps == 1 or not batch * pixels:
-        return _Ways(onednn=False, flipped=False, gathered=False)
-    gathered = inputs >= 8 and pixels * taps * inputs <= 2**21  # 8 MiB
+        return _Ways()
+    small = inputs * pixels * taps <= 2**21  # 8 MiB, gathered
     return _Ways(
-        onednn=batch == 1 and gathered,
-        flipped=batch >= 4 and min(inputs, outputs) <= 2,
-        gathered=gathered,
+        onednn=batch == 1 and inputs >= 8 and small,
+        flipped=batch >= 4 and (min(weight[:2]) <= 2 or (most <= 8 and (wide or outputs <= 4))),
+        weight=_way_of_weight(x, weight, wide) if small else "pytorch",
     )
+
+
+def _way_of_weight(x: torch.Size, weight: torch.Size, wide: bool) -> _OfWeight:
+    """oneDNN is half as fast as a matrix product without AVX-512, and with it where channels do not suit its code."""
+    batch, (outputs, inputs), (height, width) = x[0], weight[:2], x[-2:]
+    least, most = min(outputs, inputs), max(outputs, inputs)
+    if inputs >= 32 and batch < (2 if wide else 4):
+        return "direct"
+    if weight[-2:] != (3, 3):
+        return "pytorch"
+    if most <= 8:
+        row = math.prod(x[2:]) // height * most
+        slow = inputs >= outputs if least > 2 else not wide
+        if slow and batch >= 16 and row <= 384:
+            return "banded"
+        return "direct" if inputs == 8 else "pytorch"
+    many = batch >= 16 and inputs * outputs >= 64 * 96 if wide else batch >= 4 and least >= 16
+    return "winograd" if many and min(height, width) >= 4 else "pytorch"
 
 
 def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
@@ -67,10 +105,14 @@ def convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
         return None
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return None
-    ways = _ways(x.shape, weight.shape)
-    if not any(ways):
+    ways = _ways(x.shape, weight.shape, _wide())
+    if ways == _Ways():
         return None
     return _Convolution.apply(x, weight, bias, ways) if torch.is_grad_enabled() else _output(x, weight, bias, ways)
+
+
+def _wide() -> bool:
+    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 class _Convolution(torch.autograd.Function):
@@ -113,7 +155,8 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, ways: _Ways) -> Ten
     ones, padding = _ONES[x.ndim - 2], _padding(weight)
     if ways.flipped:
         flipped = weight.flip(*range(2, weight.ndim)).transpose(0, 1).contiguous()
-        return _onednn(grad, flipped, None, padding, ones, ones, 1)
+        parts = [_onednn(part, flipped, None, padding, ones, ones, 1) for part in grad.split(_FLIPPED_CHUNK)]
+        return torch.cat(parts) if len(parts) > 1 else parts[0]
     if ways.onednn and _onednn_transposed is not None:
         none = [0] * len(ones)
         return _onednn_transposed(grad, weight, None, padding, none, ones, ones, 1, "none", [], "")
@@ -121,36 +164,13 @@ def _input_gradient(grad: Tensor, x: Tensor, weight: Tensor, ways: _Ways) -> Ten
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor, ways: _Ways) -> Tensor | None:
-    if not ways.gathered:
+    if ways.weight == "pytorch":
         return _by_pytorch(grad, x, weight, False, True)[1]
-    size, (outputs, inputs, *kernel) = x.shape[2:], weight.shape
-    pixels, taps = math.prod(size), math.prod(kernel)
-    places = _places(size, tuple(kernel))
-    rows = x.new_zeros(pixels + 1, inputs)  # the last one is what lies outside
-    gathered = x.new_empty(pixels * taps, inputs)
-    total = x.new_empty(outputs, taps * inputs)
-    for i, (sample, pulled) in enumerate(zip(x, grad, strict=True)):
-        rows[:-1].copy_(sample.reshape(inputs, pixels).t())
-        torch.index_select(rows, 0, places, out=gathered)
-        torch.addmm(total, pulled.reshape(outputs, pixels), gathered.view(pixels, -1), beta=min(i, 1), out=total)
-    return total.view(outputs, taps, inputs).transpose(1, 2).reshape(weight.shape)
-
-
-@lru_cache(32)
-def _places(size: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
-    """For every pixel in turn the pixels that a kernel reads; one outside has the number behind the last."""
-    with torch.inference_mode(False), _disable_current_modes():  # they serve outside as well
-        grid = torch.meshgrid(*(torch.arange(n, device="cpu") for n in size), indexing="ij")
-        outside = torch.full_like(grid[0], math.prod(size))
-        found = []
-        for tap in itertools.product(*map(range, kernel)):
-            place, inside = torch.zeros_like(outside), torch.ones_like(outside, dtype=torch.bool)
-            for here, offset, k, n in zip(grid, tap, kernel, size, strict=True):
-                there = here + offset - k // 2
-                place = place * n + there
-                inside &= (there >= 0) & (there < n)
-            found.append(place.where(inside, outside).flatten())
-        return torch.stack(found, 1).flatten().int()
+    kernel = tuple(weight.shape[2:])
+    if x.ndim == 4:
+        x, grad, kernel = x.unsqueeze(2), grad.unsqueeze(2), (1, *kernel)
+    found = _WEIGHT_GRADIENTS[ways.weight](x, grad, kernel)
+    return found.view_as(weight)
 
 
 def _by_pytorch(grad: Tensor, x: Tensor, weight: Tensor, of_x: bool, of_weight: bool) -> tuple[Tensor | None, ...]:
