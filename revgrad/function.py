@@ -25,6 +25,8 @@ from torch import Tensor
 
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
+from revgrad.deferred import current_checks
+from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
@@ -72,7 +74,12 @@ def run_reversible(
     snapshot = Snapshot(program.layers())
     inputs = flat(given)
     stages, waiting = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
-    check_surroundings(snapshot.modules, inputs[0].device)
+    checks = current_checks()
+    check_surroundings(snapshot.modules, inputs[0].device, waiting=checks.waiting)
+    if program.offload and not checks.waiting:
+        raise ReversibilityError(
+            "offload=True waits for copies to the host, where checks are deferred: choose offload=False"
+        )
     conditioning = program.conditioning()
     held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
     waiting += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))
@@ -176,9 +183,9 @@ class _Outputs(torch.autograd.Function):
         with uncached_autocast(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
-        storages = {x.untyped_storage().data_ptr() for x in inputs}
+        storages = {x.untyped_storage()._cdata for x in inputs}
         # A stream that no layer has touched would otherwise alias the caller's tensor.
-        outputs = tuple(x.clone() if x.untyped_storage().data_ptr() in storages else x for x in outputs)
+        outputs = tuple(x.clone() if x.untyped_storage()._cdata in storages else x for x in outputs)
         parameters = (*snapshot.parameters, *conditioning)
         theirs = {id(x) for x in (*inputs, *state.tensors(), *parameters)}
         handed_on = tuple(x.clone() if id(x) in theirs else x for x in final.tensors())
@@ -273,6 +280,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     def recording(application: int) -> AbstractContextManager[None]:
         return snapshot.recording(application, device)
 
+    # Measuring beforehand has told that nothing draws random numbers.
+    context = recording if tape.checks.waiting else None
     for t in range(program.steps):
         if t % length == 0:
             start = residue.clone(words=False) if residue is not None else None
@@ -291,8 +300,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
                 tape.anchor(t, position, streams)
 
         keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
-        features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
-        y = program.run_exit(t, features, residue, recording, keep)
+        features, state = program.run_core(t, entered, features, state, residue, context, keep, entering)
+        y = program.run_exit(t, features, residue, context, keep)
         tape.keeper.settle()
         if not stacked:
             outputs = y
@@ -306,6 +315,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if before is not None:
             before.resume(residue)
     snapshot.check_buffers()
+    tape.checks.refuse_random(map(program.name_of, snapshot.drawing()))
     if recompute:
         tape.residue = None
     else:

@@ -95,6 +95,11 @@ class Program:
         before = (0, len(self.entry), len(self.entry) + len(self.core))[part]
         return t * (len(self.entry) + len(self.core) + len(self.exit)) + before + position
 
+    def name_of(self, application: int) -> str:
+        """How errors call the layer of this application."""
+        links = (*self.entry, *self.core, *self.exit)
+        return links[application % len(links)].name
+
     def around(self, t: int, part: int, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
         """The context of one part of a step, by position."""
         if context is None:
