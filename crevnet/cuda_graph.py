@@ -71,6 +71,7 @@ class GraphedStep:
         loss: Of a batch, a scalar.
         model: What is trained.
         optimiser: Made with the options `CAPTURABLE`.
+        backward: Pulls the gradients back.
         clip_norm: Largest norm of the whole gradient; 0 does not clip.
         capture: By default `captured`.
     """
@@ -81,11 +82,12 @@ class GraphedStep:
         model: nn.Module,
         optimiser: torch.optim.Adam,
         *,
+        backward: Callable[[Tensor], None] = torch.Tensor.backward,
         clip_norm: float = 0.0,
         capture: Capture | None = None,
     ) -> None:
         self.checks = DeferredChecks()
-        self._loss, self._optimiser, self._clip_norm = loss, optimiser, clip_norm
+        self._loss, self._backward, self._optimiser, self._clip_norm = loss, backward, optimiser, clip_norm
         self._capture = captured if capture is None else capture
         self._parameters = list(model.parameters())
         self._buffers = list(model.buffers())
@@ -169,7 +171,7 @@ class GraphedStep:
         for parameter in self._parameters:
             parameter.grad = None
         loss = self._loss(self._batch)  # type: ignore[arg-type]
-        loss.backward()
+        self._backward(loss)
         return loss.detach()
 
     def _save(self) -> None:

@@ -259,8 +259,13 @@ class Trainer:
 
     def _replayed(self, clips: Tensor, rate: float) -> tuple[float, float]:
         if self.graphed is None:
-            adam = self.optimiser.optimizer
-            self.graphed = GraphedStep(self._loss, self.raw_model, adam, clip_norm=self.config.optimiser.clip_norm)
+            self.graphed = GraphedStep(
+                self._loss,
+                self.raw_model,
+                self.optimiser.optimizer,
+                backward=self.fabric.backward,
+                clip_norm=self.config.optimiser.clip_norm,
+            )
         loss, norm = self.graphed(clips, rate)
         self._check_loss(loss)
         self._check_norm(norm)

@@ -1,9 +1,10 @@
 """The kernels' tests on a GPU: `pytest benchmarks/gpu/test_correctness.py --benchmark-only`.
 
-And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, `torch.compile` with its own compiler, a
-second device.
+And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, of whole training steps too,
+`torch.compile` with its own compiler, a second device.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,10 @@ from benchmarks.gpu.operators import OPERATORS, STREAM, Inputs, Operator, output
 from benchmarks.gpu.pytest_summary import ROOT, Run, run_files
 from benchmarks.gpu.timing import captured, side_stream
 from benchmarks.reporting import Report, Table
+from benchmarks.training import CELLS, Variant, random_clips
+from crevnet.cuda_graph import CAPTURABLE, GraphedStep
+from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -27,6 +32,12 @@ TIMEOUT = 500.0
 """Seconds for one test file."""
 FILES = [*sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ROOT / "tests" / "crevnet" / "test_kernels.py"]
 NAMES = [str(file.relative_to(ROOT)) for file in FILES if file.exists()]
+WAYS = (
+    *(Variant("reversible"), Variant("reversible", cell_states="inverted"), Variant("reversible", keep_states_every=3)),
+    *(Variant("reversible", "float"), Variant("stored"), Variant("stored", "float")),
+)
+TRAINED = [(cell, variant) for cell in CELLS for variant in WAYS]
+RATES = (1e-3, 2e-3, 5e-4, 1e-3)
 POINTS = [(o, dtype) for o in OPERATORS for dtype in DTYPES]
 IDS = [f"{o.name}-{dtype}" for o, dtype in POINTS]
 
@@ -34,6 +45,8 @@ NOTES = (
     "Tests: the kernels' tests and those of CrevNet with kernels, each file in a process of its own, several at once.",
     "CUDA graph: forward and backward pass are captured and replayed with other inputs; the bits are those of the "
     "same passes without a graph.",
+    "Training step, CUDA graph: forward, backward and Adam are replayed from one graph; the bits of weights and of "
+    "moments after several steps are those without a graph and with checks at once. cuDNN is deterministic.",
     "torch.compile: with its default backend and without a graph break; the bits are those without it.",
     "More than 2^31 elements: pixel shuffle of bytes, compared as a whole; weighted sum and its gradients in bfloat16, "
     "compared with the reference at both ends and around 2^31.",
@@ -50,7 +63,8 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         "files": Table("Tests on the device", files, rows["files"]),
         "checks": Table("Checks that need a device", checks, rows["checks"]),
     }
-    complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == 2 * len(POINTS) + 1 + len(LARGE)
+    checked = 2 * len(POINTS) + len(TRAINED) + 1 + len(LARGE)
+    complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == checked
     configuration = {"files": NAMES, "batch": BATCH, "devices": torch.cuda.device_count()}
     publish(Report("gpu_correctness", "Kernels on a GPU", tables, configuration, NOTES, complete=complete, cuda=True))
 
@@ -102,6 +116,42 @@ def replay(operator: Operator, dtype: torch.dtype) -> None:
                 leaf.copy_(other)
         graph.replay()
         assert_same_bits(replayed, work())
+
+
+@pytest.mark.parametrize(("cell", "variant"), TRAINED, ids=str)
+def test_graph_of_training_steps_trains_as_without(benchmark, check, cell, variant):
+    name = f"CrevNet, {cell}, {variant}"
+    once(benchmark, check, "training step, CUDA graph", name, "float32", lambda: train_both_ways(cell, variant))
+
+
+def train_both_ways(cell: str, variant: Variant) -> None:
+    """Losses, norms of gradients, weights and moments."""
+    config = variant.of(CrevNetConfig(cell=cell, image_size=32, modules=4))
+    torch.manual_seed(0)
+    model = config.build().cuda()
+    reference = copy.deepcopy(model)
+    adam, its_adam = (
+        torch.optim.Adam(m.parameters(), lr=torch.tensor(1e-3, device="cuda"), **CAPTURABLE) for m in (model, reference)
+    )
+    step = GraphedStep(model.loss, model, adam, clip_norm=1.0)
+    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        for rate in RATES:
+            clips = random_clips(config, 4, 6).cuda()
+            assert step(clips, rate) == plain_step(reference, its_adam, clips, rate)
+    assert_same_bits(model.parameters(), reference.parameters())
+    moments = [[x for own in a.state_dict()["state"].values() for x in own.values()] for a in (adam, its_adam)]
+    assert_same_bits(*moments)
+
+
+def plain_step(model: VideoModel, adam: torch.optim.Adam, clips: Tensor, rate: float) -> tuple[float, float]:
+    """A training step without a graph; the loss and the norm of the gradient."""
+    adam.param_groups[0]["lr"].fill_(rate)
+    adam.zero_grad()
+    loss = model.loss(clips)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adam.step()
+    return float(loss.detach()), float(norm)
 
 
 @pytest.mark.parametrize(("operator", "dtype"), POINTS, ids=IDS)
