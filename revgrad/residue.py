@@ -7,7 +7,7 @@ has to be saved. Leaving the representable range raises; it never wraps around.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -134,9 +134,7 @@ class PoolLayout(NamedTuple):
     """What a pool is besides its tensors."""
 
     numel: int
-    words: Callable[[Sequence[Tensor]], Words] | None
-    tensors: int
-    """How many it has."""
+    words: Callable[[Iterator[Tensor]], Words] | None
 
 
 class Residue:
@@ -290,12 +288,15 @@ class Residue:
 
     def tensors(self) -> list[Tensor]:
         """All tensors, for `save_for_backward`: per pool the values, the levels, and what holds the words."""
-        return [x for pool in self._pools.values() for x in _tensors_of(pool)]
+        flat: list[Tensor] = []
+        for pool in self._pools.values():
+            flat += [pool.value, pool.level, *(pool.words.tensors() if pool.words is not None else ())]
+        return flat
 
     def layout(self) -> list[PoolLayout]:
         """What `unpack` needs besides the tensors."""
         return [
-            PoolLayout(numel, None if pool.words is None else pool.words.layout(), len(_tensors_of(pool)))
+            PoolLayout(numel, None if pool.words is None else pool.words.layout())
             for numel, pool in self._pools.items()
         ]
 
@@ -303,14 +304,10 @@ class Residue:
     def unpack(cls, layout: list[PoolLayout], tensors: Iterable[Tensor], checks: Checks | None = None) -> "Residue":
         """The inverse of `tensors` and `layout`."""
         residue, it = cls(checks=checks), iter(tensors)
-        for numel, words, count in layout:
-            value, level, *rest = (next(it) for _ in range(count))
-            residue._pools[numel] = _Pool(value, level, residue._words(numel) if words is None else words(rest))
+        for numel, words in layout:
+            value, level = next(it), next(it)
+            residue._pools[numel] = _Pool(value, level, residue._words(numel) if words is None else words(it))
         return residue
-
-
-def _tensors_of(pool: _Pool) -> list[Tensor]:
-    return [pool.value, pool.level, *(pool.words.tensors() if pool.words is not None else ())]
 
 
 def _out_of_range(names: list[str], peaks: Tensor) -> ReversibilityError:

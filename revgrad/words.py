@@ -5,7 +5,7 @@ host has to ask the device how many there are, at every merge. A buffer of fixed
 are counted on the device.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -43,8 +43,8 @@ class Words(Protocol):
     def tensors(self) -> list[Tensor]:
         """All tensors, for `save_for_backward`."""
 
-    def layout(self) -> Callable[[Sequence[Tensor]], "Words"]:
-        """The inverse of `tensors`, any number of times."""
+    def layout(self) -> Callable[[Iterator[Tensor]], "Words"]:
+        """The inverse of `tensors`, any number of times; takes them from an iterator."""
 
 
 class GrowingWords:
@@ -79,13 +79,13 @@ class GrowingWords:
         """All words in one piece; nothing where nothing was spilled."""
         return [torch.cat(self._updates)] if self._updates else []
 
-    def layout(self) -> Callable[[Sequence[Tensor]], "GrowingWords"]:
+    def layout(self) -> Callable[[Iterator[Tensor]], "GrowingWords"]:
         """See `Words`."""
         return partial(_grown, list(map(len, self._updates)))
 
 
-def _grown(lengths: list[int], tensors: Sequence[Tensor]) -> GrowingWords:
-    return GrowingWords(list(tensors[0].split(lengths)) if lengths else [])
+def _grown(lengths: list[int], tensors: Iterator[Tensor]) -> GrowingWords:
+    return GrowingWords(list(next(tensors).split(lengths)) if lengths else [])
 
 
 class FixedWords:
@@ -154,15 +154,15 @@ class FixedWords:
         """The buffer and the counts; nothing where there was no update."""
         return [] if self._buffer is None else [self._buffer, torch.stack(self._counts)]
 
-    def layout(self) -> Callable[[Sequence[Tensor]], "FixedWords"]:
+    def layout(self) -> Callable[[Iterator[Tensor]], "FixedWords"]:
         """See `Words`. What comes back reads the buffer and must not be appended to once another one has been."""
-        return partial(_fixed, self.capacity, self._require)
+        return partial(_fixed, self.capacity, self._require, self._buffer is not None)
 
 
-def _fixed(capacity: int, require: Require, tensors: Sequence[Tensor]) -> FixedWords:
+def _fixed(capacity: int, require: Require, held: bool, tensors: Iterator[Tensor]) -> FixedWords:
     words = FixedWords(capacity, require)
-    if tensors:
-        words._buffer, words._counts = tensors[0], list(tensors[1].unbind())
+    if held:
+        words._buffer, words._counts = next(tensors), list(next(tensors).unbind())
     return words
 
 

@@ -44,13 +44,13 @@ def test_packed_words_come_back_as_often_as_one_likes(words):
     tensors, layout = filled(words).tensors(), words.layout()
     assert not any(isinstance(x, torch.Tensor) for x in (*layout.args, *layout.keywords.values()))
     for _ in range(2):
-        assert_comes_back(layout(tensors))
+        assert_comes_back(layout(iter(tensors)))
     assert words.count() == TOTAL
 
 
 @pytest.mark.parametrize("words", both())
 def test_packed_before_the_first_update(words):
-    assert len(words.layout()(words.tensors())) == 0
+    assert len(words.layout()(iter(words.tensors()))) == 0
 
 
 @pytest.mark.parametrize("words", both(100))
