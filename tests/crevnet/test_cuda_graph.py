@@ -266,6 +266,20 @@ def test_replayed_steps_are_steps_bit_for_bit(capture, options, clip_norm, tiny)
         tiny.assert_equal(everything(model, optimisers[0]), everything(reference, optimisers[1]))
 
 
+@pytest.mark.parametrize("cell", ["convlstm", "stlstm"])
+def test_what_is_captured_looks_at_no_value_from_the_batch_to_adam(cell, monkeypatch):
+    config = small(cell)
+    clips = clips_for(config)
+    checks = measured(config.build(), clips)
+    monkeypatch.setattr(crevnet.cuda_graph, "DeferredChecks", lambda: checks)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = config.build()
+        step = graphed(model, adam(model), clip_norm=1.0)
+        step._batch = clips
+        step._work()
+        assert step._report.shape == (3,)
+
+
 def broken(model):
     """Closes gates, and has them close further at every evaluation."""
     attention = model.predictor[1].transform.attention[0]
