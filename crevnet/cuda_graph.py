@@ -43,20 +43,19 @@ def check_possible(config: TrainConfig, device: torch.device, processes: int) ->
     Raises:
         ValueError: Names the option.
     """
-    reasons = {
-        f"needs a CUDA device, and this run is on {device.type}": device.type != "cuda",
-        f"is for one process, and this run has {processes}": processes > 1,
-        "repeats one step: with feeding.kind 'scheduled' each is another": config.feeding.kind == "scheduled",
-        "cannot wait for states on the host: set model.offload to false": getattr(config.model, "offload", False),
-        "knows no model.mode 'checkpoint', which sets random states: choose 'reversible' or 'stored'": getattr(
-            config.model, "mode", "stored"
-        )
-        == "checkpoint",
-        "has memory of its own, which run.memory does not count: leave that at 'auto', or choose model.mode": (
-            config.run.memory_bytes is not None
+    mode, offload = (getattr(config.model, name, None) for name in ("mode", "offload"))
+    reasons = [
+        (device.type != "cuda", f"needs a CUDA device, and this run is on {device.type}"),
+        (processes > 1, f"is for one process, and this run has {processes}"),
+        (config.feeding.kind == "scheduled", "repeats one step: with feeding.kind 'scheduled' each is another"),
+        (offload, "cannot wait for states on the host: set model.offload to false"),
+        (mode == "checkpoint", "knows no model.mode 'checkpoint', which sets random states: choose another"),
+        (
+            config.run.memory_bytes is not None,
+            "has memory of its own, which run.memory does not count: leave that 'auto'",
         ),
-    }
-    for reason, holds in reasons.items():
+    ]
+    for holds, reason in reasons:
         if holds:
             raise ValueError(f"run.cuda_graph {reason}")
 
@@ -112,10 +111,16 @@ class GraphedStep:
 
         Raises:
             ReversibilityError: A check of the engine failed.
+            ValueError: The batch has another shape than the first one.
         """
-        self._rate.fill_(rate)
         if self._batch is None:
             self._batch = torch.empty_like(batch)
+        if batch.shape != self._batch.shape:
+            raise ValueError(
+                f"a graph repeats steps on batches of shape {tuple(self._batch.shape)}, got {tuple(batch.shape)}: make "
+                "another GraphedStep for them"
+            )
+        self._rate.fill_(rate)
         self._batch.copy_(batch)
         if self._replay is None:
             self._prepare()

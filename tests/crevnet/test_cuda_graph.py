@@ -352,6 +352,15 @@ def test_a_residue_that_overflows_is_measured_anew_and_the_step_repeated(tiny, c
     assert all(step.checks.capacities[n] > 2 * room[n] for n in room)
 
 
+def test_a_batch_of_another_shape():
+    config = small(mode="stored")
+    model = config.build()
+    step = graphed(model, adam(model))
+    step(clips_for(config), 1e-3)
+    with pytest.raises(ValueError, match=r"batches of shape \(2, 6, 1, 2, 16, 16\), got \(1, 6, "):
+        step(clips_for(config, batch=1), 1e-3)
+
+
 # The trainer
 
 
@@ -416,7 +425,7 @@ def test_a_gradient_that_is_not_finite_names_its_parameter(tiny, tmp_path, on_cp
         ({}, 2, "is for one process, and this run has 2"),
         ({"feeding.kind": "scheduled", "feeding.fall_to": 3}, 1, "feeding.kind 'scheduled'"),
         ({"model.offload": True}, 1, "set model.offload to false"),
-        ({"model.mode": "checkpoint"}, 1, "choose 'reversible' or 'stored'"),
+        ({"model.mode": "checkpoint"}, 1, "which sets random states: choose another"),
         ({"run.memory": "1 GiB"}, 1, "which run.memory does not count"),
     ],
 )
