@@ -61,8 +61,12 @@ class Checks:
 
 AT_ONCE = Checks()
 _current: ContextVar[Checks] = ContextVar("checks", default=AT_ONCE)
-current_checks = _current.get
-"""The checks of what is run now. A backward pass has those of its forward pass, whichever thread it runs in."""
+
+
+def current_checks() -> Checks:
+    """The checks of what is run now. A backward pass has those of its forward pass, whichever thread it runs in."""
+    # A compiler cannot trace a context variable.
+    return AT_ONCE if torch.compiler.is_compiling() else _current.get()
 
 
 class DeferredChecks(Checks):
