@@ -104,6 +104,10 @@ class RunConfig:
     """Memory that training may take, per process: bytes or a text such as `4 GiB`; `auto` is what is free. With
     `model.mode=auto` the fastest way to train that fits is taken.
     """
+    cuda_graph: bool = False
+    """On one CUDA device, replay every training step from a CUDA graph, optimiser included: the host no longer launches
+    its thousands of operators one by one. The first step takes longer. Adam is fused then, which rounds differently.
+    """
     workers: int = 0
     """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU.
     """

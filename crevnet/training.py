@@ -20,6 +20,7 @@ from crevnet.clips import frames_to_clips
 from crevnet.command import save_config
 from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
+from crevnet.cuda_graph import GraphedStep, check_possible
 from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.free_memory import free_bytes
@@ -53,14 +54,18 @@ class Trainer:
         self.folder = folder
         self.main = fabric.global_rank == 0
         self.checkpoints = CheckpointDirectory(folder / "checkpoints", keep=config.run.keep)
+        if config.run.cuda_graph:
+            check_possible(config, fabric.device, fabric.world_size)
         seed_everything(config.seed, verbose=False)
         self.raw_model = config.model.build()
         if config.run.strategy == "ddp":  # FSDP refuses weights of another layout
             use_channels_last(self.raw_model)
         self.model = fabric.setup_module(self.raw_model)
         betas = (config.optimiser.betas[0], config.optimiser.betas[1])
-        optimiser = adam(self.raw_model.parameters(), config.optimiser.learning_rate, betas)
+        rate, graph = config.optimiser.learning_rate, config.run.cuda_graph
+        optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=graph)
         self.optimiser: Any = fabric.setup_optimizers(optimiser)
+        self.graphed: GraphedStep | None = None
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")
         self.step = 0
@@ -216,50 +221,76 @@ class Trainer:
         """One optimiser step on `[B, T, C, H, W]`; returns the loss and the norm of the gradient."""
         config = self.config
         rate = config.optimiser.rate(self.step, config.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
         clips = frames_to_clips(frames, config.model.clip, config.model.stacking)
-        fed = feeding_plan(config, clips.shape[1] - 1, self.step)
-        # The second step, unless there is only one: the first also makes tables that stay.
-        measure = LiveMemory() if self.step < 2 and frames.device.type == "cpu" else None
+        step = self._replayed if config.run.cuda_graph else self._called
         try:
-            if measure is not None:
-                # Gradients are made beforehand: what is measured is activations.
-                for p in self.raw_model.parameters():
-                    p.grad = torch.zeros_like(p)
-                with measure:
-                    loss = self._backward(clips, fed)
-                self.peak_activation_bytes = measure.peak
-            else:
-                loss = self._backward(clips, fed)
+            loss, norm = step(clips, rate)
         except ReversibilityError as error:
             raise TrainingDiverged(f"step {self.step + 1}: {error}") from error
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower "
-                f"optimiser.learning_rate"
-            )
-        norm = self._clip()
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
         if self.peak_activation_bytes == 0 and frames.device.type == "cuda":
             self.peak_activation_bytes = torch.cuda.max_memory_allocated(frames.device)
         self.step += 1
         return loss, norm
 
-    def _backward(self, clips: Tensor, fed: list[bool]) -> float:
-        # Fabric enters autocast by itself around `forward` only.
-        with self.fabric.autocast(), views_are_fine(self.raw_model):
-            loss = self.model.loss(clips, fed)
-        self.fabric.backward(loss)
-        return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
-
-    def _clip(self) -> float:
-        """The norm of the whole gradient, clipped if configured."""
+    def _called(self, clips: Tensor, rate: float) -> tuple[float, float]:
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        # The second step, unless there is only one: the first also makes tables that stay.
+        measure = LiveMemory() if self.step < 2 and clips.device.type == "cpu" else None
+        if measure is not None:
+            # Gradients are made beforehand: what is measured is activations.
+            for p in self.raw_model.parameters():
+                p.grad = torch.zeros_like(p)
+            with measure:
+                loss = self._backward(clips)
+            self.peak_activation_bytes = measure.peak
+        else:
+            loss = self._backward(clips)
+        self._check_loss(loss)
         parameters = list(self.raw_model.parameters())
         total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
         norm = float(whole(total))
-        if not math.isfinite(norm):  # before clipping, which would spread a NaN to all
+        self._check_norm(norm)  # before clipping, which would spread a NaN to all
+        if self.config.optimiser.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimiser.clip_norm, total)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss, norm
+
+    def _replayed(self, clips: Tensor, rate: float) -> tuple[float, float]:
+        if self.graphed is None:
+            self.graphed = GraphedStep(
+                self._loss,
+                self.raw_model,
+                self.optimiser.optimizer,
+                backward=self.fabric.backward,
+                clip_norm=self.config.optimiser.clip_norm,
+            )
+        loss, norm = self.graphed(clips, rate)
+        self._check_loss(loss)
+        self._check_norm(norm)
+        return loss, norm
+
+    def _loss(self, clips: Tensor) -> Tensor:
+        fed = feeding_plan(self.config, clips.shape[1] - 1, self.step)
+        # Fabric enters autocast by itself around `forward` only.
+        with self.fabric.autocast(), views_are_fine(self.raw_model):
+            return self.model.loss(clips, fed)
+
+    def _backward(self, clips: Tensor) -> float:
+        loss = self._loss(clips)
+        self.fabric.backward(loss)
+        return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
+
+    def _check_loss(self, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower "
+                f"optimiser.learning_rate"
+            )
+
+    def _check_norm(self, norm: float) -> None:
+        if not math.isfinite(norm):
             names = [
                 n
                 for n, p in self.raw_model.named_parameters()
@@ -270,9 +301,6 @@ class Trainer:
                 f"({len(names)} parameters); "
                 "the last checkpoint is untouched. Lower optimiser.learning_rate or set optimiser.clip_norm"
             )
-        if self.config.optimiser.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimiser.clip_norm, total)
-        return norm
 
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
@@ -310,7 +338,7 @@ class Trainer:
             f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False
         )
         if self.step % self.config.run.log_every == 0 or self.step == self.config.steps:
-            learning_rate = self.optimiser.param_groups[0]["lr"]
+            learning_rate = float(self.optimiser.param_groups[0]["lr"])
             log.write(
                 "train",
                 self.step,

@@ -10,8 +10,9 @@ from revgrad.cell import CellUpdate, update_cell
 from revgrad.chain import ChainState
 from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
 from revgrad.coupling import Coupling
+from revgrad.deferred import DeferredChecks
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
-from revgrad.errors import ReversibilityError, StreamError
+from revgrad.errors import ResidueOverflow, ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling
 from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCoupling, SymmetricTransform
 from revgrad.invertible_conv import InvertibleConv1x1
@@ -33,6 +34,7 @@ __all__ = [
     "ChainState",
     "Concatenate",
     "Coupling",
+    "DeferredChecks",
     "GatedCoupling",
     "HamiltonianStep",
     "Inverse",
@@ -49,6 +51,7 @@ __all__ = [
     "Plan",
     "ReflectionCoupling",
     "Residue",
+    "ResidueOverflow",
     "ReversibilityError",
     "ReversibleLayer",
     "ReversibleSequential",

@@ -16,7 +16,7 @@ has been compared with the one that was given; a backward pass that fails leaves
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +27,8 @@ from torch.nn.utils import parametrize
 from revgrad import fused_steps
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
 from revgrad.conditioning import unchanged
+from revgrad.deferred import current_checks
+from revgrad.errors import ReversibilityError
 from revgrad.layer import Flow, Grads, Streams, check_closed
 from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
@@ -75,7 +77,12 @@ def run_reversible(
     snapshot = Snapshot(program.layers())
     inputs = flat(given)
     stages, waiting = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
-    check_surroundings(snapshot.modules, inputs[0].device)
+    checks = current_checks()
+    check_surroundings(snapshot.modules, inputs[0].device, waiting=checks.waiting)
+    if program.offload and not checks.waiting:
+        raise ReversibilityError(
+            "offload=True waits for copies to the host, where checks are deferred: choose offload=False"
+        )
     conditioning = program.conditioning()
     held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
     waiting += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))
@@ -179,9 +186,9 @@ class _Outputs(torch.autograd.Function):
         with uncached(), unchanged(conditioning):
             outputs, final, tape = _forward(run)
         inputs = flat(given)
-        storages = {x.untyped_storage().data_ptr() for x in inputs}
+        storages = {x.untyped_storage()._cdata for x in inputs}
         # A stream that no layer has touched would otherwise alias the caller's tensor.
-        outputs = tuple(x.clone() if x.untyped_storage().data_ptr() in storages else x for x in outputs)
+        outputs = tuple(x.clone() if x.untyped_storage()._cdata in storages else x for x in outputs)
         parameters = (*snapshot.parameters, *conditioning)
         theirs = {id(x) for x in (*inputs, *state.tensors(), *parameters)}
         handed_on = tuple(x.clone() if id(x) in theirs else x for x in final.tensors())
@@ -277,7 +284,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     idle = bool(program.entry) and not program.entry_wants_gradients(given)
 
     def recording(application: int) -> AbstractContextManager[None]:
-        recorded = snapshot.recording(application, device)
+        # Measuring beforehand has told that nothing draws random numbers.
+        recorded = snapshot.recording(application, device) if tape.checks.waiting else nullcontext()
         return _with_graph(recorded) if idle and program.is_entry(application) else recorded
 
     for t in range(program.steps):
@@ -315,6 +323,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if before is not None:
             before.resume(residue)
     snapshot.check_buffers()
+    tape.checks.refuse_random(map(program.name_of, snapshot.drawing()))
     if recompute:
         tape.residue = None
     else:

@@ -36,6 +36,9 @@ class LiveMemory(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.resized:
             self._look_again()
+        if getattr(func, "is_view", False):
+            # Of a real tensor under fake tensors, the view would seem to have a storage of its own.
+            return func(*args, **(kwargs or {}))
         before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):

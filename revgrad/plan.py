@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from revgrad_kernels.reservoir import level_costs
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
@@ -113,8 +112,6 @@ def plan(
     exact = is_exact(own.arithmetic, links)
     program = Program((), links, (), (True,), exact, arguments=arguments, anchor_every=own.anchor_every)
     device = _device(links, streams)
-    if exact:
-        level_costs(device)  # a table that is made once: not of fake tensors
     with _fake_mode(streams) as mode:
 
         def fake(tensors: Sequence[Tensor]) -> Streams:

@@ -105,6 +105,11 @@ class Program:
         """Whether an application is one of a layer of the entry."""
         return application % self.application(1, 0, 0) < len(self.entry)
 
+    def name_of(self, application: int) -> str:
+        """How errors call the layer of this application."""
+        links = (*self.entry, *self.core, *self.exit)
+        return links[application % len(links)].name
+
     def around(self, t: int, part: int, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
         """The context of one part of a step, by position."""
         if context is None:

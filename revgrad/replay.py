@@ -120,6 +120,10 @@ class Snapshot:
         if not all(map(torch.equal, before.values(), self._random_state.values())):
             self._random_states[application] = before
 
+    def drawing(self) -> list[int]:
+        """The applications that have drawn random numbers."""
+        return list(self._random_states)
+
     def check_buffers(self) -> None:
         """Raise if a buffer that the recomputation would read has changed during the forward pass.
 

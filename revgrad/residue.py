@@ -7,7 +7,10 @@ has to be saved. Leaving the representable range raises; it never wraps around.
 """
 
 import math
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from revgrad_kernels import exact_weighted_sum, exact_weighted_sum_inverse, exact_weighted_sum_refill
@@ -25,7 +28,9 @@ from revgrad_kernels.reservoir import (
 from revgrad_kernels.reservoir import level_costs as _cost_table
 from torch import Tensor
 
+from revgrad.deferred import Checks, current_checks
 from revgrad.errors import ReversibilityError, StreamError
+from revgrad.words import Words
 
 
 @dataclass(frozen=True)
@@ -98,24 +103,21 @@ class _Snap(torch.autograd.Function):
 class _Pool:
     """One reservoir per element with its level (see `revgrad_kernels.exact_weighted_sum`), and the words spilled."""
 
-    def __init__(self, value: Tensor, level: Tensor, words: list[Tensor] | None) -> None:
+    def __init__(self, value: Tensor, level: Tensor, words: Words | None) -> None:
         self.value = value
         self.level = level
         self.words = words
 
     @classmethod
-    def empty(cls, numel: int, device: torch.device, *, keep: bool) -> "_Pool":
+    def empty(cls, numel: int, device: torch.device, words: Words | None) -> "_Pool":
         value = torch.zeros(numel, dtype=torch.int64, device=device)
-        return cls(value, torch.zeros(numel, dtype=torch.int16, device=device), [] if keep else None)
-
-    def clone(self, *, words: bool) -> "_Pool":
-        return _Pool(self.value, self.level, list(self.words or ()) if words else [])
+        return cls(value, torch.zeros(numel, dtype=torch.int16, device=device), words)
 
     def keep(self, value: Tensor, level: Tensor, word: Tensor, spilled: Tensor) -> None:
         """Take over what an update left: new reservoirs and levels, and a word of each element that spilled."""
         self.value, self.level = value, level
         if self.words is not None:
-            self.words.append(word[spilled])
+            self.words.append(word, spilled)
 
     def undo(self, level: Tensor, refill: Tensor) -> tuple[Tensor, Tensor]:
         """Go back to the levels before the last update; returns its words, each at its element, and where they are."""
@@ -123,14 +125,16 @@ class _Pool:
             raise ReversibilityError(
                 "the residue is exhausted: this merge was not made with this residue, or it has been undone already"
             )
-        words = self.words.pop()
-        if int(refill.count_nonzero()) != len(words):
-            raise ReversibilityError(
-                "the residue does not fit the gates: the recomputed gates differ from those of the forward pass "
-                "(a transform that is not deterministic, or other states than in the forward pass)"
-            )
+        word = self.words.pop(refill)
         self.level = level
-        return torch.zeros_like(level).masked_scatter_(refill, words), refill
+        return word, refill
+
+
+class PoolLayout(NamedTuple):
+    """What a pool is besides its tensors."""
+
+    numel: int
+    words: Callable[[Iterator[Tensor]], Words] | None
 
 
 class Residue:
@@ -141,10 +145,12 @@ class Residue:
     Args:
         keep: False where nothing will be undone (stored autograd, inference): the merges compute the same
             values, the spilled words are dropped.
+        checks: When what it checks is looked at, and where words are kept; by default as for all that is run now.
     """
 
-    def __init__(self, *, keep: bool = True) -> None:
+    def __init__(self, *, keep: bool = True, checks: Checks | None = None) -> None:
         self.keep = keep
+        self.checks = current_checks() if checks is None else checks
         self._pools: dict[int, _Pool] = {}
         self._peaks: list[tuple[str, Tensor]] = []
 
@@ -155,28 +161,20 @@ class Residue:
             self._peaks.append((name, torch.maximum(-low, high) / grid_of(x).limit))
 
     def check_range(self) -> None:
-        """Raise if a watched stream left the grid.
+        """Raise if a watched stream left the grid, or what was forgotten did not fit. To be called when a run is over.
 
         Raises:
             ReversibilityError: A stream is too large for the grid, infinite or NaN; names the first layer where.
         """
-        peaks, self._peaks = self._peaks, []
-        # One comparison for the whole chain: a single synchronisation on an accelerator.
-        if not peaks or bool((torch.stack([p.float() for _, p in peaks]) < 1).all()):
-            return
-        # In float32 a peak in float64 just below 1 may have been rounded up to it.
-        name, peak = next(((name, float(p)) for name, p in peaks if not float(p) < 1), ("", 0.0))
-        if not name:
-            return
-        what = (
-            "is not finite"
-            if not math.isfinite(peak)
-            else f"reached {peak:.3g} times the largest value that the grid holds"
-        )
-        raise ReversibilityError(
-            f"{name}: the stream {what} (256 in float32, 16384 in float64). Exact arithmetic cannot go on: "
-            "scale the input, normalise inside the transform or lower the learning rate; or choose arithmetic='float'"
-        )
+        for numel, pool in self._pools.items():
+            if pool.words is not None:
+                self.checks.complete(numel, pool.words, pool.level)
+        noted, self._peaks = self._peaks, []
+        if noted:
+            # One comparison for the whole chain: a single synchronisation on an accelerator.
+            widest = torch.float64 if any(p.dtype == torch.float64 for _, p in noted) else torch.float32
+            peaks = torch.stack([p.to(widest) for _, p in noted])
+            self.checks.require((peaks < 1).all(), partial(_out_of_range, [name for name, _ in noted], peaks))
 
     def merge(self, logits: Tensor, x: Tensor, h: Tensor) -> Tensor:
         """The weighted sum `(1 - g) x + g h` of grid values `x`, `g = sigmoid(logits)`, with `1 - g` and `g h` rounded.
@@ -226,8 +224,11 @@ class Residue:
     def _pool(self, x: Tensor) -> _Pool:
         pool = self._pools.get(x.numel())
         if pool is None:
-            pool = self._pools[x.numel()] = _Pool.empty(x.numel(), x.device, keep=self.keep)
+            pool = self._pools[x.numel()] = _Pool.empty(x.numel(), x.device, self._words(x.numel()))
         return pool
+
+    def _words(self, numel: int) -> Words | None:
+        return self.checks.words(numel) if self.keep else None
 
     def _pool_to_undo(self, x: Tensor) -> _Pool:
         pool = self._pools.get(x.numel())
@@ -245,30 +246,29 @@ class Residue:
             ReversibilityError: Bits are left, so what was undone is not what was done.
         """
         for numel, pool in self._pools.items():
+            if pool.words:
+                raise _left_over()
             then = start._pools.get(numel) if start is not None else None
-            same = not pool.words and (
-                not bool(pool.value.any()) and not bool(pool.level.any())
-                if then is None
-                else torch.equal(pool.value, then.value) and torch.equal(pool.level, then.level)
-            )
-            if not same:
-                raise ReversibilityError(
-                    "the residue is not used up after the backward pass, so the recomputation differs from the "
-                    "forward pass: "
-                    "is a transform not deterministic? Choose mode='stored' to train it"
-                )
+            if then is None:
+                self.checks.require(~pool.value.any(), _left_over)
+                self.checks.require(~pool.level.any(), _left_over)
+            else:
+                self.checks.equal(pool.value, then.value, _left_over)
+                self.checks.equal(pool.level, then.level, _left_over)
 
     @property
     def bits(self) -> int:
         """Bits stored: spilled words, reservoirs and their levels."""
-        words = sum(WORD_BITS * sum(map(len, pool.words or ())) for pool in self._pools.values())
-        return words + sum((64 + 16) * len(pool.value) for pool in self._pools.values())
+        return self._word_bits() + sum((64 + 16) * len(pool.value) for pool in self._pools.values())
 
     @property
     def used_bits(self) -> float:
         """Bits of information held: spilled words, and the filled part of the reservoirs beyond their fixed 30 bits."""
-        words = sum(WORD_BITS * sum(map(len, pool.words or ())) for pool in self._pools.values())
-        return words + sum(float(pool.level.sum()) / LEVELS_PER_BIT for pool in self._pools.values())
+        levels = sum(float(pool.level.sum()) / LEVELS_PER_BIT for pool in self._pools.values())
+        return self._word_bits() + levels
+
+    def _word_bits(self) -> int:
+        return sum(WORD_BITS * pool.words.count() for pool in self._pools.values() if pool.words is not None)
 
     def clone(self, *, words: bool = True) -> "Residue":
         """An independent copy; tensors are shared, since every operation replaces them.
@@ -276,35 +276,54 @@ class Residue:
         Args:
             words: Whether to take the spilled words along. Without them the copy can go on and come back to this point.
         """
-        other = Residue()
+        other = Residue(checks=self.checks)
         for numel, pool in self._pools.items():
-            other._pools[numel] = pool.clone(words=words)
+            kept = pool.words.clone() if words and pool.words is not None else other._words(numel)
+            other._pools[numel] = _Pool(pool.value, pool.level, kept)
         return other
 
     def resume(self, other: "Residue") -> None:
         """Go on from where another one stands; the words that it holds stay with it."""
-        self._pools = {n: _Pool(p.value, p.level, [] if self.keep else None) for n, p in other._pools.items()}
+        self._pools = {n: _Pool(p.value, p.level, self._words(n)) for n, p in other._pools.items()}
 
     def tensors(self) -> list[Tensor]:
-        """All tensors, for `save_for_backward`: per pool the values, the levels, and the words in one piece."""
+        """All tensors, for `save_for_backward`: per pool the values, the levels, and what holds the words."""
         flat: list[Tensor] = []
         for pool in self._pools.values():
-            words = torch.cat(pool.words) if pool.words else pool.value.new_empty(0, dtype=torch.int16)
-            flat += [pool.value, pool.level, words]
+            flat += [pool.value, pool.level, *(pool.words.tensors() if pool.words is not None else ())]
         return flat
 
-    def layout(self) -> list[tuple[int, list[int]]]:
-        """What `unpack` needs besides the tensors: per pool its size and the lengths of the words of each update."""
-        return [(numel, [len(w) for w in pool.words or ()]) for numel, pool in self._pools.items()]
+    def layout(self) -> list[PoolLayout]:
+        """What `unpack` needs besides the tensors."""
+        return [
+            PoolLayout(numel, None if pool.words is None else pool.words.layout())
+            for numel, pool in self._pools.items()
+        ]
 
     @classmethod
-    def unpack(cls, layout: list[tuple[int, list[int]]], tensors: list[Tensor]) -> "Residue":
+    def unpack(cls, layout: list[PoolLayout], tensors: Iterable[Tensor], checks: Checks | None = None) -> "Residue":
         """The inverse of `tensors` and `layout`."""
-        residue = cls()
-        for i, (numel, lengths) in enumerate(layout):
-            value, level, words = tensors[3 * i : 3 * i + 3]
-            residue._pools[numel] = _Pool(value, level, list(words.split(lengths)) if lengths else [])
+        residue, it = cls(checks=checks), iter(tensors)
+        for numel, words in layout:
+            value, level = next(it), next(it)
+            residue._pools[numel] = _Pool(value, level, residue._words(numel) if words is None else words(it))
         return residue
+
+
+def _out_of_range(names: list[str], peaks: Tensor) -> ReversibilityError:
+    name, peak = next((name, peak) for name, peak in zip(names, peaks.tolist(), strict=True) if not peak < 1)
+    what = f"reached {peak:.3g} times the largest value that the grid holds" if math.isfinite(peak) else "is not finite"
+    return ReversibilityError(
+        f"{name}: the stream {what} (256 in float32, 16384 in float64). Exact arithmetic cannot go on: "
+        "scale the input, normalise inside the transform or lower the learning rate; or choose arithmetic='float'"
+    )
+
+
+def _left_over() -> ReversibilityError:
+    return ReversibilityError(
+        "the residue is not used up after the backward pass, so the recomputation differs from the forward pass: "
+        "is a transform not deterministic? Choose mode='stored' to train it"
+    )
 
 
 def quantise_gate(gate: Tensor) -> Tensor:

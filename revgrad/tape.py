@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from revgrad.chain import ChainState, Read
+from revgrad.deferred import Checks, current_checks
 from revgrad.layer import Streams
 from revgrad.offload import Keeper, Stowed
 from revgrad.residue import Residue
@@ -42,6 +43,8 @@ class Tape:
     """Where states, features and anchors wait: what was taken out of the tape is to be fetched with it."""
     cells: list[Tensor | None] = field(default_factory=list)
     """By layer of the core, the final cell where it is recovered; empty where states are recomputed."""
+    checks: Checks = field(default_factory=current_checks)
+    """Those of the forward pass, for the backward pass as well."""
 
     def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
@@ -147,7 +150,7 @@ def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
         if isinstance(item, Stowed):
             item.check()
         if isinstance(item, _PackedResidue):
-            return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots])
+            return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots], layout.checks)
         return tensors[item.index] if isinstance(item, _Slot) else item
 
     return _map_tape(layout, back)
@@ -162,4 +165,5 @@ def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
         _map(tape.anchors, change),
         tape.keeper.anew(),
         _map(tape.cells, change),
+        tape.checks,
     )

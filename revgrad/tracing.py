@@ -28,13 +28,18 @@ def recomputing() -> bool:
     )
 
 
-def check_surroundings(modules: Iterable[nn.Module], device: torch.device) -> None:
+def check_surroundings(modules: Iterable[nn.Module], device: torch.device, *, waiting: bool = True) -> None:
     """Raise where a backward pass that recomputes would not work.
+
+    Args:
+        modules: Those of the chain.
+        device: Where it runs.
+        waiting: Whether it waits for the device.
 
     Raises:
         ReversibilityError: A module inside is sharded by itself: FSDP gathers its weights when it is called, and waits
-            for gradients that accumulate in them. A CUDA graph is being captured: the backward pass compares what it
-            has recovered, for which the host waits.
+            for gradients that accumulate in them. A CUDA graph is being captured, and the backward pass compares at
+            once what it has recovered, for which the host waits.
     """
     sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
     inside = next((m for m in modules if isinstance(m, sharded)), None) if sharded is not None else None
@@ -43,10 +48,10 @@ def check_surroundings(modules: Iterable[nn.Module], device: torch.device) -> No
             f"a {type(inside).__name__} inside the sequence is sharded by itself: call fully_shard on the sequence as "
             "a whole, or on several shorter sequences to gather fewer weights at a time"
         )
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if waiting and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ReversibilityError(
-            "a CUDA graph cannot capture a backward pass that checks what it has recovered: choose mode='stored', or "
-            "capture the transforms inside"
+            "a CUDA graph cannot capture a backward pass that checks at once what it has recovered: defer its checks, "
+            "with DeferredChecks(), or choose mode='stored'"
         )
 
 

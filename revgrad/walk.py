@@ -1,6 +1,5 @@
 """The way back: one backward pass through all time steps of a program, last layer first."""
 
-import math
 from collections.abc import Iterator
 from functools import partial
 
@@ -9,11 +8,13 @@ from torch import Tensor
 
 from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
-from revgrad.layer import Flow, Grads, Streams, is_differentiable
+from revgrad.layer import Flow, Grads, ReversibleLayer, Streams, is_differentiable
 from revgrad.program import Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
+
+_EXACT = "arithmetic='exact' or "
 
 # Relative error of the recovered input from which a gradient is taken for wrong.
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
@@ -166,12 +167,8 @@ class Walk:
         start = self.tape.start_of(segment)[1] if self._start is None else self._start
         given, self._start = cells_of(links, start, self.program.exact), None
         for (name, _), found, expected in zip(links, self._cells, given, strict=True):
-            if expected is not None and not torch.equal(found, expected):  # type: ignore[arg-type]
-                raise ReversibilityError(
-                    f"{name}: the cell recovered in the backward pass differs from the one given, so the gradient "
-                    "would be wrong: is the transform not deterministic? Choose mode='stored', or make the coupling "
-                    "without inverted_cell"
-                )
+            if expected is not None:
+                self.tape.checks.equal(found, expected, partial(_cell_differs, name))  # type: ignore[arg-type]
 
     def _arrive(self, t: int, part: int, position: int, flow: Flow, name: str) -> None:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
@@ -188,42 +185,65 @@ class Walk:
 
     def compare(self, streams: Streams, expected: Tensor, of_layer: str = "") -> None:
         """Raise unless the recovered input is the input that was given."""
-        found = fingerprint(streams, self.program.exact)
-        if torch.equal(found, expected) or not bool(expected.isfinite().all()):
+        checks, exact = self.tape.checks, self.program.exact
+        found = fingerprint(streams, exact)
+        if checks.known_equal(found, expected):
             return
-        # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
-        # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
-        # stream, and where all are zero, as if all were ones.
-        size = expected[2::3].sqrt()
-        ones = size.new_tensor([x.numel() for x in streams]).sqrt()
-        size = torch.where(size > 0, size, size.max() if size.any() else ones).clamp_min(1e-18)
-        weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
-        error = float((torch.stack([weighted, plain, squares / (2 * size)]) / size).max())
-        tolerance = min(_TOLERANCE.get(x.dtype.to_real(), 0.0) for x in streams if is_differentiable(x))
-        if self.program.exact or error > tolerance or math.isnan(error):
-            by = f"by {error:.2g} of its size"
-            why = (
-                "an inverse does not invert, or not precisely enough, or what a transform reads has changed since the "
-                "forward pass"
-            )
-            if not bool(found.isfinite().all()):
-                by = "and is not finite"
-                why = (
-                    "the output of the chain is not finite (smaller steps avoid that: bound= of an affine coupling, "
-                    f"normalised inputs, a lower learning rate), or {why}"
-                )
-            raise ReversibilityError(
-                f"the input {of_layer}recovered in the backward pass differs from the one given {by}, so the gradient "
-                f"would be wrong: {why}. "
-                f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
-                f"{self._remedy(streams)}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
-            )
+        error = _relative_error(found, expected, [x.numel() for x in streams])
+        dtypes = [x.dtype for x in streams if is_differentiable(x)]
+        tolerance = min(_TOLERANCE.get(dtype.to_real(), 0.0) for dtype in dtypes)
+        ok = (found == expected).all() if exact else error <= tolerance  # which NaN is not
+        layers = tuple(self.program.layers())
+        checks.require(
+            ok | ~expected.isfinite().all(), partial(_input_differs, found, error, of_layer, layers, dtypes, exact)
+        )
 
-    def _remedy(self, streams: Streams) -> str:
-        """Exact arithmetic, where there is such a thing and it is not in use."""
-        fits = all(x.dtype in (torch.float32, torch.float64) for x in streams if is_differentiable(x))
-        possible = fits and all(layer.has_exact_form() for layer in self.program.layers())
-        return "arithmetic='exact' or " if possible and not self.program.exact else ""
+
+def _relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tensor:
+    """How far apart fingerprints of streams with these numbers of elements are. Nothing in it waits for the device."""
+    # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
+    # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
+    # stream, and where all are zero, as if all were ones.
+    size = expected[2::3].sqrt()
+    ones = torch.stack([size.new_full((), n) for n in numbers]).sqrt()
+    size = torch.where(size > 0, size, torch.where(size.any(), size.max(), ones)).clamp_min(1e-18)
+    weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
+    return (torch.stack([weighted, plain, squares / (2 * size)]) / size).max()
+
+
+def _input_differs(
+    found: Tensor,
+    error: Tensor,
+    of_layer: str,
+    layers: tuple[ReversibleLayer, ...],
+    dtypes: list[torch.dtype],
+    exact: bool,
+) -> ReversibilityError:
+    by = f"by {float(error):.2g} of its size"
+    changed = "what a transform reads has changed since the forward pass"
+    why = f"an inverse does not invert, or not precisely enough, or {changed}"
+    if not bool(found.isfinite().all()):
+        by = "and is not finite"
+        why = (
+            "the output of the chain is not finite (smaller steps avoid that: bound= of an affine coupling, "
+            f"normalised inputs, a lower learning rate), or {why}"
+        )
+    # Exact arithmetic, where there is such a thing and it is not in use.
+    fits = all(dtype in (torch.float32, torch.float64) for dtype in dtypes)
+    possible = not exact and fits and all(layer.has_exact_form() for layer in layers)
+    return ReversibilityError(
+        f"the input {of_layer}recovered in the backward pass differs from the one given {by}, so the gradient "
+        f"would be wrong: {why}. "
+        f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
+        f"{_EXACT if possible else ''}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
+    )
+
+
+def _cell_differs(name: str) -> ReversibilityError:
+    return ReversibilityError(
+        f"{name}: the cell recovered in the backward pass differs from the one given, so the gradient would be wrong: "
+        "is the transform not deterministic? Choose mode='stored', or make the coupling without inverted_cell"
+    )
 
 
 def _at(t: int, grads: list[Tensor | None], wanted: list[bool]) -> list[Tensor | None]:

@@ -1,9 +1,11 @@
 """The kernels' tests on a GPU: `pytest benchmarks/gpu/test_correctness.py --benchmark-only`.
 
-And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, `torch.compile` with its own compiler, a
-second device. `-k` may cut the run into pieces: outcomes are added to those of earlier runs.
+And what only a GPU can show: tensors of more than 2^31 elements, CUDA graphs, of whole training steps too,
+`torch.compile` with its own compiler, a second device. `-k` may cut the run into pieces: outcomes are added to those of
+earlier runs.
 """
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,6 +20,11 @@ from benchmarks.gpu.pieces import joined
 from benchmarks.gpu.pytest_summary import ROOT, Run, run_files
 from benchmarks.gpu.timing import captured, side_stream
 from benchmarks.reporting import Report, Table
+from benchmarks.training import CELLS, Variant, random_clips
+from crevnet.adam import adam
+from crevnet.cuda_graph import GraphedStep
+from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -28,6 +35,12 @@ TIMEOUT = 500.0
 """Seconds for one test file."""
 FILES = [*sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ROOT / "tests" / "crevnet" / "test_kernels.py"]
 NAMES = [str(file.relative_to(ROOT)) for file in FILES if file.exists()]
+WAYS = (
+    *(Variant("reversible"), Variant("reversible", cell_states="inverted"), Variant("reversible", keep_states_every=3)),
+    *(Variant("reversible", "float"), Variant("stored"), Variant("stored", "float")),
+)
+TRAINED = [(cell, variant) for cell in CELLS for variant in WAYS]
+RATES = (1e-3, 2e-3, 5e-4, 1e-3)
 POINTS = [(o, dtype) for o in OPERATORS for dtype in DTYPES]
 COLUMNS = {"files": ("file",), "checks": ("check", "operator", "dtype")}
 IDS = [f"{o.name}-{dtype}" for o, dtype in POINTS]
@@ -36,6 +49,8 @@ NOTES = (
     "Tests: the kernels' tests and those of CrevNet with kernels, each file in a process of its own, several at once.",
     "CUDA graph: forward and backward pass are captured and replayed with other inputs; the bits are those of the "
     "same passes without a graph.",
+    "Training step, CUDA graph: forward, backward and Adam are replayed from one graph; the bits of weights and of "
+    "moments after several steps are those without a graph and with checks at once. cuDNN is deterministic.",
     "torch.compile: with its default backend and without a graph break; the bits are those without it.",
     "More than 2^31 elements: pixel shuffle of bytes, compared as a whole; weighted sum and its gradients in bfloat16, "
     "compared with the reference at both ends and around 2^31.",
@@ -67,7 +82,8 @@ def report(measured: dict[str, list[dict[str, Any]]]) -> Report:
         "files": Table("Tests on the device", files, rows["files"]),
         "checks": Table("Checks that need a device", checks, rows["checks"]),
     }
-    complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == 2 * len(POINTS) + 1 + len(LARGE)
+    checked = 2 * len(POINTS) + len(TRAINED) + 1 + len(LARGE)
+    complete = len(rows["files"]) == len(NAMES) and len(rows["checks"]) == checked
     return Report(
         "gpu_correctness",
         "Kernels on a GPU",
@@ -127,6 +143,41 @@ def replay(operator: Operator, dtype: torch.dtype) -> None:
                 leaf.copy_(other)
         graph.replay()
         assert_same_bits(replayed, work())
+
+
+@pytest.mark.parametrize(("cell", "variant"), TRAINED, ids=str)
+def test_graph_of_training_steps_trains_as_without(benchmark, check, cell, variant):
+    name = f"CrevNet, {cell}, {variant}"
+    once(benchmark, check, "training step, CUDA graph", name, "float32", lambda: train_both_ways(cell, variant))
+
+
+def train_both_ways(cell: str, variant: Variant) -> None:
+    """Losses, norms of gradients, weights and moments."""
+    config = variant.of(CrevNetConfig(cell=cell, image_size=32, modules=4))
+    torch.manual_seed(0)
+    model = config.build().cuda()
+    reference = copy.deepcopy(model)
+    optimiser, its_own = (adam(m.parameters(), RATES[0], (0.9, 0.999), capturable=True) for m in (model, reference))
+    its_own.param_groups[0]["lr"] = torch.tensor(RATES[0], device="cuda")
+    step = GraphedStep(model.loss, model, optimiser, clip_norm=1.0)
+    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+        for rate in RATES:
+            clips = random_clips(config, 4, 6).cuda()
+            assert step(clips, rate) == plain_step(reference, its_own, clips, rate)
+    assert_same_bits(model.parameters(), reference.parameters())
+    moments = [[x for own in a.state_dict()["state"].values() for x in own.values()] for a in (optimiser, its_own)]
+    assert_same_bits(*moments)
+
+
+def plain_step(model: VideoModel, adam: torch.optim.Adam, clips: Tensor, rate: float) -> tuple[float, float]:
+    """A training step without a graph; the loss and the norm of the gradient."""
+    adam.param_groups[0]["lr"].fill_(rate)
+    adam.zero_grad()
+    loss = model.loss(clips)
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    adam.step()
+    return float(loss.detach()), float(norm)
 
 
 @pytest.mark.parametrize(("operator", "dtype"), POINTS, ids=IDS)

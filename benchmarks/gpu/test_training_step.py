@@ -8,7 +8,8 @@ measured, and is added to those that were measured before: `-k "[stlstm-16]"`, `
 """
 
 import gc
-from contextlib import suppress
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,13 +19,14 @@ from revgrad_kernels import backend
 from torch import Tensor, nn
 
 from benchmarks.gpu.pieces import joined
-from benchmarks.gpu.timing import ratios, rotated, timed
+from benchmarks.gpu.timing import captured, ratios, rotated, side_stream, timed
 from benchmarks.memory import MB
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.table1 import PATCHED, SYSTEMS
 from benchmarks.training import CELLS, STEPS, Variant, random_clips
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig, VideoModel
+from revgrad import DeferredChecks
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -54,6 +56,9 @@ NOTES = (
     "the same step without kernels over this one.",
     "Peak MB: the most that CUDA's allocator had given out during a step, weights and gradients included; per "
     "sequence: what a step adds to what is there before it, over the batch. 1 MB is 10^6 bytes.",
+    "`launched`: operator by operator, or by replaying a CUDA graph of the step, with the engine's checks deferred and "
+    "looked at after the time is taken; its peak is that of the capture. `called over it` is the same step called "
+    "operator by operator over this one.",
     "Variants without numbers do not fit in the memory of the device.",
 )
 
@@ -66,13 +71,16 @@ class Way:
     kernels: str
     precision: str
     weights: str = "channels-last"
+    launched: str = "called"
 
 
 def ways_of_crevnet() -> list[Way]:
-    """All modes with and without kernels; and the extremes with contiguous weights."""
+    """All modes with and without kernels; the extremes with contiguous weights, and replayed from a CUDA graph."""
     usual = [Way(v, kernels, p) for v in MODES for kernels in ("triton", "plain") for p in PRECISIONS]
     extremes = ((STORED, "plain"), (EXACT, "triton"))
-    return usual + [Way(v, kernels, p, "contiguous") for v, kernels in extremes for p in PRECISIONS]
+    usual += [Way(v, kernels, p, "contiguous") for v, kernels in extremes for p in PRECISIONS]
+    replayed = (STORED, Variant("reversible", "float"), EXACT)
+    return usual + [Way(v, "triton", p, launched="graph") for v in replayed for p in PRECISIONS]
 
 
 @pytest.fixture(scope="module")
@@ -131,8 +139,14 @@ def one_step(model: VideoModel, clips: Tensor, way: Way) -> dict[str, float] | N
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "AUTO", "auto" if way.kernels == "triton" else "reference")
         # What the error holds is let go of when the block ends.
-        with suppress(torch.OutOfMemoryError):
-            seconds, _ = timed(lambda: step(model, clips, way.precision))
+        with suppress(torch.OutOfMemoryError), side_stream() if way.launched == "graph" else nullcontext():
+            if way.launched == "graph":
+                replay, checks = replaying(model, clips, way.precision)
+                seconds, _ = timed(replay)
+                checks.raise_if_failed()
+                del replay, checks
+            else:
+                seconds, _ = timed(lambda: step(model, clips, way.precision))
     if seconds is None:
         model.zero_grad(set_to_none=True)
         gc.collect()
@@ -147,6 +161,27 @@ def step(model: VideoModel, clips: Tensor, precision: str) -> None:
     with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
         loss = model.loss(clips)
     loss.backward()
+
+
+def replaying(model: VideoModel, clips: Tensor, precision: str) -> tuple[Callable[[], None], DeferredChecks]:
+    """The same from a CUDA graph, and what it checks. The peak is that of the capture from here on."""
+    checks = DeferredChecks()
+    with checks.measuring():
+        step(model, clips, precision)
+    for _ in range(2):
+        model.zero_grad(set_to_none=True)
+        with checks:
+            step(model, clips, precision)
+        checks.forget()
+    model.zero_grad(set_to_none=True)
+    torch.cuda.reset_peak_memory_stats()
+
+    def work() -> None:
+        with checks:
+            step(model, clips, precision)
+
+    graph, _ = captured(work)
+    return graph.replay, checks
 
 
 def lay_out(model: nn.Module, layout: str) -> None:
@@ -169,6 +204,7 @@ def row(
         "kernels": way.kernels,
         "precision": way.precision,
         "weights": way.weights,
+        "launched": way.launched,
     }
     if way not in fitting:
         return found
@@ -186,6 +222,9 @@ def row(
     if way.variant is not None:
         stored = replace(way, variant=replace(way.variant, mode="stored", offload=False))
         plain = replace(way, kernels="plain")
+        called = replace(way, launched="called")
+        if way.launched == "graph" and called in fitting:
+            found["called_over_it"] = spread(ratios(values(called), values(way)))["median"]
         if stored in fitting:
             found["over_stored"] = spread(ratios(values(way), values(stored)))["median"]
         if plain in fitting:
@@ -202,12 +241,14 @@ def report(part: str, rows: list[dict[str, Any]]) -> Report:
         "kernels": "kernels",
         "precision": "precision",
         "weights": "weights",
+        "launched": "launched",
         "p20": "s, p20",
         "median": "median",
         "p80": "p80",
         "sequences_per_second": "sequences/s",
         "over_stored": "over stored",
         "plain_over_it": "plain over it",
+        "called_over_it": "called over it",
         "peak_mb": "peak MB",
         "mb_per_sequence": "MB per sequence",
     }

@@ -23,6 +23,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 GATE_BITS = 16
 """Gates are multiples of 2^-16: as fine as the grid of float32. Kernels have the number itself."""
@@ -41,11 +42,12 @@ def level_costs(device: torch.device) -> Tensor:
     The 0.05 covers the reservoir's rounding: R' < R (2^16 / n) (1 + n / 2^30) while the reservoir holds 30 bits and
     more.
     """
-    n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
-    cost = torch.ceil((GATE_BITS - torch.log2(n)) * LEVELS_PER_BIT + 0.05)
-    cost[0] = FULL  # exact without the 0.05, as nothing is rounded; a spill must always bring the level below FULL
-    cost[-1] = 0
-    return torch.cat([torch.zeros(1, dtype=torch.float64), cost]).to(torch.int16).to(device)
+    with _disable_current_modes():  # kept for good: not of fake tensors, whoever is the first to ask
+        n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
+        cost = torch.ceil((GATE_BITS - torch.log2(n)) * LEVELS_PER_BIT + 0.05)
+        cost[0] = FULL  # exact without the 0.05, as nothing is rounded; a spill must always bring the level below FULL
+        cost[-1] = 0
+        return torch.cat([torch.zeros(1, dtype=torch.float64), cost]).to(torch.int16).to(device)
 
 
 def forget(value: Tensor, numerator: Tensor, reservoir: Tensor, bits: int) -> tuple[Tensor, Tensor]:

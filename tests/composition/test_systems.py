@@ -14,7 +14,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
-from revgrad import ReversibilityError
+from revgrad import DeferredChecks, ReversibilityError
 
 pytestmark = [
     pytest.mark.usefixtures("single_thread"),
@@ -218,7 +218,7 @@ def test_fullgraph_inference(small, make, compiling):
 @pytest.mark.composes(
     "Systems",
     "CUDA graphs of training",
-    "error: *a CUDA graph cannot capture*; the test needs a GPU and has not been run",
+    "error: *a CUDA graph cannot capture*, unless checks are deferred; the test needs a GPU and has not been run",
 )
 def test_cuda_graph_is_refused(small, make):
     chain, x = small.chain().cuda(), tuple(t.detach().cuda() for t in make.streams())
@@ -229,6 +229,36 @@ def test_cuda_graph_is_refused(small, make):
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         chain(*x)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.composes(
+    "Systems",
+    "CUDA graphs of training, under `DeferredChecks`",
+    "should work; without a GPU its operators were recorded and repeated (`crevnet/test_cuda_graph.py`)",
+)
+def test_cuda_graph_of_training(small, make, check):
+    chain, x = small.chain().cuda(), tuple(t.detach().cuda().requires_grad_() for t in make.streams())
+    inputs = (*x, *chain.parameters())
+
+    def step():
+        return torch.autograd.grad(check.loss(chain(*x)), inputs)
+
+    stream, graph, checks = torch.cuda.Stream(), torch.cuda.CUDAGraph(), DeferredChecks()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        with checks.measuring():
+            expected = step()
+        with checks:
+            step()
+        checks.forget()
+        with torch.cuda.graph(graph, stream=stream), checks:
+            found = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph.replay()
+    checks.raise_if_failed()
+    assert all(map(torch.equal, found, expected))
 
 
 @pytest.mark.cuda

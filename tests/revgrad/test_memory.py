@@ -103,6 +103,15 @@ def test_sees_storages_that_are_resized_by_hand(no_collector):
         assert memory.peak == (120 if resized else 80)
 
 
+def test_a_view_of_a_real_tensor_is_nothing_new_under_fake_tensors():
+    real = torch.zeros(100)
+    with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:
+        part = real[:10]
+        assert memory.peak == 0
+        _ = part + 1
+    assert memory.peak == 40
+
+
 def test_counts_fake_tensors_of_any_size():
     with FakeTensorMode(), LiveMemory() as memory:
         x = torch.empty(2**20, 2**20)
