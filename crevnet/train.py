@@ -9,7 +9,8 @@ import sys
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
 from crevnet.models import MODELS
-from crevnet.training import TrainingDiverged, train
+from crevnet.training import train
+from crevnet.training_step import TrainingDiverged
 
 
 def main(arguments: list[str] | None = None) -> int:

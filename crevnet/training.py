@@ -16,11 +16,10 @@ from tqdm import tqdm
 
 from crevnet.adam import adam
 from crevnet.checkpoint_directory import CheckpointDirectory
-from crevnet.clips import frames_to_clips
 from crevnet.command import save_config
 from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
-from crevnet.cuda_graph import GraphedStep, check_possible
+from crevnet.cuda_graph import check_possible
 from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.free_memory import free_bytes
@@ -28,15 +27,12 @@ from crevnet.interrupt import Interrupt
 from crevnet.launch import launch, local_processes
 from crevnet.logs import RunLog
 from crevnet.run import check_same_run, find_checkpoint, run_folder
-from crevnet.sharding import load_moments, load_weights, own_part, views_are_fine, whole, whole_model
+from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
+from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
 from crevnet.ways import MARGIN, choose, training_bytes
-from revgrad import LiveMemory, ReversibilityError
-
-
-class TrainingDiverged(RuntimeError):  # noqa: N818
-    """A loss or gradient is not finite; nothing of that step was kept."""
+from revgrad import ReversibilityError
 
 
 class Trainer:
@@ -65,13 +61,12 @@ class Trainer:
         rate, graph = config.optimiser.learning_rate, config.run.cuda_graph
         optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=graph)
         self.optimiser: Any = fabric.setup_optimizers(optimiser)
-        self.graphed: GraphedStep | None = None
         self.model.mark_forward_method("loss")
         self.model.mark_forward_method("predict")
+        self.training_step = TrainingStep(config, fabric, self.model, self.raw_model, self.optimiser)
         self.step = 0
         self.seconds = 0.0
         self.best_mse = math.inf
-        self.peak_activation_bytes = 0
         self.way: str | None = None
 
     def resume(self) -> bool:
@@ -84,7 +79,7 @@ class Trainer:
         self.step = found.state["step"]
         self.seconds = found.state["seconds"]
         self.best_mse = found.state["best_mse"]
-        self.peak_activation_bytes = found.state["peak_activation_bytes"]
+        self.training_step.peak_activation_bytes = found.state["peak_activation_bytes"]
         self.way = found.state.get("way")
         torch.set_rng_state(found.state["rng"])
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
@@ -101,7 +96,7 @@ class Trainer:
                 "step": self.step,
                 "seconds": self.seconds,
                 "best_mse": self.best_mse,
-                "peak_activation_bytes": self.peak_activation_bytes,
+                "peak_activation_bytes": self.training_step.peak_activation_bytes,
                 "way": self.way,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
@@ -205,7 +200,7 @@ class Trainer:
             "step": found.step if found is not None else self.step,
             "steps": config.steps,
             "seconds": self.seconds,
-            "peak_activation_bytes": self.peak_activation_bytes,
+            "peak_activation_bytes": self.training_step.peak_activation_bytes,
             "way": self.way,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
@@ -219,88 +214,9 @@ class Trainer:
 
     def _train_step(self, frames: Tensor) -> tuple[float, float]:
         """One optimiser step on `[B, T, C, H, W]`; returns the loss and the norm of the gradient."""
-        config = self.config
-        rate = config.optimiser.rate(self.step, config.steps)
-        clips = frames_to_clips(frames, config.model.clip, config.model.stacking)
-        step = self._replayed if config.run.cuda_graph else self._called
-        try:
-            loss, norm = step(clips, rate)
-        except ReversibilityError as error:
-            raise TrainingDiverged(f"step {self.step + 1}: {error}") from error
-        if self.peak_activation_bytes == 0 and frames.device.type == "cuda":
-            self.peak_activation_bytes = torch.cuda.max_memory_allocated(frames.device)
+        found = self.training_step(frames, self.step)
         self.step += 1
-        return loss, norm
-
-    def _called(self, clips: Tensor, rate: float) -> tuple[float, float]:
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
-        # The second step, unless there is only one: the first also makes tables that stay.
-        measure = LiveMemory() if self.step < 2 and clips.device.type == "cpu" else None
-        if measure is not None:
-            # Gradients are made beforehand: what is measured is activations.
-            for p in self.raw_model.parameters():
-                p.grad = torch.zeros_like(p)
-            with measure:
-                loss = self._backward(clips)
-            self.peak_activation_bytes = measure.peak
-        else:
-            loss = self._backward(clips)
-        self._check_loss(loss)
-        parameters = list(self.raw_model.parameters())
-        total = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        norm = float(whole(total))
-        self._check_norm(norm)  # before clipping, which would spread a NaN to all
-        if self.config.optimiser.clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.optimiser.clip_norm, total)
-        self.optimiser.step()
-        self.optimiser.zero_grad(set_to_none=True)
-        return loss, norm
-
-    def _replayed(self, clips: Tensor, rate: float) -> tuple[float, float]:
-        if self.graphed is None:
-            self.graphed = GraphedStep(
-                self._loss,
-                self.raw_model,
-                self.optimiser.optimizer,
-                backward=self.fabric.backward,
-                clip_norm=self.config.optimiser.clip_norm,
-            )
-        loss, norm = self.graphed(clips, rate)
-        self._check_loss(loss)
-        self._check_norm(norm)
-        return loss, norm
-
-    def _loss(self, clips: Tensor) -> Tensor:
-        fed = feeding_plan(self.config, clips.shape[1] - 1, self.step)
-        # Fabric enters autocast by itself around `forward` only.
-        with self.fabric.autocast(), views_are_fine(self.raw_model):
-            return self.model.loss(clips, fed)
-
-    def _backward(self, clips: Tensor) -> float:
-        loss = self._loss(clips)
-        self.fabric.backward(loss)
-        return float(self.fabric.all_reduce(loss.detach(), reduce_op="mean"))  # type: ignore[arg-type]
-
-    def _check_loss(self, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise TrainingDiverged(
-                f"step {self.step + 1}: the loss is {loss}; the last checkpoint is untouched. Lower "
-                f"optimiser.learning_rate"
-            )
-
-    def _check_norm(self, norm: float) -> None:
-        if not math.isfinite(norm):
-            names = [
-                n
-                for n, p in self.raw_model.named_parameters()
-                if p.grad is not None and not bool(whole(p.grad).isfinite().all())
-            ]
-            raise TrainingDiverged(
-                f"step {self.step + 1}: the gradient is not finite, first in {names[0] if names else 'its norm'} "
-                f"({len(names)} parameters); "
-                "the last checkpoint is untouched. Lower optimiser.learning_rate or set optimiser.clip_norm"
-            )
+        return found
 
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
@@ -332,7 +248,7 @@ class Trainer:
 
     def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:
         rate = self.config.batch_size / elapsed
-        megabytes = self.peak_activation_bytes / 1e6
+        megabytes = self.training_step.peak_activation_bytes / 1e6
         bar.update(1)
         bar.set_postfix_str(
             f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False
@@ -363,18 +279,6 @@ class Trainer:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.fabric.device)
         return float(self.fabric.all_reduce(tensor, reduce_op=reduce_op))  # type: ignore[arg-type]
-
-
-def feeding_plan(config: TrainConfig, steps: int, step: int) -> list[bool]:
-    """Per time step, whether the true clip is given: always while observing, afterwards as configured.
-
-    A pure function of configuration and step, the same on every process and after a resumption.
-    """
-    observed = config.observed - config.model.clip + 1
-    probability = config.feeding.truth_probability(step)
-    generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
-    draws = torch.rand(steps, generator=generator).tolist()
-    return [t < observed or draw < probability for t, draw in enumerate(draws)]
 
 
 def train(config: TrainConfig) -> dict[str, Any] | None:

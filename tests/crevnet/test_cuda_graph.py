@@ -24,7 +24,8 @@ from crevnet.cuda_graph import GraphedStep, check_possible
 from crevnet.launch import launch
 from crevnet.model import CrevNetConfig
 from crevnet.models import MODELS
-from crevnet.training import Trainer, TrainingDiverged
+from crevnet.training import Trainer
+from crevnet.training_step import TrainingDiverged
 from revgrad import DeferredChecks, LiveMemory, ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")

@@ -13,7 +13,7 @@ from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, load_config
 from crevnet.train import main
-from crevnet.training import TrainingDiverged
+from crevnet.training_step import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
