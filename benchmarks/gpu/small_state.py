@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import write_file
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.checkpoint_directory import CheckpointDirectory
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _PLAIN = ("step", "seconds", "best_mse", "peak_activation_bytes", "way")
