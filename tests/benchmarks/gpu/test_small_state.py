@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from benchmarks.gpu.small_state import grow, shrink
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.checkpoint_directory import CheckpointDirectory
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.gpu import train_moving_mnist
 from benchmarks.gpu.train_moving_mnist import fit_weights, main, train_for
-from crevnet.checkpoint import CheckpointDirectory
+from crevnet.checkpoint_directory import CheckpointDirectory
 
 TINY = [
     "--steps", "2", "--batch_size", "2", "--model.image_size", "32", "--data.image_size", "32",
