@@ -55,13 +55,13 @@ def _as(classes: dict[type, type], norms: list[nn.Module], kept: Kept) -> Iterat
     # Classes, and not functions made for each time: code that torch.compile has made looks at them.
     usual = [type(module) for module in norms]
     for module, kind in zip(norms, usual, strict=True):
-        module.__class__ = classes[kind]
+        object.__setattr__(module, "__class__", classes[kind])  # that of modules takes ten times as long
         module.__dict__["_kept"] = kept
     try:
         yield
     finally:
         for module, kind in zip(norms, usual, strict=True):
-            module.__class__ = kind
+            object.__setattr__(module, "__class__", kind)
             del module.__dict__["_kept"]
 
 
@@ -141,7 +141,7 @@ class _Normalise(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        found = torch.ops.aten.native_batch_norm_backward(
+        found = torch.ops.aten.native_batch_norm_backward.default(
             grad, x, weight, None, None, mean, rstd, True, ctx.eps, ctx.needs_input_grad[:3]
         )
         return *found, None, None, None

@@ -23,7 +23,7 @@ def test_reversible_training_holds_less_than_stored(trainer, tmp_path):
         made = trainer(deep | {"model.mode": mode}, tmp_path / mode)
         for _ in range(2):
             made._train_step(training_batch(made))
-        peaks[mode] = made.peak_activation_bytes
+        peaks[mode] = made.training_step.peak_activation_bytes
     assert 0 < peaks["reversible"] < 0.35 * peaks["stored"]
 
 
@@ -34,7 +34,7 @@ def test_the_reported_peak_is_that_of_any_step_after_the_first(trainer, tmp_path
     for step in range(4):
         made.step = step % 2
         made._train_step(training_batch(made))
-        peaks.append(made.peak_activation_bytes)
+        peaks.append(made.training_step.peak_activation_bytes)
     assert peaks[1] == peaks[2] == peaks[3]
 
 
