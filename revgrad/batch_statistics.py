@@ -4,7 +4,7 @@ They are nine tenths of the work of batch normalisation on a CPU, and two number
 same output, bit for bit.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -27,13 +27,13 @@ Kept = dict[nn.Module, Statistics | None]
 """By module, the statistics that its call found; None where it was called several times or they cannot be had."""
 
 
-def reusable(layer: ReversibleLayer) -> list[nn.Module]:
-    """The batch normalisations in a layer whose statistics serve again: as PyTorch has them, in train mode, of a layer
-    that evaluates them once, on the very inputs of the first evaluation.
+def reusable(layer: ReversibleLayer, modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Of the modules in a layer, the batch normalisations whose statistics serve again: as PyTorch has them, in train
+    mode, of a layer that evaluates them once, on the very inputs of the first evaluation.
     """
     if layer.evaluations_in_rewind != 1:
         return []
-    return [m for m in layer.modules() if type(m) in _KEEPING and m.training and "forward" not in m.__dict__]
+    return [m for m in modules if type(m) in _KEEPING and m.training and "forward" not in m.__dict__]
 
 
 @contextmanager

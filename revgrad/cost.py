@@ -163,7 +163,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
             streams, carry = _cut_off(streams), _cut_off(carry)
             read = ledger.storages([*own, *(carry if link.layer.carries else ())])
             kept: Kept = {}
-            with ledger.saving() as saved, keeping(reusable(link.layer), kept):
+            with ledger.saving() as saved, keeping(reusable(link.layer, link.layer.modules()), kept):
                 streams, new = run_chain((link,), streams, ChainState((own,), carry), residue, arguments=(given,))
                 flops = counter.total - before
                 again = flops * link.layer.evaluations_in_rewind

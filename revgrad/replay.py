@@ -74,7 +74,7 @@ class Snapshot:
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots)
             if scope.norms:
-                scope.measured = reusable(layer)
+                scope.measured = reusable(layer, scope.norms)
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         self.slots, self.modules = self._everything.slots, self._everything.modules
