@@ -6,17 +6,9 @@ import torch
 import crevnet.video_model
 from crevnet.training_step import TrainingDiverged, feeding_plan
 from revgrad import ReversibilityError
+from tests.crevnet.test_training import snapshot, training_batch
 
 pytestmark = pytest.mark.usefixtures("single_thread")
-
-
-def snapshot(folder):
-    """Every file below a folder, with its content."""
-    return {p.relative_to(folder): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def training_batch(trainer, batch_size=2):
-    return trainer.config.data.build_train().batch(range(batch_size))
 
 
 def test_the_first_steps_are_adam_on_the_mean_squared_error(trainer, tiny):
