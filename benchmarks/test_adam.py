@@ -1,4 +1,4 @@
-"""Adam's step on the weights of the paper's CrevNet, fused and not: `pytest benchmarks/test_adam.py --benchmark-only`.
+"""Adam's step on the weights of the paper's CrevNet, fused and not: `pytest benchmarks/test_adam.py --benchmark-only --sweeps`.
 
 All ways take turns in one process, each on weights of its own.
 """
@@ -19,7 +19,7 @@ from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
 from revgrad import LiveMemory
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("one_thread")]
 
 ROUNDS = 20
 BETAS = (0.9, 0.999)
