@@ -1,4 +1,4 @@
-"""Adam's step on the weights of the paper's CrevNet, fused and not: `pytest benchmarks/test_adam.py --benchmark-only --sweeps`.
+"""Adam's step on the paper's CrevNet, fused and not: `pytest benchmarks/test_adam.py --benchmark-only --sweeps`.
 
 All ways take turns in one process, each on weights of its own.
 """
