@@ -1,7 +1,7 @@
 """Batch normalisation in a second evaluation: with the statistics of the first, which are not computed again.
 
-They are nine tenths of the work of batch normalisation on a CPU, and two numbers per channel. The same input gives the
-same output, bit for bit.
+They are most of the work of batch normalisation on a CPU, and two numbers per channel. The same input gives the same
+output, bit for bit.
 """
 
 from collections.abc import Iterable, Iterator

@@ -6,7 +6,6 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -264,11 +263,9 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
     would give no gradient.
     """
     for module in modules:
-        attributes = module.__dict__
-        # Those of every module come first, unless something was set before nn.Module.__init__.
-        usual = tuple(islice(attributes, len(_OF_MODULE))) == _OF_MODULE
-        for name, value in islice(attributes.items(), len(_OF_MODULE) if usual else 0, None):
-            if type(value) in _PLAIN or name in _OF_MODULE or not isinstance(value, _HOLDERS):
+        for name, value in module.__dict__.items():
+            # In this order: nearly all attributes are those of every module, or plain values.
+            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
                 continue
             kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
             for x in kept:
@@ -286,7 +283,7 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
 _HOLDERS = (Tensor, list, tuple, dict)
-_OF_MODULE = tuple(nn.Module().__dict__)
+_OF_MODULE = frozenset(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
 
 
