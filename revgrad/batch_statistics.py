@@ -5,7 +5,7 @@ output, bit for bit.
 """
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -36,18 +36,14 @@ def reusable(layer: ReversibleLayer, modules: Iterable[nn.Module]) -> list[nn.Mo
     return [m for m in modules if type(m) in _KEEPING and m.training and "forward" not in m.__dict__]
 
 
-@contextmanager
-def keeping(norms: list[nn.Module], kept: Kept) -> Iterator[None]:
+def keeping(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around the first evaluation: put the statistics of these modules there."""
-    with _as(_KEEPING, norms, kept):
-        yield
+    return _as(_KEEPING, norms, kept)
 
 
-@contextmanager
-def reusing(norms: list[nn.Module], kept: Kept) -> Iterator[None]:
+def reusing(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around another evaluation: take them from there."""
-    with _as(_REUSING, norms, kept):
-        yield
+    return _as(_REUSING, norms, kept)
 
 
 @contextmanager
