@@ -19,12 +19,12 @@ from benchmarks.reporting import Report, Table, spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDS = {
-    (CONVOLUTION, 4): 6,
-    (CONVOLUTION, 16): 3,
-    (CONVOLUTION, 64): 2,
+    (CONVOLUTION, 4): 9,
+    (CONVOLUTION, 16): 4,
+    (CONVOLUTION, 64): 3,
     (TRANSFORMER, 4): 3,
     (TRANSFORMER, 12): 2,
-    (TRANSFORMER, 24): 2,
+    (TRANSFORMER, 24): 3,
 }
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33
