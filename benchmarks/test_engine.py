@@ -21,10 +21,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROUNDS = {
     (CONVOLUTION, 4): 9,
     (CONVOLUTION, 16): 4,
-    (CONVOLUTION, 64): 3,
+    (CONVOLUTION, 64): 2,
     (TRANSFORMER, 4): 3,
     (TRANSFORMER, 12): 2,
-    (TRANSFORMER, 24): 3,
+    (TRANSFORMER, 24): 2,
 }
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33
