@@ -166,10 +166,8 @@ class Snapshot:
             for module, now in switched:
                 module.training = not now
             first_node = torch._C._autograd._get_sequence_nr()
-            # Those whose statistics are known do not move any.
-            moving = scope.norms if kept is None else [m for m in scope.norms if kept.get(m) is None]
             with (
-                _frozen(moving) if moving else nullcontext(),
+                _frozen(scope.norms) if scope.norms else nullcontext(),
                 nullcontext() if kept is None else reusing(scope.measured, kept),
             ):
                 yield
@@ -270,9 +268,7 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
                 continue
             kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
             for x in kept:
-                if type(x) in _PLAIN or not isinstance(x, Tensor):
-                    continue
-                if x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
+                if not isinstance(x, Tensor) or x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
                     continue
                 # Hooks that compute a weight anew before every call (weight norm) leave it in an attribute.
                 if not module._forward_pre_hooks:

@@ -49,8 +49,7 @@ class Tape:
     def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
-            read = replace(read, state=self.keeper.out(read.state)) if read.state else read
-            self.read.setdefault((t, part), []).append(read)
+            self.read.setdefault((t, part), []).append(replace(read, state=self.keeper.out(read.state)))
 
     def anchor(self, t: int, position: int, streams: Streams) -> None:
         """Note a layer's input."""
@@ -69,7 +68,7 @@ class Tape:
         """What each layer of a part has read, which the tape then forgets."""
         reads = self.read.pop((t, part), [])
         states = iter(self.keeper.back([x for read in reads for x in read.state]))
-        reads = [replace(r, state=tuple(next(states) for _ in r.state)) if r.state else r for r in reads]
+        reads = [replace(read, state=tuple(next(states) for _ in read.state)) for read in reads]
         self._look_ahead()
         return reads
 
