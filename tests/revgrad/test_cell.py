@@ -1,10 +1,7 @@
 import gc
-import math
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from revgrad import (
@@ -14,19 +11,15 @@ from revgrad import (
     Inverse,
     LiveMemory,
     Residue,
-    ReversibilityError,
     ReversibleSequential,
     Step,
-    StreamError,
     check_invertible,
     snap,
     unroll,
     update_cell,
 )
-from revgrad.cell import Merge, Recall
+from revgrad.cell import Recall
 from revgrad.chain import fingerprint
-from revgrad.layer import gradients
-from revgrad.residue import entropy_bits
 from revgrad.unroll import chain_links, is_exact
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -107,105 +100,6 @@ class Model:
         loss = check.loss(outputs) + check.loss(tuple(state.tensors()))
         grads = torch.autograd.grad(loss, self.leaves())
         return dict(enumerate([*outputs, *state.tensors(), *grads]))
-
-
-# The update
-
-
-def cell_tensors(shape, dtype=torch.float32, scale=4.0):
-    """Cell, decay and increment."""
-    cell, decay, increment = (torch.randn(shape, dtype=torch.float64).mul(scale).to(dtype) for _ in range(3))
-    return snap(cell), decay, increment
-
-
-def merged(residue, cell, decay, increment):
-    update = Merge("layer", residue, cell)
-    return update(update.stand_in, decay, increment)
-
-
-def recovered(residue, new, decay, increment):
-    update = Recall("layer", residue, new)
-    assert torch.equal(update(update.stand_in, decay, increment), new)
-    return update.recover()
-
-
-@given(
-    shape=st.lists(st.integers(1, 5), min_size=1, max_size=4),
-    dtype=st.sampled_from([torch.float32, torch.float64]),
-    scale=st.sampled_from([0.1, 1.0, 20.0]),
-    steps=st.integers(1, 30),
-    seed=st.integers(0, 2**16),
-)
-def test_recovered_bit_for_bit_over_many_steps(shape, dtype, scale, steps, seed):
-    torch.manual_seed(seed)
-    residue, cells, given_ = Residue(), [snap(torch.randn(shape, dtype=dtype))], []
-    with torch.no_grad():
-        for _ in range(steps):
-            _, decay, increment = cell_tensors(shape, dtype, scale)
-            increment = torch.tanh(increment)
-            given_.append((decay, increment))
-            cells.append(merged(residue, cells[-1], decay, increment))
-        found = cells[-1]
-        for before, inputs in zip(reversed(cells[:-1]), reversed(given_), strict=True):
-            found = recovered(residue, found, *inputs)
-            assert torch.equal(found, before)
-    residue.check_undone_to()
-    residue.check_range()
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_off_the_float_update_by_rounding_alone(dtype):
-    cell, decay, increment = cell_tensors((1000,), dtype)
-    wanted = update_cell(cell.double(), decay.double(), increment.double())
-    found = merged(Residue(), cell, decay, increment).double()
-    # The gate is rounded to 2^-16, and never to zero; the increment and the product to the grid.
-    step = 2.0**-16 if dtype == torch.float32 else 2.0**-32
-    assert ((found - wanted).abs() <= 2.0**-16 * cell.abs() + 2 * step).all()
-
-
-def test_bits_are_the_entropy_of_the_forget_gate():
-    residue, bits, cell, steps = Residue(), 0.0, snap(torch.randn(500)), 40
-    with torch.no_grad():
-        for _ in range(steps):
-            decay = torch.randn(500).mul_(2)
-            bits += entropy_bits((torch.sigmoid(decay) * 2**16).round().clamp(1))
-            cell = merged(residue, cell, decay, torch.randn(500))
-    # Levels are counted in steps of 1/512 bit, rounded up.
-    assert bits <= residue.used_bits <= bits + 500 * steps * 1.1 / 512
-
-
-@pytest.mark.parametrize("decay", [-200.0, -12.0, 0.0, 12.0, 200.0])
-def test_extreme_gates(decay):
-    cell, decay, increment = snap(torch.randn(50)), torch.full((50,), decay), torch.randn(50)
-    residue = Residue()
-    with torch.no_grad():
-        new = merged(residue, cell, decay, increment)
-        torch.testing.assert_close(new, update_cell(cell, decay, increment), rtol=0, atol=2e-4)
-        assert torch.equal(recovered(residue, new, decay, increment), cell)
-    assert math.isclose(residue.used_bits, 0.0)
-
-
-def test_gradient_passes_straight_through_the_rounding():
-    leaves = [x.requires_grad_() for x in cell_tensors((200,), torch.float64, scale=1.0)]
-    cell, decay, _ = leaves
-    weight = torch.randn(200, dtype=torch.float64)
-    found = torch.autograd.grad((merged(Residue(), *leaves) * weight).sum(), leaves)
-    gate = torch.sigmoid(decay)
-    rounded = (gate * 2**16).round() / 2**16
-    torch.testing.assert_close(found[0], weight * rounded, rtol=0, atol=0)
-    torch.testing.assert_close(found[1], weight * cell * gate * (1 - gate))
-    assert torch.equal(found[2], weight)
-
-
-def test_gradient_of_a_cell_that_is_recovered_is_that_of_one_that_is_stored():
-    leaves = [x.requires_grad_() for x in cell_tensors((50,), scale=1.0)]
-    weight, residue = torch.randn(50), Residue()
-    new = merged(residue, *leaves)
-    expected = torch.autograd.grad(new, leaves, weight)
-    update = Recall("layer", residue, new.detach())
-    out = update(update.stand_in, *leaves[1:])
-    assert torch.equal(update.recover(), leaves[0])
-    assert all(map(torch.equal, gradients((out,), (weight,), (update.stand_in, *leaves[1:])), expected))
 
 
 # Equality
@@ -440,167 +334,3 @@ def test_backward_frees_everything(make, check, no_collector):
             loss.backward()
             del loss
             assert memory.live == 0
-
-
-# Errors
-
-
-class Broken(LSTM):
-    """An LSTM that does something it must not do with its cell."""
-
-    def __init__(self, how):
-        super().__init__()
-        self.how = how
-
-    def forward(self, x, state, *, update=update_cell):
-        hidden, cell = state
-        i, f, g, _ = self.gates(torch.cat([x, hidden], 1)).split(x.shape[1], 1)
-        increment = torch.sigmoid(i) * torch.tanh(g)
-        if self.how == "no update":
-            new = update_cell(cell, f, increment)
-        elif self.how == "twice":
-            new = update(update(cell, f, increment), f, increment)
-        elif self.how == "another":
-            new = update(hidden, f, increment)
-        elif self.how == "not returned":
-            new = update(cell, f, increment) * 1
-        elif self.how == "shape":
-            new = update(cell, f[:, :1], increment)
-        else:
-            new = update(cell, f + (cell if self.how == "peephole" else 0), increment)
-        if self.how == "random":
-            self.calls += 1
-            with torch.no_grad():
-                self.gates.bias.data += self.calls
-        hidden = torch.tanh(new)
-        return (f, hidden), (hidden, new)
-
-
-def broken(how):
-    return ReversibleSequential(GatedCoupling(Broken(how), stateful=True, inverted_cell=1))
-
-
-@pytest.mark.parametrize("mode", ["stored", "checkpoint", "reversible"])
-@pytest.mark.parametrize(
-    ("how", "error", "message"),
-    [
-        ("no update", StreamError, r"layer 0 \(GatedCoupling\): the transform must call update"),
-        ("not returned", StreamError, "the transform must call update.* and return what it returns"),
-        ("twice", StreamError, "the transform calls update twice"),
-        ("another", StreamError, "gives update something else than the cell"),
-        ("shape", StreamError, r"of the cell's shape \(3, 4\), got \(3, 1\) and \(3, 4\)"),
-        ("peephole", ReversibilityError, r"cell \(only update may read the old one\): the stream is not finite"),
-    ],
-)
-def test_transforms_that_do_not_keep_to_the_update(make, mode, how, error, message):
-    core, x = broken(how), make.streams()
-    state = ChainState(((torch.randn(3, 4), torch.randn(3, 4)),))
-    with pytest.raises(error, match=message):
-        unroll(core, [x, None], state, mode=mode)
-
-
-def test_gates_that_differ_on_recomputation(make, check):
-    state = ChainState(((torch.randn(3, 4), torch.randn(3, 4)),))
-    outputs, _ = unroll(broken("random"), [make.streams()] + [None] * 5, state)
-    with pytest.raises(ReversibilityError, match=r"residue|recovered in the backward pass"):
-        check.loss(outputs).backward()
-
-
-@pytest.mark.parametrize("every", [1, 2])
-def test_a_cell_that_is_not_the_one_given(make, check, every, monkeypatch):
-    model = Model(make, FED["both"])
-    outputs, _ = unroll(model.core, model.inputs, model.state, keep_states_every=every)
-    recover = Recall.recover
-    monkeypatch.setattr(Recall, "recover", lambda self: recover(self) + 2.0**-16)
-    with pytest.raises(ReversibilityError, match=r"residue|recovered in the backward pass differs"):
-        check.loss(outputs).backward()
-
-
-def test_an_increment_that_differs_by_one_grid_step(make, check, monkeypatch):
-    """The residue fits then, and one step does not read the cell it recovers: it has to be compared."""
-    model = Model(make, (True,), depth=1)
-    outputs, _ = unroll(model.core, model.inputs, model.state)
-    recover = Recall.recover
-    monkeypatch.setattr(Recall, "recover", lambda self: recover(self) + 2.0**-16)
-    with pytest.raises(ReversibilityError, match=r"layer 0 \(GatedCoupling\): the cell recovered .* differs"):
-        check.loss(outputs).backward()
-
-
-def test_final_cells_modified_before_backward(make, check):
-    model = Model(make, FED["both"])
-    outputs, state = unroll(model.core, model.inputs, model.state)
-    with torch.no_grad():
-        state.layers[1][1].add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        check.loss(outputs).backward()
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, 256.0])
-@pytest.mark.parametrize("mode", ["stored", "reversible"])
-def test_an_initial_cell_off_the_range(make, mode, value):
-    model = Model(make)
-    with torch.no_grad():
-        model.state.layers[1][1][0, 0] = value
-    with pytest.raises(ReversibilityError, match=r"layer 1 \(GatedCoupling\), initial cell: the stream"):
-        unroll(model.core, model.inputs, model.state, mode=mode)
-
-
-@pytest.mark.parametrize("mode", ["stored", "checkpoint", "reversible"])
-def test_a_cell_that_leaves_the_range(make, mode):
-    class Growing(nn.Module):
-        def forward(self, x, state, *, update=update_cell):
-            hidden, cell = state
-            cell = update(cell, torch.full_like(x, 50.0), torch.full_like(x, 50.0))
-            return torch.tanh(cell) * x, (hidden, cell)
-
-    core = ReversibleSequential(AdditiveCoupling(Growing(), stateful=True, inverted_cell=1))
-    zero = torch.zeros(3, 4)
-    x = [make.streams()] + [None] * 9
-    unroll(core, x[:5], ChainState(((zero, zero),)), mode=mode)
-    with pytest.raises(
-        ReversibilityError, match=r"layer 0 \(AdditiveCoupling\), cell .*: the stream reached 1\.17 times"
-    ):
-        unroll(core, x, ChainState(((zero, zero),)), mode=mode)
-
-
-def test_a_gate_that_is_not_a_number():
-    cell, decay, increment = cell_tensors((4,))
-    residue = Residue(keep=False)
-    decay[2] = math.nan
-    with torch.no_grad():
-        assert merged(residue, cell, decay, increment).isnan().tolist() == [False, False, True, False]
-    with pytest.raises(ReversibilityError, match="is not finite"):
-        residue.check_range()
-
-
-def test_wrong_couplings(make):
-    for transform, options in (
-        (LSTM(), {"stateful": False, "inverted_cell": 1}),
-        (LSTM(), {"stateful": True, "inverted_cell": -1}),
-        (make.cell(4), {"stateful": True, "inverted_cell": 0}),
-    ):
-        with pytest.raises(StreamError, match=r"needs stateful=True, and a transform .* update=revgrad.update_cell"):
-            GatedCoupling(transform, **options)
-    model = Model(make, carries=1)
-    for layer in model.core:
-        layer.inverted_cell = 2
-    with pytest.raises(StreamError, match=r"layer 0 .*: inverted_cell=2, but the layer's own state has 2 tensor"):
-        model.unroll()
-
-
-def test_update_is_no_conditioning_argument(make):
-    model = Model(make)
-    assert not model.core.accepts("update")
-    with pytest.raises(StreamError, match="no layer of the chain takes an argument 'update'"):
-        model.core(*model.inputs[0], states=model.state, update=update_cell)
-
-
-def test_inverse_without_the_new_states(make):
-    model = Model(make)
-    y, new = model.core(*model.inputs[0], states=model.state)
-    with pytest.raises(StreamError, match=r"layer 2 .* only be recovered from the state after the step.* new_states="):
-        model.core.inverse(*y, states=model.state)
-    with pytest.raises(StreamError, match=r"undoing an inverted cell has no gradient: call it in torch.no_grad\(\)"):
-        model.core.inverse(*y, states=model.state, new_states=new)
-    with pytest.raises(StreamError, match=r"a coupling inside Inverse\(...\) is to be made without inverted_cell"):
-        unroll([Inverse(model.core[0])], model.inputs, ChainState(model.state.layers[:1]), arithmetic="exact")
