@@ -26,6 +26,8 @@ class Contender:
     package: str | None = None
     """Where it comes from; `build` raises where that cannot be imported."""
     ours: bool = False
+    measures: bool = False
+    """Whether its first forward pass of a stack measures what layers take, and is longer for that."""
 
     @property
     def reversible(self) -> bool:
@@ -83,11 +85,18 @@ def by_revlib(stack: Stack) -> Model:
     return revlib.ReversibleSequential(*stack.transforms, split_dim=stack.dim)
 
 
-def by_revgrad(stack: Stack, arithmetic: str, mode: str = "reversible") -> Model:
+def by_revgrad(stack: Stack, arithmetic: str, mode: str = "reversible", memory_budget: str | None = None) -> Model:
     """One `ReversibleSequential` of this library."""
     couplings = [AdditiveCoupling(t, source=1 - i % 2, target=i % 2) for i, t in enumerate(stack.transforms)]
     ends = Split(2, stack.dim), Concatenate(2, stack.dim)
-    return ReversibleSequential(ends[0], *couplings, ends[1], mode=mode, arithmetic=arithmetic)  # type: ignore[arg-type]
+    return ReversibleSequential(
+        ends[0],
+        *couplings,
+        ends[1],
+        mode=mode,  # type: ignore[arg-type]
+        arithmetic=arithmetic,  # type: ignore[arg-type]
+        memory_budget=memory_budget,
+    )
 
 
 def _run(blocks: list[Block], a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
@@ -101,6 +110,12 @@ def _joined(stack: Stack, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 STORED = Contender("stored autograd", stored)
+FREE = Contender(
+    "revgrad float, free budget",
+    partial(by_revgrad, arithmetic="float", memory_budget="free"),
+    ours=True,
+    measures=True,
+)
 EXACT = Contender("revgrad exact", partial(by_revgrad, arithmetic="exact"), ours=True)
 CONTENDERS = (
     STORED,
@@ -110,5 +125,6 @@ CONTENDERS = (
     Contender("RevTorch", by_revtorch, "revtorch"),
     Contender("revlib", by_revlib, "revlib"),
     Contender("revgrad float", partial(by_revgrad, arithmetic="float"), ours=True),
+    FREE,
     EXACT,
 )

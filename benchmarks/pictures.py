@@ -25,7 +25,7 @@ _PALETTE = (
     "#0f766e",
     "#111827",
 )
-_ENGINES = ("#8a8a99", "#d95f02", "#b8860b", "#7570b3", "#e7298a", "#66a61e", "#2563cd", "#111827")
+_ENGINES = ("#8a8a99", "#d95f02", "#b8860b", "#7570b3", "#e7298a", "#66a61e", "#2563cd", "#60a5fa", "#111827")
 _TEXT, _GRID = "#3c3c46", "#e4e4ea"
 
 Rows = Sequence[Mapping[str, Any]]

@@ -8,20 +8,23 @@ import heapq
 import math
 import re
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import replace
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Literal, NamedTuple
 
 import torch
 
 from revgrad.chain import ChainState, run_chain
-from revgrad.cost import ChainCost, Run, Storages, measure, runs_of
+from revgrad.cost import ChainCost, Run, Storages, measure, runs_of, union
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
 from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import untraced
+
+Budget = int | Literal["free"]
 
 _UNITS = {
     "B": 1,
@@ -48,21 +51,43 @@ def parse_bytes(size: int | str) -> int:
     )
 
 
-def choose_stored(cost: ChainCost, budget: int, anchor_every: int | None = None) -> tuple[bool, ...]:
+def parse_budget(budget: int | str) -> Budget:
+    """A number of bytes as `parse_bytes` reads it, or `free`.
+
+    Raises:
+        StreamError: It is neither.
+    """
+    if budget == "free":
+        return "free"
+    try:
+        return parse_bytes(budget)
+    except StreamError as error:
+        raise StreamError(f"{error}; or 'free', for what leaves the peak where it is") from None
+
+
+def choose_stored(cost: ChainCost, budget: Budget, anchor_every: int | None = None) -> tuple[bool, ...]:
     """Which layers to store: again and again the one that saves most recomputation per byte, as long as it fits.
+
+    Where no layer in front of them saves more per byte, those at the end come first, as long as together they take no
+    more than the largest one in front of them: they have been freed when that one is reversed, and the peak stays
+    where it is.
 
     Args:
         cost: Of the chain.
-        budget: Bytes that stored layers may take beyond what the reversed chain keeps.
+        budget: Bytes that stored layers may take beyond what the reversed chain keeps; `free` for those layers alone
+            that leave the peak where it is.
         anchor_every: See `ReversibleSequential`.
 
     Returns:
-        Per layer, whether it is stored. Of equals the last ones are: they have been freed when the layers in front of
-        them are reversed.
+        Per layer, whether it is stored. Of equals the last ones are.
     """
     cut = _Cut(cost, anchor_every)
-    limit = cut.kept + budget
-    queue = [(-cut.worth(unit), -unit) for unit in range(len(cut.units))]
+    limit = math.inf if budget == "free" else cut.kept + budget
+    for unit, is_best in cut.free_at_the_peak():
+        if cut.kept + cut.extra_bytes(unit) > limit or not (is_best or budget == "free"):
+            break
+        cut.store(unit)
+    queue = [] if budget == "free" else [(-cut.worth(unit), -unit) for unit in range(len(cut.units))]
     heapq.heapify(queue)
     while queue:
         unit = -heapq.heappop(queue)[1]
@@ -99,6 +124,21 @@ class _Cut:
         self._holders: Counter[Hashable] = Counter()
         self._hold(cost.returned, 1)
         self._hold(self._reversed(0, len(self.units)), 1)
+
+    def free_at_the_peak(self) -> Iterator[tuple[int, bool]]:
+        """Units from the last one on that together save no more than the largest one in front of them; and whether none
+        in front saves more recomputation per byte of its own.
+        """
+        saved = [union(layer.saved for layer in self._cost.layers[u.first : u.last]) for u in self.units]
+        sizes = [sum(storages.values()) for storages in saved]
+        rates = [unit.value / max(1, size) for unit, size in zip(self.units, sizes, strict=True)]
+        largest, best = list(accumulate(sizes, max)), list(accumulate(rates, max))
+        together: Storages = {}
+        for unit in reversed(range(1, len(self.units))):
+            together |= saved[unit]
+            if sum(together.values()) > largest[unit - 1]:
+                return
+            yield unit, rates[unit] >= best[unit - 1]
 
     def worth(self, unit: int) -> float:
         """Recomputation saved per byte."""
@@ -196,7 +236,7 @@ def run_cut(
 
 @untraced
 def stored_layers(
-    program: Program, streams: Streams, state: ChainState, budget: int, known: dict[Hashable, tuple[bool, ...]]
+    program: Program, streams: Streams, state: ChainState, budget: Budget, known: dict[Hashable, tuple[bool, ...]]
 ) -> tuple[bool, ...]:
     """Which layers of a program's core a budget stores. What has been decided is looked up in `known`."""
     key = (budget, _signature(program, streams, state))

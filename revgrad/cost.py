@@ -89,7 +89,7 @@ class ChainCost:
         for layer, streams, reservoirs in zip(self.layers, self.streams, self.reservoirs, strict=False):
             if layer.saved:
                 found += [_storages(streams), layer.read, reservoirs]
-        return _total(found)
+        return sum(union(found).values())
 
     def run_storages(self, run: Run, anchor_every: int | None = None) -> Storages:
         """What one run keeps alive."""
@@ -283,8 +283,9 @@ def _storages(streams: Iterable[Stream]) -> Storages:
     return {stream.storage: stream.storage_bytes for stream in streams}
 
 
-def _total(parts: Iterable[Storages]) -> int:
-    union: Storages = {}
+def union(parts: Iterable[Storages]) -> Storages:
+    """Every storage once."""
+    found: Storages = {}
     for part in parts:
-        union |= part
-    return sum(union.values())
+        found |= part
+    return found

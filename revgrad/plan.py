@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from revgrad.budget import choose_stored, parse_bytes
+from revgrad.budget import choose_stored, parse_budget
 from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
@@ -132,7 +132,7 @@ def plan(
         _way(
             f"budget {size if isinstance(size, str) else _bytes(size)}",
             cost,
-            choose_stored(cost, parse_bytes(size), own.anchor_every),
+            choose_stored(cost, parse_budget(size), own.anchor_every),
             own.anchor_every,
         )
         for size in budgets

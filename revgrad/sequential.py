@@ -7,7 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from revgrad.budget import parse_bytes, run_cut, stored_layers
+from revgrad.budget import Budget, parse_budget, run_cut, stored_layers
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
 from revgrad.conditioning import bind
@@ -51,8 +51,10 @@ class ReversibleSequential(ReversibleLayer):
             that an error names the first layer whose input cannot be recovered: always, or in so many first passes.
         memory_budget: In reversible mode, bytes (a number, or a text such as `2 GiB`) that may be spent on speed: as
             many layers as fit are stored, which are not evaluated again in backward. They count on top of what the
-            chain keeps anyway: its output, states, residue, and the graph of the layer at hand. What layers take is
-            measured by one forward pass more for every new shape of the input.
+            chain keeps anyway: its output, states, residue, and the graph of the layer at hand. `free` stores those at
+            the end that leave the peak where it is: they take no more than the graph of a layer in front of them, and
+            have been freed when that one is evaluated again. What layers take is measured by one forward pass more for
+            every new shape of the input.
         offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
             where the chain runs on CUDA. Elsewhere nothing changes.
 
@@ -276,8 +278,8 @@ class ReversibleSequential(ReversibleLayer):
             offload=self.offload,
         )
 
-    def _budget(self) -> int:
-        return 0 if self.memory_budget is None else parse_bytes(self.memory_budget)
+    def _budget(self) -> Budget:
+        return 0 if self.memory_budget is None else parse_budget(self.memory_budget)
 
     def _is_guarded(self) -> bool:
         """Whether this pass is among those that the drift guard watches."""
