@@ -4,11 +4,12 @@ They are most of the work of batch normalisation on a CPU, and two numbers per c
 output, bit for bit.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -38,25 +39,31 @@ def reusable(layer: ReversibleLayer, modules: Iterable[nn.Module]) -> list[nn.Mo
 
 def keeping(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around the first evaluation: put the statistics of these modules there."""
-    return _as(_KEEPING, norms, kept)
+    return _As(_KEEPING, norms, kept)
 
 
 def reusing(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around another evaluation: take them from there."""
-    return _as(_REUSING, norms, kept)
+    return _As(_REUSING, norms, kept)
 
 
-@contextmanager
-def _as(classes: dict[type, type], norms: list[nn.Module], kept: Kept) -> Iterator[None]:
+class _As(AbstractContextManager[None]):
+    """Around an evaluation: modules are of other classes."""
+
     # Classes, and not functions made for each time: code that torch.compile has made looks at them.
-    usual = [type(module) for module in norms]
-    for module, kind in zip(norms, usual, strict=True):
-        object.__setattr__(module, "__class__", classes[kind])  # that of modules takes ten times as long
-        module.__dict__["_kept"] = kept
-    try:
-        yield
-    finally:
-        for module, kind in zip(norms, usual, strict=True):
+    def __init__(self, classes: dict[type, type], norms: list[nn.Module], kept: Kept) -> None:
+        self._classes = classes
+        self._norms = norms
+        self._kept = kept
+
+    def __enter__(self) -> None:
+        self._usual = [type(module) for module in self._norms]
+        for module, kind in zip(self._norms, self._usual, strict=True):
+            object.__setattr__(module, "__class__", self._classes[kind])  # that of modules takes ten times as long
+            module.__dict__["_kept"] = self._kept
+
+    def __exit__(self, *rest: object) -> None:
+        for module, kind in zip(self._norms, self._usual, strict=True):
             object.__setattr__(module, "__class__", kind)
             del module.__dict__["_kept"]
 
@@ -95,7 +102,9 @@ class _Reusing(_BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         statistics = None if torch.compiler.is_compiling() else self._kept.get(self)
         if statistics is None:
-            return super().forward(x)
+            self._check_input_dim(x)
+            # Without the running statistics, which have moved already, and do not count in train mode.
+            return F.batch_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
         return _Normalise.apply(x, self.weight, self.bias, *statistics, self.eps)
 
 

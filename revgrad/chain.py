@@ -283,13 +283,13 @@ def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
     """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the
     sum of squares.
 
-    Computed on pieces of fixed size, so that checking a large stream takes little memory. Equal streams give equal
-    fingerprints, bit for bit.
+    Computed on pieces of fixed size, so that checking a large stream takes little memory.
 
     Args:
         streams: The streams.
-        precise: Whether every bit shall count: in float64. Otherwise sums within a piece are in float32 (but for
-            float64), which takes a third of the time; from magnitudes of 1e16 on they overflow.
+        precise: Whether every bit shall count: in float64, and equal streams give equal fingerprints, bit for bit.
+            Otherwise sums within a piece are in float32 (but for float64), which takes a third of the time; from
+            magnitudes of 1e16 on they overflow.
     """
     return torch.cat([_fingerprint(x.detach(), precise) for x in streams])
 
@@ -297,14 +297,16 @@ def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
 def _fingerprint(x: Tensor, precise: bool) -> Tensor:
     flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
     dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
-    # Always read from the same buffer: a view may be unaligned, and the sum then in another order.
-    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype)
+    # Where every bit counts, always read from the same buffer: a view may be unaligned, and the sum then in another
+    # order.
+    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype) if precise or flat.dtype != dtype else None
     weights = _weights(x.device, dtype)
     sums = []
-    for piece in flat.split(_PIECE):
-        if len(piece) < _PIECE:
-            buffer, weights = buffer[: len(piece)], weights[: len(piece)]
-        values = buffer.copy_(piece)
+    for values in flat.split(_PIECE):
+        if len(values) < _PIECE:
+            weights = weights[: len(values)]
+        if buffer is not None:
+            values = buffer[: len(values)].copy_(values)
         sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
     weighted, plain, squares = torch.stack(sums).view(-1, 3).double().sum(0).unbind()
     return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])

@@ -300,7 +300,7 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     seen.update(nodes)
     while nodes:
         node = nodes.pop()
-        variable = getattr(node, "variable", None)
+        variable = node.variable if isinstance(node, _AccumulateGrad) else None
         if variable is not None and id(variable) not in expected:
             raise ReversibilityError(
                 f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
@@ -313,6 +313,8 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
                 seen.add(following)
                 nodes.append(following)
 
+
+_AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 Run = Callable[[Streams, Step], Streams]
 RunLogDet = Callable[[Streams, Step], tuple[Streams, Tensor | None]]

@@ -6,6 +6,7 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +43,10 @@ class Scope:
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
         self.measured: list[nn.Module] = []
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
+        self.moving = self.norms
+        """The other ones."""
+        self.is_evaluated = True
+        """Whether a rewind evaluates anything again."""
         self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
         """Which parameters there are, each once."""
 
@@ -72,8 +77,10 @@ class Snapshot:
                     slots_of[module] = self._slots(module)
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots)
+            scope.is_evaluated = layer.evaluations_in_rewind > 0
             if scope.norms:
                 scope.measured = reusable(layer, scope.norms)
+                scope.moving = [m for m in scope.norms if m not in scope.measured]
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         self.slots, self.modules = self._everything.slots, self._everything.modules
@@ -103,21 +110,15 @@ class Snapshot:
             self.parameters.append(parameter)
         return index
 
-    @contextmanager
-    def recording(self, application: int, device: torch.device) -> Iterator[None]:
+    def recording(self, application: int, device: torch.device) -> AbstractContextManager[None]:
         """Around the first evaluation: keep the random state it started from, if it drew anything, and statistics."""
-        # Nothing is drawn between one evaluation and the next.
-        before = self._random_state or _random_states(device)
-        measured = self._by_position[application % len(self._by_position)].measured
-        if measured:
-            kept = self._statistics[application] = {}
-            with keeping(measured, kept):
-                yield
-        else:
-            yield
-        self._random_state = _random_states(device)
-        if not all(map(torch.equal, before.values(), self._random_state.values())):
-            self._random_states[application] = before
+        scope = self._by_position[application % len(self._by_position)]
+        if not scope.is_evaluated:
+            return nullcontext()
+        if not scope.measured:
+            return _Recording(self, application, device, None)
+        kept = self._statistics[application] = {}
+        return _Recording(self, application, device, keeping(scope.measured, kept))
 
     def drawing(self) -> list[int]:
         """The applications that have drawn random numbers."""
@@ -138,10 +139,9 @@ class Snapshot:
                     "another value: put it in eval mode, or choose mode='stored'"
                 )
 
-    @contextmanager
     def standing_in(
         self, parameters: Sequence[Tensor], layer: ReversibleLayer | None = None, application: int | None = None
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Around a second evaluation: parameters, modes and statistics as in the forward pass; restored afterwards.
 
         Args:
@@ -154,30 +154,10 @@ class Snapshot:
             ReversibilityError: A module has put a tensor with a graph aside, in an attribute.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
-        kept = self._statistics.get(application) if application is not None else None
-        before = [holder[name] for holder, name, _ in scope.slots]
-        modes = zip(scope.modules, scope.training, strict=True)
-        switched = [(module, module.training) for module, training in modes if module.training != training]
-        # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
-        caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
-        try:
-            for holder, name, i in scope.slots:
-                holder[name] = parameters[i]
-            for module, now in switched:
-                module.training = not now
-            first_node = torch._C._autograd._get_sequence_nr()
-            with (
-                _frozen(scope.norms) if scope.norms else nullcontext(),
-                nullcontext() if kept is None else reusing(scope.measured, kept),
-            ):
-                yield
-            _check_attributes(scope.modules, first_node)
-        finally:
-            parametrize._cache_enabled = caching
-            for (holder, name, _), parameter in zip(scope.slots, before, strict=True):
-                holder[name] = parameter
-            for module, now in switched:
-                module.training = now
+        if not scope.is_evaluated:
+            return nullcontext()
+        kept = None if application is None else self._statistics.get(application)
+        return _StandingIn(scope, parameters, kept)
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
@@ -196,6 +176,78 @@ class Snapshot:
             if enabled or torch.is_autocast_enabled(kind)
         ]
         return _replaying(autocast, states) if autocast or states else nullcontext()
+
+
+# Classes, since contexts written as generators take several times as long, of which a half-step of small tensors
+# consists.
+
+
+class _Recording(AbstractContextManager[None]):
+    """See `Snapshot.recording`."""
+
+    __slots__ = ("_application", "_before", "_device", "_norms", "_snapshot")
+
+    def __init__(
+        self, snapshot: Snapshot, application: int, device: torch.device, norms: AbstractContextManager[None] | None
+    ) -> None:
+        self._snapshot = snapshot
+        self._application = application
+        self._device = device
+        self._norms = norms
+
+    def __enter__(self) -> None:
+        # Nothing is drawn between one evaluation and the next.
+        self._before = self._snapshot._random_state or _random_states(self._device)
+        if self._norms is not None:
+            self._norms.__enter__()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if self._norms is not None:
+            self._norms.__exit__(None, None, None)
+        if kind is None:
+            now = self._snapshot._random_state = _random_states(self._device)
+            if not all(map(torch.equal, self._before.values(), now.values())):
+                self._snapshot._random_states[self._application] = self._before
+
+
+class _StandingIn(AbstractContextManager[None]):
+    """See `Snapshot.standing_in`."""
+
+    __slots__ = ("_before", "_caching", "_first_node", "_norms", "_parameters", "_scope", "_switched")
+
+    def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
+        self._scope = scope
+        self._parameters = parameters
+        moving = scope.norms if kept is None else scope.moving
+        self._norms: list[AbstractContextManager[None]] = [_frozen(moving)] if moving else []
+        if kept is not None:
+            self._norms.append(reusing(scope.measured, kept))
+
+    def __enter__(self) -> None:
+        scope = self._scope
+        self._before = [holder[name] for holder, name, _ in scope.slots]
+        modes = zip(scope.modules, scope.training, strict=True)
+        self._switched = [(module, module.training) for module, training in modes if module.training != training]
+        # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
+        self._caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        for holder, name, i in scope.slots:
+            holder[name] = self._parameters[i]
+        for module, now in self._switched:
+            module.training = not now
+        for context in self._norms:
+            context.__enter__()
+        self._first_node = torch._C._autograd._get_sequence_nr()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        for context in reversed(self._norms):
+            context.__exit__(None, None, None)
+        parametrize._cache_enabled = self._caching
+        for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
+            holder[name] = parameter
+        for module, now in self._switched:
+            module.training = now
+        if kind is None:
+            _check_attributes(self._scope.modules, self._first_node)
 
 
 class _Anew(AbstractContextManager[None]):
@@ -262,9 +314,12 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
     would give no gradient.
     """
     for module in modules:
-        for name, value in module.__dict__.items():
-            # In this order: nearly all attributes are those of every module, or plain values.
-            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+        attributes = module.__dict__
+        # Where those of every module come first they are skipped: they are the most.
+        first = len(_OF_MODULE) if next(iter(attributes)) == _FIRST_OF_MODULE else 0
+        for name, value in islice(attributes.items(), first, None):
+            # In this order: nearly all others are plain values.
+            if type(value) in _PLAIN or name in _OF_MODULE or not isinstance(value, _HOLDERS):
                 continue
             kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
             for x in kept:
@@ -282,8 +337,9 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
 _HOLDERS = (Tensor, list, tuple, dict)
-_OF_MODULE = frozenset(nn.Module().__dict__)
+_OF_MODULE = tuple(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
+_FIRST_OF_MODULE = _OF_MODULE[0]
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
