@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, StreamError, Swap, plan
-from revgrad.budget import choose_stored, parse_bytes, run_cut
+from revgrad.budget import choose_stored, parse_budget, parse_bytes, run_cut
 from revgrad.chain import stateless
 from revgrad.cost import ChainCost, LayerCost, Stream, measure
 from tests.revgrad.test_cost import CHAINS
@@ -53,8 +53,15 @@ def test_nonsense_sizes(size):
         parse_bytes(size)
 
 
+def test_free_is_a_budget_but_no_number_of_bytes():
+    assert parse_budget("free") == "free"
+    assert parse_budget("2 KiB") == 2048
+    with pytest.raises(StreamError, match="got 'free'"):
+        parse_bytes("free")
+
+
 def test_wrong_options(make):
-    with pytest.raises(StreamError, match="got 'lots'"):
+    with pytest.raises(StreamError, match=r"got 'lots'.*; or 'free'"):
         make.chain("additive", 2, memory_budget="lots")
     for mode in ("stored", "checkpoint"):
         with pytest.raises(StreamError, match=f"it goes with mode='reversible', not '{mode}'"):
@@ -120,6 +127,27 @@ def test_the_budget_is_kept(layers, budget, anchor_every):
     chosen = choose_stored(cost, budget, anchor_every)
     assert len(chosen) == len(layers)
     assert cost.kept(chosen, anchor_every) <= nothing + budget
+
+
+@pytest.mark.parametrize(
+    ("saved", "expected"),
+    [
+        ([3, 3, 3, 3, 3], "rrrrs"),
+        ([9, 3, 3, 3, 3], "rrsss"),
+        ([3, 3, 7, 2, 2], "rrrss"),
+        ([3, 3, 3, 3, 4], "rrrrr"),
+        ([5], "r"),
+    ],
+)
+def test_free_are_the_last_ones_that_save_no_more_than_one_in_front(saved, expected):
+    cost = uniform(len(saved), saved=lambda i: 1000 * saved[i])
+    assert drawn(choose_stored(cost, "free")) == expected
+
+
+def test_within_a_budget_they_come_first_where_none_in_front_saves_more_per_byte():
+    """The first one takes less, since the caller holds its input, but stays until the end."""
+    assert drawn(choose_stored(uniform(5, saved=lambda i: 3000 + 1000 * (i > 0)), 6000)) == "srrrr"
+    assert drawn(choose_stored(uniform(5), 6000)) == "rrrrs"
 
 
 def test_long_chains_are_planned_in_time():
@@ -301,6 +329,31 @@ def test_memory_is_what_was_promised(make, check):
     sizes = list(held.values())
     assert sizes == sorted(sizes)
     assert len(set(sizes)) >= 5
+
+
+@pytest.mark.parametrize(
+    ("kind", "arithmetic", "slack"),
+    # A gated merge keeps its target where it is stored, an exact one its target and message.
+    [("additive", "float", 0), ("affine", "float", 0), ("gated", "float", 8), ("additive", "exact", STREAM)],
+)
+def test_free_layers_leave_the_peak_where_it_is(make, check, kind, arithmetic, slack):
+    peak, calls, gradients = {}, {}, {}
+    for budget in (None, "free"):
+        torch.manual_seed(0)
+        model, x = make.chain(kind, 6, WIDTH, arithmetic=arithmetic, memory_budget=budget), make.streams(BATCH, WIDTH)
+        for leaf in (*model.parameters(), *x):
+            leaf.grad = torch.zeros_like(leaf)
+        model(*x)  # measures
+        before = [layer.transform.calls for layer in model]
+        gc.collect()
+        with LiveMemory() as memory:
+            check.loss(model(*x)).backward()
+        peak[budget] = memory.peak
+        calls[budget] = [layer.transform.calls - n for layer, n in zip(model, before, strict=True)]
+        gradients[budget] = {name: p.grad for name, p in model.named_parameters()}
+    assert calls == {None: [2] * 6, "free": [2] * 5 + [1]}
+    assert peak["free"] <= peak[None] + slack
+    check.same(gradients["free"], gradients[None], rtol=0 if arithmetic == "exact" else 1e-4)
 
 
 def test_stored_layers_are_evaluated_once(make, check):

@@ -28,7 +28,7 @@ def test_bytes_agree_with_a_real_run(make, name):
     assert found.checkpoint.kept_bytes == pytest.approx(held(model, x, "checkpoint"), rel=0.02)
     assert found.reversible.kept_bytes == pytest.approx(held(model, x, "reversible"), rel=0.02)
     room = found.stored.kept_bytes - found.reversible.kept_bytes
-    for budget in (room // 2, f"{room * 3 // 4} B"):
+    for budget in (room // 2, f"{room * 3 // 4} B", "free"):
         (way,) = plan(model, x, budgets=[budget]).budgeted
         assert way.kept_bytes == pytest.approx(held(model, x, "reversible", budget), rel=0.02)
         assert found.reversible.kept_bytes < way.kept_bytes <= found.reversible.kept_bytes + room * 3 // 4
