@@ -21,11 +21,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDS = {
     (CONVOLUTION, 4): 20,
-    (CONVOLUTION, 16): 4,
-    (CONVOLUTION, 64): 2,
-    (TRANSFORMER, 4): 5,
-    (TRANSFORMER, 12): 2,
-    (TRANSFORMER, 24): 2,
+    (CONVOLUTION, 16): 8,
+    (CONVOLUTION, 64): 4,
+    (TRANSFORMER, 4): 6,
+    (TRANSFORMER, 12): 4,
+    (TRANSFORMER, 24): 4,
 }
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33

@@ -279,7 +279,13 @@ def per_sample(x: Tensor) -> Tensor:
 
 def edge(x: Tensor) -> GradientEdge | None:
     """Where the gradient of a tensor goes, which does not keep its values alive; None where it goes nowhere."""
-    return get_gradient_edge(x) if x.requires_grad else None
+    if not x.requires_grad:
+        return None
+    node = x.grad_fn
+    # Only leaves and nodes written in Python need more than this, and it takes a while.
+    if node is None or isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(x)
+    return GradientEdge(node, x.output_nr)
 
 
 def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:

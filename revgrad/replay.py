@@ -6,6 +6,7 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -40,6 +41,8 @@ class Scope:
         self.slots = slots
         self.training = [m.training for m in modules]
         """Of each module, whether the forward pass was in train mode."""
+        self.attributes = [len(m.__dict__) if _keeps_nothing(m) else -1 for m in modules]
+        """How many a module has that puts nothing there by itself."""
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
         self.measured: list[nn.Module] = []
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
@@ -247,7 +250,7 @@ class _StandingIn(AbstractContextManager[None]):
         for module, now in self._switched:
             module.training = now
         if kind is None:
-            _check_attributes(self._scope.modules, self._first_node)
+            _check_attributes(self._scope, self._first_node)
 
 
 class _Anew(AbstractContextManager[None]):
@@ -307,14 +310,26 @@ def _is_read(module: nn.Module, buffer: Tensor) -> bool:
     return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
 
 
-def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
+def _keeps_nothing(module: nn.Module) -> bool:
+    """Whether a module is one of PyTorch's or ours, without hooks: its call puts nothing into its attributes."""
+    return _is_known(type(module)) and not (module._forward_hooks or module._forward_pre_hooks)
+
+
+@cache
+def _is_known(kind: type) -> bool:
+    return kind.__module__.startswith(("torch.nn.modules.", "revgrad."))
+
+
+def _check_attributes(scope: Scope, first_node: int) -> None:
     """Raise if a module holds a tensor with a graph that is as new as this node.
 
     What an evaluation puts aside it has put aside in the forward pass as well, without a graph: a loss made of it
     would give no gradient.
     """
-    for module in modules:
+    for module, count in zip(scope.modules, scope.attributes, strict=True):
         attributes = module.__dict__
+        if len(attributes) == count:
+            continue
         # Where those of every module come first they are skipped: they are the most.
         first = len(_OF_MODULE) if next(iter(attributes)) == _FIRST_OF_MODULE else 0
         for name, value in islice(attributes.items(), first, None):

@@ -122,6 +122,30 @@ def test_side_loss_is_not_lost_in_silence(make, how):
         sum(y.sum() for y in outputs).backward()
 
 
+@pytest.mark.parametrize("how", ["hook", "parent"])
+def test_side_loss_on_a_module_of_pytorch(make, how):
+    """Such modules keep nothing by themselves, but others may put something there."""
+
+    class Parent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+            if how == "hook":
+                self.inner.register_forward_hook(lambda module, x, y: setattr(module, "aux", y.square().mean()))
+
+        def forward(self, x):
+            y = self.inner(x)
+            if how == "parent":
+                self.inner.aux = y.square().mean()
+            return y
+
+    chain = ReversibleSequential(AdditiveCoupling(Parent()))
+    for _ in range(2 if how == "hook" else 1):
+        outputs = chain(*make.streams())
+        with pytest.raises(ReversibilityError, match=r"Linear keeps a tensor of shape \(\) .* 'aux'.*x.detach"):
+            sum(y.sum() for y in outputs).backward()
+
+
 def test_detached_tensors_and_old_graphs_may_be_kept(make, check):
     chain = ReversibleSequential(AdditiveCoupling(Stashing("detached")))
     chain[0].transform.history = [torch.ones(2, requires_grad=True) * 2]
