@@ -6,7 +6,6 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cache
 from itertools import islice
 from typing import Any, NamedTuple
 
@@ -312,12 +311,8 @@ def _is_read(module: nn.Module, buffer: Tensor) -> bool:
 
 def _keeps_nothing(module: nn.Module) -> bool:
     """Whether a module is one of PyTorch's or ours, without hooks: its call puts nothing into its attributes."""
-    return _is_known(type(module)) and not (module._forward_hooks or module._forward_pre_hooks)
-
-
-@cache
-def _is_known(kind: type) -> bool:
-    return kind.__module__.startswith(("torch.nn.modules.", "revgrad."))
+    known = type(module).__module__.startswith(("torch.nn.modules.", "revgrad."))
+    return known and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 def _check_attributes(scope: Scope, first_node: int) -> None:
