@@ -55,13 +55,15 @@ def expanded(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     Raises:
         ValueError: One does not broadcast to it; names operator and argument.
     """
+    shape, found = x.shape, []
     for name, t in tensors.items():
-        if t.shape == x.shape:
-            continue
-        padded = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
-        if len(padded) != x.ndim or any(n not in (1, wanted) for n, wanted in zip(padded, x.shape, strict=True)):
-            raise ValueError(f"{operator}: {name} {tuple(t.shape)} does not broadcast to {tuple(x.shape)}")
-    return tuple(t if t.shape == x.shape else t.expand_as(x) for t in tensors.values())
+        if t.shape != shape:
+            padded = (1,) * (x.ndim - t.ndim) + tuple(t.shape)
+            if len(padded) != x.ndim or any(n not in (1, wanted) for n, wanted in zip(padded, shape, strict=True)):
+                raise ValueError(f"{operator}: {name} {tuple(t.shape)} does not broadcast to {tuple(shape)}")
+            t = t.expand_as(x)
+        found.append(t)
+    return tuple(found)
 
 
 @dataclass(frozen=True)
