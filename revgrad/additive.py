@@ -11,6 +11,8 @@ from revgrad.residue import Residue
 class AdditiveCoupling(Coupling):
     """`target' = target + message` (NICE, RevNet, i-RevNet; eq. 2 and 3)."""
 
+    vjp_reads_values = False
+
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Add the message."""
         return target + message[0]

@@ -70,6 +70,8 @@ class Coupling(ReversibleLayer):
 
     tensors_in_message = 1
     evaluations_in_rewind = 1
+    vjp_reads_values = True
+    """Whether in exact arithmetic the gradient of a merge depends on target and message, or on their dtypes alone."""
 
     def __init__(
         self,
@@ -345,15 +347,17 @@ class Coupling(ReversibleLayer):
 
 
 class _ExactUpdate(torch.autograd.Function):
-    """An exact merge (or unmerge) with a straight-through gradient, for stored autograd.
+    """An exact merge (or unmerge) with a straight-through gradient, for stored autograd; backward is the coupling's
+    `merge_vjp`.
 
-    Saves the target before the update and the message, all of one shape; backward is the coupling's `merge_vjp`.
+    Saves the target before the update and the message, all of one shape, if that reads them.
     """
 
     @staticmethod
     def forward(ctx: Any, coupling: Coupling, undo: bool, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
         ctx.coupling, ctx.undo = coupling, undo
-        ctx.save_for_backward(target, *message)
+        values = (target, *message)
+        ctx.save_for_backward(*(values if coupling.vjp_reads_values else (x.new_empty(0) for x in values)))
         return (coupling.unmerge_exact if undo else coupling.merge_exact)(residue, target, *message)
 
     @staticmethod

@@ -91,6 +91,8 @@ class HamiltonianStep(ReversibleSequential):
 class ReflectionCoupling(Coupling):
     """`target' = message - target`: its own inverse, exact like a sum; preserves volume."""
 
+    vjp_reads_values = False
+
     def merge(self, target: Tensor, *message: Tensor) -> Tensor:
         """Reflect at half the message."""
         return message[0] - target

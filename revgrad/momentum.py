@@ -36,6 +36,7 @@ class VelocityCoupling(Coupling):
     """
 
     forgets = True
+    vjp_reads_values = False
 
     def __init__(
         self,

@@ -17,6 +17,8 @@ from revgrad import (
     StreamError,
     snap,
 )
+from revgrad.hamiltonian import ReflectionCoupling
+from revgrad.momentum import VelocityCoupling
 from revgrad.residue import quantise_gate
 
 KINDS = ["additive", "affine", "gated"]
@@ -139,6 +141,20 @@ def test_coupling_of_a_user_gets_its_gradients_for_free(make, check, wrap):
     x = make.streams(2, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(chain, x)
     check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("kind", "streams"), [(AdditiveCoupling, 0), (VelocityCoupling, 0), (ReflectionCoupling, 0), (GatedCoupling, 3)]
+)
+def test_stored_exact_merges_keep_target_and_message_only_where_they_are_read(kind, streams):
+    message = [torch.randn(64, 4, requires_grad=True) for _ in range(2 if kind is GatedCoupling else 1)]
+    chain = ReversibleSequential(kind(Fixed(*message)), mode="stored", arithmetic="exact")
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        outputs = chain(torch.randn(64, 4), torch.randn(64, 4, requires_grad=True))
+    assert sum(saved) == streams * 64 * 4
+    grads = torch.autograd.grad(outputs[1], message, torch.ones(64, 4))
+    assert all(g.shape == (64, 4) for g in grads)
 
 
 def test_exact_gradient_passes_straight_through_the_rounding():
