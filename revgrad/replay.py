@@ -6,7 +6,6 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -40,8 +39,6 @@ class Scope:
         self.slots = slots
         self.training = [m.training for m in modules]
         """Of each module, whether the forward pass was in train mode."""
-        self.attributes = [len(m.__dict__) if _keeps_nothing(m) else -1 for m in modules]
-        """How many a module has that puts nothing there by itself."""
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
         self.measured: list[nn.Module] = []
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
@@ -180,8 +177,7 @@ class Snapshot:
         return _replaying(autocast, states) if autocast or states else nullcontext()
 
 
-# Classes, since contexts written as generators take several times as long, of which a half-step of small tensors
-# consists.
+# Classes: written as generators these contexts would take several times as long, and every half-step enters both.
 
 
 class _Recording(AbstractContextManager[None]):
@@ -249,7 +245,7 @@ class _StandingIn(AbstractContextManager[None]):
         for module, now in self._switched:
             module.training = now
         if kind is None:
-            _check_attributes(self._scope, self._first_node)
+            _check_attributes(self._scope.modules, self._first_node)
 
 
 class _Anew(AbstractContextManager[None]):
@@ -309,27 +305,16 @@ def _is_read(module: nn.Module, buffer: Tensor) -> bool:
     return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
 
 
-def _keeps_nothing(module: nn.Module) -> bool:
-    """Whether a module is one of PyTorch's or ours, without hooks: its call puts nothing into its attributes."""
-    known = type(module).__module__.startswith(("torch.nn.modules.", "revgrad."))
-    return known and not (module._forward_hooks or module._forward_pre_hooks)
-
-
-def _check_attributes(scope: Scope, first_node: int) -> None:
+def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
     """Raise if a module holds a tensor with a graph that is as new as this node.
 
     What an evaluation puts aside it has put aside in the forward pass as well, without a graph: a loss made of it
     would give no gradient.
     """
-    for module, count in zip(scope.modules, scope.attributes, strict=True):
-        attributes = module.__dict__
-        if len(attributes) == count:
-            continue
-        # Where those of every module come first they are skipped: they are the most.
-        first = len(_OF_MODULE) if next(iter(attributes)) == _FIRST_OF_MODULE else 0
-        for name, value in islice(attributes.items(), first, None):
-            # In this order: nearly all others are plain values.
-            if type(value) in _PLAIN or name in _OF_MODULE or not isinstance(value, _HOLDERS):
+    for module in modules:
+        for name, value in module.__dict__.items():
+            # In this order: nearly all attributes are those of every module, or plain values.
+            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
                 continue
             kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
             for x in kept:
@@ -347,9 +332,8 @@ def _check_attributes(scope: Scope, first_node: int) -> None:
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
 _HOLDERS = (Tensor, list, tuple, dict)
-_OF_MODULE = tuple(nn.Module().__dict__)
+_OF_MODULE = frozenset(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
-_FIRST_OF_MODULE = _OF_MODULE[0]
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
