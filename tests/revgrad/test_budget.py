@@ -333,7 +333,13 @@ def test_memory_is_what_was_promised(make, check):
 
 @pytest.mark.parametrize(
     ("kind", "arithmetic", "slack"),
-    [("additive", "float", 0), ("affine", "float", 0), ("gated", "float", 8), ("additive", "exact", 0)],
+    [
+        ("additive", "float", 0),
+        ("affine", "float", 0),
+        ("gated", "float", 8),
+        ("additive", "exact", 0),
+        ("gated", "exact", 0),
+    ],
 )
 def test_free_layers_leave_the_peak_where_it_is(make, check, kind, arithmetic, slack):
     peak, calls, gradients = {}, {}, {}
