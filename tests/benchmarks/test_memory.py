@@ -68,7 +68,7 @@ def test_peaks_are_the_same_every_time():
 
 def test_a_sample_takes_more_where_more_is_stored():
     marginal = {
-        variant: marginal_mb("stlstm", 1, (1, 1, 1), variant, steps=2)
+        variant: marginal_mb("stlstm", 1, (2, 2, 2), variant, steps=2)
         for variant in (Variant("reversible"), Variant("stored"))
     }
     assert 0 < 2 * marginal[Variant("reversible")] < marginal[Variant("stored")]
