@@ -21,6 +21,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
 from revgrad.program import Program
+from revgrad.replay import modules_of
 from revgrad.residue import Residue
 from revgrad.tracing import untraced
 
@@ -249,11 +250,12 @@ def _signature(program: Program, streams: Streams, state: ChainState) -> Hashabl
     """What the cost of a chain depends on: equal signatures, equal costs."""
     kind = streams[0].device.type
     tensors = (*streams, *state.tensors(), *program.conditioning())
+    modules = [module for layer in program.layers() for module in modules_of(layer)]
     return (
         tuple((x.shape, x.stride(), x.dtype, x.device, x.requires_grad) for x in tensors),
         tuple(link.name for link in program.core),
-        tuple(module.training for layer in program.layers() for module in layer.modules()),
-        tuple(parameter.requires_grad for layer in program.layers() for parameter in layer.parameters()),
+        tuple([module.training for module in modules]),
+        tuple([x.requires_grad for module in modules for x in module._parameters.values() if x is not None]),
         torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None,
         program.exact,
         program.anchor_every,

@@ -70,7 +70,7 @@ class Snapshot:
             if scope is not None:
                 self._by_position.append(scope)
                 continue
-            modules, slots = _modules(layer), []
+            modules, slots = modules_of(layer), []
             for module in modules:
                 if module not in slots_of:
                     slots_of[module] = self._slots(module)
@@ -274,7 +274,7 @@ def _replaying(autocast: list[torch.autocast], states: dict[torch.device, Tensor
         yield
 
 
-def _modules(root: nn.Module) -> list[nn.Module]:
+def modules_of(root: nn.Module) -> list[nn.Module]:
     """What `root.modules()` gives, without making up names; it is needed in every forward pass."""
     found: dict[nn.Module, None] = {}
     rest: list[nn.Module | None] = [root]
