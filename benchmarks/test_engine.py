@@ -20,12 +20,12 @@ from benchmarks.reporting import Report, Table, spread
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROUNDS = {
-    (CONVOLUTION, 4): 20,
+    (CONVOLUTION, 4): 16,
     (CONVOLUTION, 16): 8,
     (CONVOLUTION, 64): 4,
-    (TRANSFORMER, 4): 6,
+    (TRANSFORMER, 4): 5,
     (TRANSFORMER, 12): 4,
-    (TRANSFORMER, 24): 4,
+    (TRANSFORMER, 24): 3,
 }
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33
