@@ -73,6 +73,13 @@ class Coupling(ReversibleLayer):
     vjp_reads_values = True
     """Whether in exact arithmetic the gradient of a merge depends on target and message, or on their dtypes alone."""
 
+    def __init_subclass__(cls, **options: Any) -> None:
+        super().__init_subclass__(**options)
+        # A gradient of its own may read what the one it replaces does not.
+        own = vars(cls)
+        if ("merge_vjp" in own or "unmerge_vjp" in own) and "vjp_reads_values" not in own:
+            cls.vjp_reads_values = True
+
     def __init__(
         self,
         transform: nn.Module,

@@ -157,6 +157,20 @@ def test_stored_exact_merges_keep_target_and_message_only_where_they_are_read(ki
     assert all(g.shape == (64, 4) for g in grads)
 
 
+def test_a_gradient_of_ones_own_gets_the_values():
+    class Own(AdditiveCoupling):
+        def merge_vjp(self, grad, exact, target, *message):
+            return grad, grad * message[0]
+
+    chain = ReversibleSequential(Own(Fixed(torch.full((3, 4), 2.0, requires_grad=True))), arithmetic="exact")
+    x = torch.randn(3, 4, requires_grad=True), torch.randn(3, 4)
+    for mode in ("stored", "checkpoint"):
+        chain.mode = mode
+        message = chain[0].transform.message[0]
+        (grad,) = torch.autograd.grad(chain(*x)[1].sum(), message)
+        assert torch.equal(grad, torch.full((3, 4), 2.0))
+
+
 def test_exact_gradient_passes_straight_through_the_rounding():
     """It is the gradient of the unrounded formula with the gate that was used."""
     x, a, h = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(3))
