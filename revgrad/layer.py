@@ -279,13 +279,7 @@ def per_sample(x: Tensor) -> Tensor:
 
 def edge(x: Tensor) -> GradientEdge | None:
     """Where the gradient of a tensor goes, which does not keep its values alive; None where it goes nowhere."""
-    if not x.requires_grad:
-        return None
-    node = x.grad_fn
-    # Only leaves and nodes written in Python need more than this, and it takes a while.
-    if node is None or isinstance(node, torch._C._FunctionBase):
-        return get_gradient_edge(x)
-    return GradientEdge(node, x.output_nr)
+    return get_gradient_edge(x) if x.requires_grad else None
 
 
 def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
@@ -306,7 +300,7 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     seen.update(nodes)
     while nodes:
         node = nodes.pop()
-        variable = node.variable if isinstance(node, _AccumulateGrad) else None
+        variable = getattr(node, "variable", None)
         if variable is not None and id(variable) not in expected:
             raise ReversibilityError(
                 f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
@@ -319,8 +313,6 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
                 seen.add(following)
                 nodes.append(following)
 
-
-_AccumulateGrad: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]
 
 Run = Callable[[Streams, Step], Streams]
 RunLogDet = Callable[[Streams, Step], tuple[Streams, Tensor | None]]

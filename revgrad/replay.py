@@ -32,19 +32,25 @@ _CPU = torch.device("cpu")
 
 
 class Scope:
-    """The modules of one layer, or of several, each of them once."""
+    """The modules of one layer, or of several, each of them once.
 
-    def __init__(self, modules: list[nn.Module], slots: list[Slot]) -> None:
+    Args:
+        modules: The modules.
+        slots: Their parameters and buffers.
+        layer: The only layer, where there is one.
+    """
+
+    def __init__(self, modules: list[nn.Module], slots: list[Slot], layer: ReversibleLayer | None = None) -> None:
         self.modules = modules
         self.slots = slots
         self.training = [m.training for m in modules]
         """Of each module, whether the forward pass was in train mode."""
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
-        self.measured: list[nn.Module] = []
+        self.measured = reusable(layer, self.norms) if layer is not None and self.norms else []
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
-        self.moving = self.norms
+        self.moving = [m for m in self.norms if m not in self.measured]
         """The other ones."""
-        self.is_evaluated = True
+        self.is_evaluated = layer is None or layer.evaluations_in_rewind > 0
         """Whether a rewind evaluates anything again."""
         self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
         """Which parameters there are, each once."""
@@ -75,11 +81,7 @@ class Snapshot:
                 if module not in slots_of:
                     slots_of[module] = self._slots(module)
                 slots += slots_of[module]
-            scope = self._scopes[id(layer)] = Scope(modules, slots)
-            scope.is_evaluated = layer.evaluations_in_rewind > 0
-            if scope.norms:
-                scope.measured = reusable(layer, scope.norms)
-                scope.moving = [m for m in scope.norms if m not in scope.measured]
+            scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         self.slots, self.modules = self._everything.slots, self._everything.modules
@@ -114,10 +116,11 @@ class Snapshot:
         scope = self._by_position[application % len(self._by_position)]
         if not scope.is_evaluated:
             return nullcontext()
-        if not scope.measured:
-            return _Recording(self, application, device, None)
-        kept = self._statistics[application] = {}
-        return _Recording(self, application, device, keeping(scope.measured, kept))
+        norms = None
+        if scope.measured:
+            kept = self._statistics[application] = {}
+            norms = keeping(scope.measured, kept)
+        return _Recording(self, application, device, norms)
 
     def drawing(self) -> list[int]:
         """The applications that have drawn random numbers."""
