@@ -39,6 +39,7 @@ from revgrad.layer import (
     negated,
     per_sample,
 )
+from revgrad.layout import dense, laid_out
 from revgrad.residue import Residue
 
 Message = Tensor | tuple[Tensor, ...]
@@ -189,7 +190,7 @@ class Coupling(ReversibleLayer):
     def _update(self, streams: Streams, step: Step, *, undo: bool) -> tuple[Streams, Streams]:
         """The streams after `run` or `undo`, and the message."""
         self._check_streams(streams, step)
-        sources, target = tuple(_dense(streams[s]) for s in self._sources), streams[self.target]
+        sources, target = tuple(dense(streams[s]) for s in self._sources), streams[self.target]
         step.strides = tuple(x.stride() for x in sources)
         update, state = update_for(self.inverted_cell, step, step.state, known=undo)
         if undo and update is not None and torch.is_grad_enabled():
@@ -206,7 +207,7 @@ class Coupling(ReversibleLayer):
         streams, grads = flow.streams, flow.grads
         # A copy in the layout of the forward pass takes the stream's place: there are never both.
         for i, strides in zip(self._sources, step.strides or (), strict=step.strides is not None):
-            streams[i] = _laid_out(streams[i], strides)
+            streams[i] = laid_out(streams[i], strides)
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
         with torch.enable_grad(), step.replay():
@@ -390,21 +391,6 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
         return _NOTHING
     kind = x.device.type
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
-
-
-def _dense(x: Tensor) -> Tensor:
-    """A copy without gaps of a view with gaps (a chunk of channels): what a layout can be restored from."""
-    if x.is_contiguous():
-        return x
-    span = 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
-    return x if span == x.numel() else x.contiguous()
-
-
-def _laid_out(x: Tensor, strides: tuple[int, ...] | None) -> Tensor:
-    """The same values in another memory layout."""
-    if strides is None or x.stride() == strides:
-        return x
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype, device=x.device).copy_(x)
 
 
 def _replace(items: tuple, index: int, value: Any) -> tuple:
