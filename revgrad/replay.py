@@ -50,8 +50,8 @@ class Scope:
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
         self.moving = [m for m in self.norms if m not in self.measured]
         """The other ones."""
-        self.is_evaluated = layer is None or layer.evaluations_in_rewind > 0
-        """Whether a rewind evaluates anything again."""
+        self.is_replayed = layer is None or layer.evaluations_in_rewind > 0 or bool(slots)
+        """Whether a rewind evaluates anything again, or may read parameters or buffers."""
         self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
         """Which parameters there are, each once."""
 
@@ -114,7 +114,7 @@ class Snapshot:
     def recording(self, application: int, device: torch.device) -> AbstractContextManager[None]:
         """Around the first evaluation: keep the random state it started from, if it drew anything, and statistics."""
         scope = self._by_position[application % len(self._by_position)]
-        if not scope.is_evaluated:
+        if not scope.is_replayed:
             return nullcontext()
         norms = None
         if scope.measured:
@@ -156,7 +156,7 @@ class Snapshot:
             ReversibilityError: A module has put a tensor with a graph aside, in an attribute.
         """
         scope = self._everything if layer is None else self._scopes[id(layer)]
-        if not scope.is_evaluated:
+        if not scope.is_replayed:
             return nullcontext()
         kept = None if application is None else self._statistics.get(application)
         return _StandingIn(scope, parameters, kept)

@@ -9,6 +9,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
 from revgrad import AdditiveCoupling, GatedCoupling, ReversibleLayer, ReversibleSequential, unroll
+from revgrad.layer import Rewound
 from revgrad.replay import Snapshot
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -307,3 +308,35 @@ def test_buffers_that_are_only_read_are_fine(make, check):
 
     chain, x = ReversibleSequential(GatedCoupling(Shift())), make.streams()
     check.same(check.gradients(chain, x, "reversible"), check.gradients(chain, x, "stored"))
+
+
+# Layers that evaluate nothing
+
+
+class Factor(ReversibleLayer):
+    """Its rewind needs no evaluation, but reads a parameter."""
+
+    evaluations_in_rewind = 0
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(2.0))
+
+    def run(self, streams, step):
+        return tuple(x * self.factor for x in streams)
+
+    def undo(self, streams, step):
+        return tuple(x / self.factor for x in streams)
+
+    def rewind(self, flow, step, state_grads, wrt):
+        flow.streams[:] = [x.detach() for x in self.undo(tuple(flow.streams), step)]
+        with torch.enable_grad():
+            outputs = self.run(tuple(flow.streams), step)
+        grads = torch.autograd.grad(outputs, wrt, flow.grads)
+        flow.grads[:] = [g * self.factor.detach() for g in flow.grads]
+        return Rewound((), grads)
+
+
+def test_a_layer_that_evaluates_nothing_may_read_parameters(make, check):
+    chain, x = ReversibleSequential(Factor(), AdditiveCoupling(make.net(4))).double(), make.streams(dtype=torch.float64)
+    check.same(check.gradients(chain, x), check.gradients(chain, x, "stored"), rtol=1e-10)
