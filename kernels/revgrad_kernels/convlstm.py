@@ -30,6 +30,7 @@ from revgrad_kernels.recurrent import (
     biased,
     check_gates,
     gate_gradients,
+    gated,
     given,
     launch,
     load_activated,
@@ -86,7 +87,7 @@ def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | Non
 def _plain(gates: Tensor, cell: Tensor, peephole: Tensor) -> tuple[Tensor, Tensor]:
     *before, o = gates.unsafe_chunk(4, 1)
     new = updated(cell, *before)
-    return torch.sigmoid(o + peephole * new) * torch.tanh(new), new
+    return gated(o + peephole * new, new), new
 
 
 def _reference_backward(

@@ -18,7 +18,7 @@ from revgrad_kernels.backend import (
     triton,
 )
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tile, tuned
-from revgrad_kernels.recurrent import given, recompute, sigmoid, sigmoid_backward, tanh, tanh_backward
+from revgrad_kernels.recurrent import gated, given, recompute, sigmoid, sigmoid_backward, tanh, tanh_backward
 
 
 def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -41,7 +41,7 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         raise ValueError(f"hidden_output: shapes {', '.join(str(tuple(t.shape)) for t in tensors)} differ")
     if recurrent_cpu.takes(backend, *tensors):
         if update.numel() < recurrent_cpu.SMALL:
-            return _plain(output_gate if added is None else output_gate + added, update)
+            return gated(output_gate if added is None else output_gate + added, update)
         return _OnCPU.compute(*tensors)
     if fused(backend, *tensors):
         return _hidden_output(output_gate, update, added)
@@ -50,11 +50,7 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
 
 def _reference(gate: Tensor, update: Tensor) -> Tensor:
     wide = arithmetic_dtype(gate, update)
-    return _plain(converted(gate, wide), converted(update, wide))
-
-
-def _plain(gate: Tensor, update: Tensor) -> Tensor:
-    return torch.sigmoid(gate) * torch.tanh(update)
+    return gated(converted(gate, wide), converted(update, wide))
 
 
 def _reference_backward(gate: Tensor, update: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -80,9 +80,14 @@ def activated(i: Tensor, f: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def updated(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """The new cell state, from gates before activation."""
+    """The new cell state, from gates before activation and in their layout."""
     # Not by way of `activated`: each activation that is freed at once leaves its place in the cache to the next.
     return torch.sigmoid(f) * cell + torch.sigmoid(i) * torch.tanh(g)
+
+
+def gated(gate: Tensor, update: Tensor) -> Tensor:
+    """`sigmoid(gate) * tanh(update)`, in the layout of the update."""
+    return torch.tanh(update) * torch.sigmoid(gate)
 
 
 def gate_gradients(grad: Tensor, cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Iterable[Tensor]:

@@ -192,6 +192,31 @@ def test_kernels_save_their_inputs_only(function):
     assert [t.data_ptr() for t in saved] == [t.data_ptr() for t in tensors.values()]
 
 
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("optional", [False, True])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_with_and_without_gradients_bits_and_layout_are_the_same(function, optional, layout, backend):
+    tensors = inputs(function, (2, 3, 3, 5, 7), layout=layout, optional=optional)
+    copies = [t.clone() for t in tensors.values()]
+    expected, _ = results(function, tensors, backend=backend)
+    with torch.no_grad():
+        found = function(**tensors, backend=backend)
+    assert all(map(torch.equal, tensors.values(), copies))
+    for one, other in zip(found if isinstance(found, tuple) else (found,), expected, strict=True):
+        assert torch.equal(one, other)
+        assert one.stride() == other.stride()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("gradients", [False, True])
+def test_a_hidden_state_has_the_layout_of_the_update(gradients, dtype):
+    gate, update = inputs(hidden_output, (2, 3, 5, 7), dtype, optional=False).values()
+    update = update.contiguous(memory_format=torch.channels_last)
+    with torch.set_grad_enabled(gradients):
+        assert hidden_output(gate, update).stride() == update.stride()
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_nothing_is_changed_in_place_and_gradients_can_be_asked_for_twice(function, backend):
