@@ -213,18 +213,16 @@ def run_cut(
     program: Program, streams: Streams, state: ChainState, stored: tuple[bool, ...]
 ) -> tuple[Streams, ChainState]:
     """Run the core of a program for one time step, with these layers stored and the others reversed."""
-    runs = runs_of(stored)
     residue = Residue(keep=False) if program.exact else None
-    if runs[0].stored:
-        streams = program.enter(streams, residue)
     own: list[State] = []
     carry = state.carry
-    for first, last, is_stored in runs:
+    for first, last, is_stored in runs_of(stored):
         arguments = ((), program.arguments[1][first:last], ())
         part = replace(program, core=program.core[first:last], arguments=arguments, on_grid=first > 0)
         carries = any(layer.carries for _, layer in part.core)
         before = ChainState(state.layers[first:last], carry if carries else ())
-        if is_stored:
+        if is_stored or not part.wants_gradients([streams], before):
+            streams = part.enter(streams, residue)
             streams, after = run_chain(part.core, streams, before, residue, arguments=part.arguments[1])
         else:
             streams, after = run_reversible(part, [streams], before, stacked=False, residue=residue)

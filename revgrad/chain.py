@@ -230,7 +230,8 @@ def rewind_chain(
             step.arguments = arguments[i]
         if cells is not None:
             step.cell, cells[i] = cells[i], None
-        state_grads = (*into.states[i], *into.carry) if layer.stateful and into.states else ()
+        carried = into.carry if layer.carries else ()
+        state_grads = (*into.states[i], *carried) if layer.stateful and into.states else ()
         indices = [*indices_of(layer), *into.conditioning(step.arguments)]
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
@@ -240,9 +241,11 @@ def rewind_chain(
         into.add(indices, back.parameter_grads)
         if layer.stateful:
             cut = len(back.state_grads) - layer.carries
-            into.states[i], into.carry = back.state_grads[:cut], back.state_grads[cut:]
+            into.states[i] = back.state_grads[:cut]
+            if layer.carries:
+                into.carry = back.state_grads[cut:]
         # What a paused rewind still names would stay alive.
-        del read, step, state_grads, back
+        del read, step, carried, state_grads, back
         yield i
 
 

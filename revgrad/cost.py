@@ -14,9 +14,10 @@ from torch.utils.flop_counter import flop_registry
 from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
 from revgrad.function import uncached
-from revgrad.layer import NO_ARGUMENTS, Streams
-from revgrad.program import Program
-from revgrad.residue import Residue, snap
+from revgrad.layer import NO_ARGUMENTS, ReversibleLayer, Streams
+from revgrad.program import Program, put_on_grid
+from revgrad.replay import check_materialised
+from revgrad.residue import Residue
 
 Storages = dict[Hashable, int]
 """Bytes by storage: in a union each storage counts once."""
@@ -154,7 +155,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         weights = [x for m in modules for x in (*m._parameters.values(), *m._buffers.values()) if x is not None]
         ledger = _Ledger([*streams, *state.tensors(), *program.conditioning(), *weights])
         residue = Residue(keep=False) if program.exact else None
-        streams = tuple(map(snap, streams)) if program.exact else streams
+        streams = put_on_grid(streams) if program.exact else streams
         carry, layers = state.carry, []
         own_states: list[Tensor] = []
         places, reservoirs = [ledger.streams(streams)], [ledger.storages(_tensors(residue))]
@@ -253,11 +254,16 @@ class _Ledger:
 def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Modules get stand-ins for their parameters, copies of their buffers, and in the end their attributes back.
 
-    The stand-ins are fake under fake tensors: what is saved of a parameter is then known to be no new storage.
+    The stand-ins are fake under fake tensors: what is saved of a parameter is then known to be no new storage. Those of
+    a layer itself, which may set them by the first input that it sees, are copies.
     """
+    check_materialised(modules)
     before = [dict(vars(module)) for module in modules]
     parameters = {
-        p: p.detach().requires_grad_(p.requires_grad) for m in modules for p in m._parameters.values() if p is not None
+        p: (p.detach().clone() if isinstance(m, ReversibleLayer) else p.detach()).requires_grad_(p.requires_grad)
+        for m in modules
+        for p in m._parameters.values()
+        if p is not None
     }
     try:
         for module in modules:

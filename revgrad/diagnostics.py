@@ -10,10 +10,10 @@ from torch import Tensor
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState
 from revgrad.conditioning import bind
-from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
-from revgrad.program import Program
+from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams, is_differentiable
+from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
-from revgrad.residue import Residue, snap
+from revgrad.residue import Residue
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import Chain, chain_links, checked_state, is_exact
 
@@ -99,9 +99,10 @@ def check_invertible(
     exact = is_exact(chosen, links)
     streams: Streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
     if exact:
-        streams = tuple(snap(x) for x in streams)
+        streams = put_on_grid(streams)
     if tolerance is None:
-        tolerance = 0.0 if exact else {torch.float32: 1e-3, torch.float64: 1e-9}.get(streams[0].dtype, 5e-2)
+        coarsest = max(_TOLERANCE.get(x.dtype.to_real(), 5e-2) for x in streams if is_differentiable(x))
+        tolerance = 0.0 if exact else coarsest
     residue = Residue() if exact else None
     snapshot = Snapshot(layer for _, layer in links)
     state = Program((), links, (), (True,), exact).enter_state(checked_state(links, states))
@@ -145,6 +146,9 @@ def check_invertible(
                 errors.append(_error(found if step.cell is None else (*found, step.cell), expected))
             reports.append(LayerReport(name, errors[0], errors[1], bits[i]))
     return InvertibilityReport(tuple(reversed(reports)), exact, tolerance)
+
+
+_TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}
 
 
 def _error(found: Streams, true: Streams) -> float:

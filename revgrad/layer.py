@@ -106,6 +106,10 @@ class ReversibleLayer(nn.Module):
         """By name, the options of a chain that are not at their defaults; a layer has none."""
         return {}
 
+    def is_guarded(self) -> bool:
+        """Whether the drift guard of a chain watches the pass that begins, which is counted; a layer has none."""
+        return False
+
     def updates(self) -> int | None:
         """Index of the only stream that the layer changes; None where it may change any."""
         return None

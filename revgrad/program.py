@@ -127,11 +127,11 @@ class Program:
         return streams[: len(streams) - unread]
 
     def enter(self, streams: Streams, residue: Residue | None) -> Streams:
-        """Put a given input on the grid, where exact; integers (the edges of a graph) are exact as they are."""
+        """Put a given input on the grid, where exact."""
         if residue is None or self.on_grid:
             return streams
         _refuse_transforms()
-        streams = tuple(snap(x) if is_differentiable(x) else x for x in streams)
+        streams = put_on_grid(streams)
         for x in filter(is_differentiable, streams):
             residue.watch("the input", x)
         return streams
@@ -193,6 +193,11 @@ class Program:
         return run_chain(
             self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2), self.arguments[2]
         )[0]
+
+
+def put_on_grid(streams: Streams) -> Streams:
+    """Streams put on the grid of exact arithmetic; integers are exact as they are."""
+    return tuple(snap(x) if is_differentiable(x) else x for x in streams)
 
 
 def _refuse_transforms() -> None:

@@ -6,11 +6,13 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
@@ -77,6 +79,7 @@ class Snapshot:
                 self._by_position.append(scope)
                 continue
             modules, slots = modules_of(layer), []
+            check_materialised(modules)
             for module in modules:
                 if module not in slots_of:
                     slots_of[module] = self._slots(module)
@@ -290,6 +293,20 @@ def modules_of(root: nn.Module) -> list[nn.Module]:
     return list(found)
 
 
+def check_materialised(modules: Iterable[nn.Module]) -> None:
+    """Raise if a module makes its parameters only when it sees its first input: they could not be known before.
+
+    Raises:
+        ReversibilityError: Names the module.
+    """
+    for module in modules:
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ReversibilityError(
+                f"{type(module).__name__} has no parameters yet, it makes them for its first input: call the chain "
+                "once under torch.no_grad() before training it"
+            )
+
+
 @contextmanager
 def _frozen(norms: list[_NormBase]) -> Iterator[None]:
     # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
@@ -319,9 +336,8 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
             # In this order: nearly all attributes are those of every module, or plain values.
             if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
                 continue
-            kept = value.values() if isinstance(value, dict) else (value,) if isinstance(value, Tensor) else value
-            for x in kept:
-                if not isinstance(x, Tensor) or x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
+            for x in _tensors_in(value):
+                if x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
                     continue
                 # Hooks that compute a weight anew before every call (weight norm) leave it in an attribute.
                 if not module._forward_pre_hooks:
@@ -333,8 +349,21 @@ def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
                     )
 
 
+def _tensors_in(value: object) -> Iterator[Tensor]:
+    """The tensors in a value, or in lists, tuples, dictionaries and namespaces in it, as deep as they go."""
+    rest, seen = [value], set()
+    while rest:
+        x = rest.pop()
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, _HOLDERS) and id(x) not in seen:
+            seen.add(id(x))
+            inside = vars(x) if isinstance(x, SimpleNamespace) else x
+            rest += inside.values() if isinstance(inside, dict) else inside
+
+
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
-_HOLDERS = (Tensor, list, tuple, dict)
+_HOLDERS = (Tensor, list, tuple, dict, SimpleNamespace)
 _OF_MODULE = frozenset(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
 

@@ -85,14 +85,10 @@ class ReversibleSequential(ReversibleLayer):
         self.drift_guard = drift_guard
         self.memory_budget = memory_budget
         self.offload = offload
-        self._passes = 0
         self._cuts: dict[Hashable, tuple[bool, ...]] = {}
         if memory_budget is not None and mode != "reversible":
             raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
         check_offload(offload, mode)
-        if not isinstance(drift_guard, int) or drift_guard < 0:
-            raise StreamError(f"drift_guard must be True, False or a number of forward passes, got {drift_guard!r}")
-        self._budget()
         self.stateful = any(layer.stateful for _, layer in self._program({}, None).core)
 
     def __iter__(self) -> Iterator[ReversibleLayer]:
@@ -136,6 +132,27 @@ class ReversibleSequential(ReversibleLayer):
         is_exact(arithmetic, ())
         self._arithmetic = arithmetic
 
+    @property
+    def drift_guard(self) -> bool | int:
+        """True, False or a number of forward passes, counted from when it is set."""
+        return self._drift_guard
+
+    @drift_guard.setter
+    def drift_guard(self, drift_guard: bool | int) -> None:
+        if not isinstance(drift_guard, int) or drift_guard < 0:
+            raise StreamError(f"drift_guard must be True, False or a number of forward passes, got {drift_guard!r}")
+        self._drift_guard, self._passes = drift_guard, 0
+
+    @property
+    def memory_budget(self) -> int | str | None:
+        """Bytes, a text such as `2 GiB`, `free`, or None; may be changed at any time."""
+        return self._memory_budget
+
+    @memory_budget.setter
+    def memory_budget(self, memory_budget: int | str | None) -> None:
+        self._budget: Budget = 0 if memory_budget is None else parse_budget(memory_budget)
+        self._memory_budget = memory_budget
+
     def chosen_options(self) -> dict[str, Any]:
         """By name, the options that are not at their defaults."""
         return {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
@@ -171,7 +188,7 @@ class ReversibleSequential(ReversibleLayer):
         """
         check_offload(self.offload, self.mode)
         differentiated = self.mode == "reversible" and recomputing()
-        program = self._program(conditioning, per_layer, guarded=differentiated and self._is_guarded())
+        program = self._program(conditioning, per_layer, guarded=differentiated and self.is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
         state = checked_state(program.core, states)
         state = program.enter_state(state)
@@ -182,7 +199,7 @@ class ReversibleSequential(ReversibleLayer):
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        budget = self._budget() if differentiated else 0
+        budget = self._budget if differentiated else 0
         stored = stored_layers(program, streams, state, budget, self._cuts) if budget else ()
         if any(stored):
             out, new = run_cut(program, streams, state, stored)
@@ -278,11 +295,8 @@ class ReversibleSequential(ReversibleLayer):
             offload=self.offload,
         )
 
-    def _budget(self) -> Budget:
-        return 0 if self.memory_budget is None else parse_budget(self.memory_budget)
-
-    def _is_guarded(self) -> bool:
-        """Whether this pass is among those that the drift guard watches."""
+    def is_guarded(self) -> bool:
+        """Whether the drift guard watches the pass that begins, which is counted."""
         if isinstance(self.drift_guard, bool):
             return self.drift_guard
         self._passes += 1

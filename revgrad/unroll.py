@@ -4,6 +4,7 @@ memory.
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -36,7 +37,7 @@ def unroll(
     keep_states_every: int | Literal["sqrt"] = 1,
     conditioning: Arguments = NO_ARGUMENTS,
     anchor_every: int | None = None,
-    drift_guard: bool = False,
+    drift_guard: bool | int = False,
     offload: bool = False,
 ) -> tuple[Streams, ChainState]:
     """Run a reversible recurrent chain over time: `y_t = exit(core(entry(x_t), s_(t-1)))`.
@@ -62,7 +63,8 @@ def unroll(
         anchor_every: In reversible mode, also keep the streams in front of every n-th layer of the core, at every time
             step, for the recovering to go on from.
         drift_guard: In reversible mode, compare the recovered input of every layer of the core, so that an error names
-            the first one that cannot be recovered.
+            the first one that cannot be recovered. A number of first passes is that of the core, a chain which counts
+            them.
         offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
             where the chain runs on CUDA. Elsewhere nothing changes.
 
@@ -102,13 +104,13 @@ def unroll(
         keep_states_every=_segment_length(keep_states_every, len(given)),
         arguments=(bound[:first], bound[first:last], bound[last:]),
         anchor_every=anchor_every,
-        guarded=drift_guard,
         offload=offload,
     )
     _check_ends((*program.entry, *program.exit), program.exact)
     state = program.enter_state(checked_state(program.core, state))
     check_offload(offload, mode)
     if mode == "reversible" and recomputing() and program.wants_gradients(given, state):
+        program = replace(program, guarded=_is_guarded(core, drift_guard))
         return run_reversible(program, given, state, stacked=True)
     if mode == "checkpoint" and recomputing():
         return _run_checkpointed(program, given, state)
@@ -122,9 +124,13 @@ def _agreed(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
     Raises:
         StreamError: The core has been given an option that `unroll` has been given otherwise, or does not have.
     """
-    while isinstance(core, Inverse):
-        core = core.layer
+    core = _chain_of(core)
     own = core.chosen_options() if isinstance(core, ReversibleLayer) else {}
+    if not isinstance(given["drift_guard"], bool) and "drift_guard" not in own:
+        raise StreamError(
+            f"unroll: drift_guard must be True or False, got {given['drift_guard']!r}: first passes are counted by the "
+            "core, so make it a ReversibleSequential with drift_guard=n and pass the same"
+        )
     if arithmetic == "auto":
         arithmetic = own.get("arithmetic", arithmetic)
     given["arithmetic"] = arithmetic
@@ -137,6 +143,21 @@ def _agreed(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
             f"unroll: the core is a chain with {name}={value!r}, which would be ignored: {fix} take it off the core"
         )
     return arithmetic
+
+
+def _chain_of(core: Chain) -> Chain:
+    """The core, or what it is the inverse of."""
+    while isinstance(core, Inverse):
+        core = core.layer
+    return core
+
+
+def _is_guarded(core: Chain, drift_guard: bool | int) -> bool:
+    """Whether a drift guard watches the pass that begins; a number of first passes the core counts."""
+    if isinstance(drift_guard, bool):
+        return drift_guard
+    chain = _chain_of(core)
+    return isinstance(chain, ReversibleLayer) and chain.is_guarded()
 
 
 def _segment_length(every: int | str, steps: int) -> int:

@@ -1,5 +1,7 @@
 """What would make a gradient wrong raises; where nothing is harmed, nothing does."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -109,12 +111,18 @@ class Stashing(nn.Module):
         elif self.how == "dict":
             self.aux["loss"] = loss
         else:
-            self.aux = {"tensor": loss, "tuple": (loss, 1), "detached": loss.detach()}[self.how]
+            self.aux = {
+                "tensor": loss,
+                "tuple": (loss, 1),
+                "nested": {"losses": [{"balance": loss}]},
+                "namespace": SimpleNamespace(losses=(loss,)),
+                "detached": loss.detach(),
+            }[self.how]
         return y
 
 
 @pytest.mark.composes("Misuse", "a loss put aside in an attribute of a transform", "error: *keeps a tensor*")
-@pytest.mark.parametrize("how", ["tensor", "tuple", "list", "dict"])
+@pytest.mark.parametrize("how", ["tensor", "tuple", "list", "dict", "nested", "namespace"])
 def test_side_loss_is_not_lost_in_silence(make, how):
     chain = ReversibleSequential(AdditiveCoupling(Stashing(how)), AdditiveCoupling(make.net(4), source=1, target=0))
     outputs = chain(*make.streams())
@@ -151,6 +159,7 @@ def test_side_loss_on_a_module_of_pytorch(make, how):
 def test_detached_tensors_and_old_graphs_may_be_kept(make, check):
     chain = ReversibleSequential(AdditiveCoupling(Stashing("detached")))
     chain[0].transform.history = [torch.ones(2, requires_grad=True) * 2]
+    chain[0].transform.history.append(chain[0].transform.history)
     chain(*make.streams())[1].sum().backward()
 
 

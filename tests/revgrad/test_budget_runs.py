@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, LiveMemory, ReversibilityError, ReversibleSequential, plan
+from revgrad import AdditiveCoupling, GatedCoupling, LiveMemory, ReversibilityError, ReversibleSequential, plan
 from revgrad.budget import run_cut
 from revgrad.chain import stateless
 from revgrad.cost import measure
@@ -267,3 +267,59 @@ def test_copies_measure_for_themselves(make, check):
 def test_empty_chain(make):
     x = make.streams()
     assert all(map(torch.equal, ReversibleSequential(memory_budget=LOTS)(*x), x))
+
+
+class Reading(nn.Module):
+    """Multiplies by a tensor that comes by way of a closure."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.read = lambda: weight
+
+    def forward(self, x):
+        return torch.tanh(self.linear(x) * self.read())
+
+
+@pytest.mark.composes("Misuse", "a closure in a frozen layer in front of those that a budget stores", "works")
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_a_closure_in_a_frozen_front_gets_its_gradient(make, check, arithmetic):
+    weight = torch.randn(WIDTH, requires_grad=True)
+    layers = [AdditiveCoupling(Reading(weight), i, 1 - i).requires_grad_(False) for i in range(2)]
+    layers += [make.coupling("additive", WIDTH, i) for i in range(4)]
+    program = ReversibleSequential(*layers, arithmetic=arithmetic)._program({}, None)
+    x = make.streams(BATCH, WIDTH, requires_grad=False)
+    found = []
+    for stored in ((True,) * 6, (False, False, True, True, True, True), (False, False, True, False, False, True)):
+        outputs, _ = run_cut(program, x, stateless(program.core), stored)
+        found.append(torch.autograd.grad(check.loss(outputs), weight)[0])
+    assert found[0].abs().sum() > 0
+    for gradient in found[1:]:
+        torch.testing.assert_close(gradient, found[0], rtol=1e-5, atol=1e-6)
+
+
+class Looking(nn.Module):
+    """Adds what a stream of integers looks up."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(9, WIDTH)
+        self.linear = nn.Linear(WIDTH, 2 * WIDTH)
+
+    def forward(self, x, i):
+        return self.linear(x + self.table(i)).chunk(2, dim=1)
+
+
+@pytest.mark.composes("Structure", "a stream of integers in exact arithmetic, with a memory budget", "works")
+@pytest.mark.parametrize("budget", ["free", 4 * STREAM, LOTS])
+def test_integers_are_read_in_exact_arithmetic(make, check, budget):
+    model = ReversibleSequential(*(GatedCoupling(Looking(), (i % 2, 2), 1 - i % 2) for i in range(4)))
+    x = (*make.streams(BATCH, WIDTH), torch.randint(0, 9, (BATCH,)))
+    assert "4 of 4" in str(plan(model, x))
+    a, b, i = model(*x)
+    assert torch.equal(i, x[2])
+    leaves = [*model.parameters(), *x[:2]]
+    expected = torch.autograd.grad(check.loss((a, b)), leaves)
+    model.memory_budget = budget
+    for one, other in zip(torch.autograd.grad(check.loss(model(*x)[:2]), leaves), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from revgrad import (
+    ActNorm,
     AdditiveCoupling,
     Concatenate,
     GatedCoupling,
@@ -220,6 +221,18 @@ def test_measuring_leaves_no_trace(make):
     assert model[0].transform.seen == 0
     assert not hasattr(model[0].transform, "last")
     assert all(t.grad is None and t.grad_fn is None for t in x)
+
+
+def test_a_layer_that_sets_its_parameters_by_its_first_input_is_left_as_it_was():
+    class Failing(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("fails")
+
+    model = ReversibleSequential(ActNorm(4), Split(), AdditiveCoupling(Failing()))
+    with pytest.raises(RuntimeError, match="fails"):
+        cost_of(model, (torch.randn(8, 4) * 3 + 5,))
+    assert not model[0].initialised
+    assert all(not p.any() for p in model[0].parameters())
 
 
 def test_measuring_takes_the_memory_of_one_layer(make):

@@ -194,3 +194,20 @@ def test_conditioning_is_handed_to_the_transforms():
     assert check_invertible(chain, x, conditioning={"context": torch.ones(4)}).first_degraded is None
     with pytest.raises(StreamError, match="no layer of the chain takes an argument 'contxt'"):
         check_invertible(chain, x, conditioning={"contxt": 1})
+
+
+def test_a_stream_of_integers_comes_first(make):
+    class Looking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(9, 8)
+
+        def forward(self, i, x):
+            return self.table(i).chunk(2, dim=1)
+
+    model = ReversibleSequential(GatedCoupling(Looking(), (0, 1), 2), GatedCoupling(Looking(), (0, 2), 1))
+    report = check_invertible(model, (torch.randint(0, 9, (3,)), *make.streams()))
+    assert report.invertible
+    assert report.exact
+    x = (torch.randint(0, 9, (3,)), *make.streams(dtype=torch.float64))
+    assert check_invertible(model.double(), x, arithmetic="float").tolerance == 1e-9

@@ -8,7 +8,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import weight_norm
 
-from revgrad import AdditiveCoupling, GatedCoupling, ReversibleLayer, ReversibleSequential, unroll
+from revgrad import (
+    AdditiveCoupling,
+    GatedCoupling,
+    ReversibilityError,
+    ReversibleLayer,
+    ReversibleSequential,
+    unroll,
+)
 from revgrad.layer import Rewound
 from revgrad.replay import Snapshot
 
@@ -340,3 +347,20 @@ class Factor(ReversibleLayer):
 def test_a_layer_that_evaluates_nothing_may_read_parameters(make, check):
     chain, x = ReversibleSequential(Factor(), AdditiveCoupling(make.net(4))).double(), make.streams(dtype=torch.float64)
     check.same(check.gradients(chain, x), check.gradients(chain, x, "stored"), rtol=1e-10)
+
+
+@pytest.mark.composes(
+    "Structure", "lazy modules, trained before they have seen an input", "error: *under torch.no_grad*"
+)
+@pytest.mark.parametrize("budget", [None, "free"])
+def test_a_lazy_module_must_have_seen_an_input(make, check, budget):
+    def lazy():
+        return ReversibleSequential(*(AdditiveCoupling(nn.LazyLinear(4), i, 1 - i) for i in range(2)))
+
+    model, x = lazy(), make.streams()
+    model.memory_budget = budget
+    with pytest.raises(ReversibilityError, match=r"LazyLinear has no parameters yet.*under torch.no_grad"):
+        model(*x)
+    with torch.no_grad():
+        model(*x)
+    check.same(check.gradients(model, x), check.gradients(model, x, "stored"), rtol=1e-4)

@@ -358,3 +358,15 @@ def test_leaving_the_grid_names_where(make, mode):
         chain(*make.streams())
     with pytest.raises(ReversibilityError, match="the input: the stream is not finite"):
         chain(torch.full((2, 4), torch.nan), torch.zeros(2, 4))
+
+
+def test_options_that_are_set_later_are_checked_at_once(make):
+    model = make.chain("additive", 2, mode="stored")
+    for name, wrong, message in (
+        ("memory_budget", "much", "memory_budget"),
+        ("drift_guard", "yes", "drift_guard must be True, False or a number of forward passes"),
+    ):
+        before = getattr(model, name)
+        with pytest.raises(StreamError, match=message):
+            setattr(model, name, wrong)
+        assert getattr(model, name) == before

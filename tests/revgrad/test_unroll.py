@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -357,3 +359,49 @@ def test_auto_looks_inside(make):
     assert is_exact("auto", [*additive, *gated])
     assert not is_exact("float", gated)
     assert is_exact("auto", chain_links(AdditiveCoupling(make.chain("gated", 1))))
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_a_drift_guard_of_first_passes_is_counted_by_the_core(make, monkeypatch, inverse):
+    chain = make.chain("additive", 4, drift_guard=2)
+    core, x = Inverse(chain) if inverse else chain, make.streams()
+    watched = []
+    monkeypatch.setattr(
+        sys.modules["revgrad.unroll"], "run_reversible", lambda program, *a, **k: watched.append(program.guarded)
+    )
+    for _ in range(3):
+        unroll(core, [x, x], drift_guard=2)
+    with torch.no_grad():
+        chain.drift_guard = 1
+        unroll(core, [x], drift_guard=1)
+    unroll(core, [x], drift_guard=1)
+    assert watched == [True, True, False, True]
+    for wrong in (2, -1, "yes"):
+        with pytest.raises(StreamError, match="drift_guard must be True or False, got .*ReversibleSequential"):
+            unroll(list(chain), [x], drift_guard=wrong)
+
+
+@pytest.mark.composes("Structure", "stateful layers with and without a carry in one chain", "works")
+@pytest.mark.parametrize("carries", [(1, 0, 1), (0, 1, 0), (0, 1, 1)], ids=str)
+def test_layers_with_and_without_a_carry(make, check, carries):
+    layers = [
+        AdditiveCoupling(make.cell(4, 1, 1 + c), i % 2, 1 - i % 2, stateful=True, carries=c)
+        for i, c in enumerate(carries)
+    ]
+    core = ReversibleSequential(*layers).double()
+    state = ChainState(
+        tuple((torch.randn(3, 4, dtype=torch.float64, requires_grad=True),) for _ in core),
+        (torch.randn(3, 4, dtype=torch.float64, requires_grad=True),),
+    )
+    x = make.streams(dtype=torch.float64)
+    leaves = [*core.parameters(), *x, *state.tensors()]
+    found = {}
+    for mode in ("stored", "reversible"):
+        outputs, final = unroll(core, [x, None, x], state, mode=mode)
+        found[mode] = torch.autograd.grad(check.loss((*outputs, *final.tensors())), leaves)
+        core.mode = mode
+        outputs, final = core(*x, states=state)
+        found[mode] += torch.autograd.grad(check.loss((*outputs, *final.tensors())), leaves)
+        core.mode = "reversible"
+    for one, other in zip(found["reversible"], found["stored"], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
