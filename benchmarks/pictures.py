@@ -115,7 +115,7 @@ def memory_of_systems(length: Rows, depth: Rows) -> bytes:
             )
         axes.set_xlabel(label, color=_TEXT)
         _log_axes(axes, sorted({r[key] for r in rows}))
-    left.set_ylabel("activation memory of one sample (MB)", color=_TEXT)
+    left.set_ylabel("memory of one more sample (MB)", color=_TEXT)
     figure.suptitle("Training memory of the systems of table 1, 64 x 64 pixels", fontsize=11, color=_TEXT)
     handles, labels = left.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=_TEXT, fontsize=8)

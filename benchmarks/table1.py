@@ -165,9 +165,9 @@ def activations_mb(config: VideoConfig, batch: int, steps: int = STEPS) -> float
     return _COUNTED[key]
 
 
-def per_sample_mb(config: VideoConfig) -> float:
+def per_sample_mb(config: VideoConfig, steps: int = STEPS) -> float:
     """Memory that one more sample takes."""
-    return activations_mb(config, 2) - activations_mb(config, 1)
+    return activations_mb(config, 2, steps) - activations_mb(config, 1, steps)
 
 
 def training_mb(config: VideoConfig, activations: float) -> float:

@@ -87,13 +87,13 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
             rows["patched"],
         ),
         "frames": Table(
-            "Activation memory of one sample against the length of the sequence",
-            {"system": "system", "mode": "mode", "frames": "frames", "mb": "MB"},
+            "Memory of one more sample against the length of the sequence",
+            {"system": "system", "mode": "mode", "frames": "frames", "mb": "MB per sample"},
             rows["frames"],
         ),
         "depth": Table(
-            f"Activation memory of one sample against depth, {DEPTH_STEPS} time steps",
-            {"system": "system", "mode": "mode", "times": "times as deep", "mb": "MB"},
+            f"Memory of one more sample against depth, {DEPTH_STEPS} time steps",
+            {"system": "system", "mode": "mode", "times": "times as deep", "mb": "MB per sample"},
             rows["depth"],
         ),
     }
@@ -176,8 +176,8 @@ def grow(system: System, results: dict[str, list[dict[str, Any]]]) -> None:
         modes["reversible"] = REVERSIBLE.of
     for mode, of in modes.items():
         for frames in FRAMES:
-            mb = activations_mb(of(system.config), 1, frames - 1)
+            mb = per_sample_mb(of(system.config), frames - 1)
             results["frames"].append({"system": system.name, "mode": mode, "frames": frames, "mb": mb})
         for times in TIMES:
-            mb = activations_mb(of(system.deeper(times)), 1, DEPTH_STEPS)
+            mb = per_sample_mb(of(system.deeper(times)), DEPTH_STEPS)
             results["depth"].append({"system": system.name, "mode": mode, "times": times, "mb": mb})
