@@ -234,8 +234,8 @@ class Residue:
         pool = self._pools.get(x.numel())
         if pool is None:
             raise ReversibilityError(
-                "exact arithmetic needs the residue of the forward pass to undo a gated merge: pass the residue "
-                "that the forward pass returned, or choose arithmetic='float'"
+                "exact arithmetic needs the residue of the forward pass to undo a gated merge: give the same "
+                "residue=Residue() to both, under torch.no_grad(), or choose arithmetic='float'"
             )
         return pool
 

@@ -276,7 +276,7 @@ def _advice(chain: Any, wrong: Any) -> str:
     layers = list(wrong) if isinstance(wrong, Iterable) else []
     if layers and all(isinstance(x, ReversibleLayer) for x in layers):
         return "unpack it, ReversibleSequential(*layers)"
-    return "put it inside a coupling, AdditiveCoupling(module)"
+    return "put it inside a coupling, AdditiveCoupling(module), or give residual blocks to momentum_from"
 
 
 def is_sequence(layer: Any) -> bool:
