@@ -150,6 +150,17 @@ class CheckpointDirectory:
         except FileNotFoundError as error:
             raise DamagedCheckpoint(f"{self.path / _BEST}: names step {step}, which is not there") from error
 
+    def intact_best(self) -> Checkpoint | None:
+        """Read the checkpoint last saved with ``best=True``; None if there never was one, or it is damaged.
+
+        A damaged one is left where it is, and reported as `latest` does.
+        """
+        try:
+            return self.best()
+        except DamagedCheckpoint as error:
+            warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=2)
+            return None
+
     def steps(self) -> list[int]:
         """Return the steps of all checkpoints, damaged or not, in ascending order."""
         return sorted({step for folder in self._entries() if (step := _step_of(folder)) is not None})

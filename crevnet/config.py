@@ -30,7 +30,7 @@ class OptimiserConfig:
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
     schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` lets the learning rate fall to zero at the last step."""
+    """`cosine` lets the learning rate fall to zero at the last step; such a run cannot be made longer."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
 
@@ -95,7 +95,7 @@ class RunConfig:
     log_every: int = 10
     """Steps between entries in the logs."""
     device: str = "auto"
-    """`auto`, `cpu` or `cuda`."""
+    """`auto`, `cpu` or `cuda`. Which of several CUDA devices, `CUDA_VISIBLE_DEVICES` says."""
     precision: Literal["32-true", "bf16-mixed"] = "32-true"
     """`bf16-mixed` runs convolutions in bfloat16; streams stay in float32."""
     strategy: Literal["ddp", "fsdp"] = "ddp"
@@ -106,7 +106,7 @@ class RunConfig:
     """
     cuda_graph: bool = False
     """On one CUDA device, replay every training step from a CUDA graph, optimiser included: the host no longer launches
-    its thousands of operators one by one. The first step takes longer. Adam is fused then, which rounds differently.
+    its thousands of operators one by one. The first step takes longer.
     """
     workers: int = 0
     """Processes that make training sequences; 0 makes them in this one, which is fast enough except beside a fast GPU.

@@ -42,7 +42,8 @@ def export(
     """
     if output.suffix != ".pt2":
         raise ValueError(f"{output}: the output must be a .pt2 file")
-    compile_for = select_device(device) if aot else None
+    where = select_device(device)  # checked where it has no use, too
+    compile_for = where if aot else None
     loaded = load_run(run, checkpoint, torch.device("cpu"))
     observed = loaded.config.observed if observed is None else observed
     steps = loaded.config.predicted if steps is None else steps

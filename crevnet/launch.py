@@ -33,15 +33,15 @@ def launch(config: TrainConfig) -> Fabric:
     """Device, precision and process group as configured, and as torchrun says.
 
     Raises:
-        ValueError: The batch cannot be divided among the processes; CUDA is asked for and not there; one process is to
-            be sharded.
+        ValueError: The batch cannot be divided among the processes; the device is of another kind, has a number, or is
+            not there; one process is to be sharded.
     """
     world, processes = int(os.environ.get("WORLD_SIZE", "1")), local_processes()
     if config.batch_size % world:
         raise ValueError(f"batch_size {config.batch_size} is not a multiple of the {world} processes")
     if config.run.threads:
         torch.set_num_threads(config.run.threads)
-    device = select_device(config.run.device).type
+    device = _kind_of_device(config.run.device)
     strategy: Any = "ddp" if "WORLD_SIZE" in os.environ else "auto"
     if config.run.strategy == "fsdp":
         if world == 1:
@@ -56,6 +56,17 @@ def launch(config: TrainConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def _kind_of_device(name: str) -> str:
+    """`cpu` or `cuda`; which of several CUDA devices a process takes is Fabric's choice, by the process's number."""
+    device = select_device(name)
+    if device.index is not None:
+        raise ValueError(
+            f"run.device {name!r} has a number, which processes of a run choose by themselves; for one certain device "
+            "set run.device cuda and CUDA_VISIBLE_DEVICES"
+        )
+    return device.type
 
 
 def local_processes() -> int:

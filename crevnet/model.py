@@ -62,16 +62,18 @@ class CrevNetConfig(VideoConfig):
     """
     clips_at_once: int = 1
     """Time steps whose clips the autoencoder takes as one batch, since none waits for another: faster, most of all for
-    small batches. It takes the memory of a block's activations on that many clips, and of two more tensors like all of
-    the clips. Normalisation in batches (`norm: batch`) then has the statistics of all of them.
+    small batches. It takes the memory of one more tensor like all of the clips, about 1 MB a sample in a step of
+    10 -> 10 frames; a block's activations on that many clips are not what the peak is made of. Normalisation in
+    batches (`norm: batch`) then has the statistics of all of them.
     """
     offload: bool = False
     """On CUDA, keep the recurrent states in host memory between forward and backward pass; in reversible mode."""
 
     cell_states: Literal["kept", "inverted"] = "kept"
     """The recurrent cells' own states: `kept` for the backward pass, or `inverted` from the last ones, in exact
-    arithmetic only: a quarter to a third less memory at the same FLOPs, but cell states rounded to 2^-16 and no fused
-    kernel for their update.
+    arithmetic only: a fifth to a third less memory at the same FLOPs in sequences of about 10 frames and more (with two
+    time steps it takes more: `benchmarks/results/scaling.md`), but cell states rounded to 2^-16 and no fused kernel for
+    their update.
     """
 
     def __post_init__(self) -> None:

@@ -1,5 +1,6 @@
 """The folder of a run: its configuration and its checkpoints, and the model in it."""
 
+import re
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -12,6 +13,12 @@ from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import as_plain, load_config
 from crevnet.config import TrainConfig
 from crevnet.video_model import VideoModel
+
+_LENGTH_HINT = (
+    "; with optimiser.schedule cosine the learning rate of every step depends on steps: a run that is to be made "
+    "longer needs optimiser.schedule constant from its first step"
+)
+_DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d?))?")
 
 
 @dataclass
@@ -29,7 +36,10 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise if the folder holds a run with another configuration; a longer one with the same weights is the same run.
+    """Raise if the folder holds a run with another configuration.
+
+    A longer one with the same weights is the same run. With `optimiser.schedule: cosine` there is none: once a step is
+    taken, its learning rate was that of the old number of steps.
 
     Raises:
         ValueError: Names the options that differ.
@@ -39,11 +49,12 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
         return
     old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
     looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
-    free = {"steps", *(f"run.{name}" for name in looks)}
+    free = {f"run.{name}" for name in looks} | (set() if _depends_on_its_length(config, folder) else {"steps"})
     different = [k for k in new if k not in free and old.get(k) != new[k]]
     if different:
         listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
-        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder")
+        hint = _LENGTH_HINT if "steps" in different else ""
+        raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder{hint}")
 
 
 def load_run(folder: Path, checkpoint: str, device: torch.device) -> LoadedRun:
@@ -91,13 +102,21 @@ def select_device(name: str) -> torch.device:
     """`auto` is the first CUDA device if there is one.
 
     Raises:
-        ValueError: CUDA is asked for and not there.
+        ValueError: Another kind of device; CUDA is asked for and not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not _DEVICE.fullmatch(name):
+        raise ValueError(f"device must be auto, cpu or cuda, got {name!r}")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: PyTorch sees no CUDA device here; use device cpu")
     return torch.device(name)
+
+
+def _depends_on_its_length(config: TrainConfig, folder: Path) -> bool:
+    """Whether steps were taken that would have been others in a run of another length."""
+    taken = any(step > 0 for step in CheckpointDirectory(folder / "checkpoints").steps())
+    return taken and config.optimiser.schedule == "cosine"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -26,7 +26,7 @@ from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import launch, local_processes
 from crevnet.logs import RunLog
-from crevnet.run import check_same_run, find_checkpoint, run_folder
+from crevnet.run import check_same_run, run_folder
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
@@ -70,7 +70,11 @@ class Trainer:
         self.way: str | None = None
 
     def resume(self) -> bool:
-        """Go on from the newest undamaged checkpoint, if there is one."""
+        """Go on from the newest undamaged checkpoint, if there is one.
+
+        Raises:
+            DamagedCheckpoint: All are damaged.
+        """
         found = self.checkpoints.latest()
         if found is None:
             return False
@@ -78,7 +82,8 @@ class Trainer:
         load_moments(self.optimiser, found.state["optimiser"], list(self.raw_model.parameters()))
         self.step = found.state["step"]
         self.seconds = found.state["seconds"]
-        self.best_mse = found.state["best_mse"]
+        # An error whose weights are lost would keep later ones from being the best.
+        self.best_mse = math.inf if self.checkpoints.intact_best() is None else found.state["best_mse"]
         self.training_step.peak_activation_bytes = found.state["peak_activation_bytes"]
         self.way = found.state.get("way")
         torch.set_rng_state(found.state["rng"])
@@ -189,8 +194,14 @@ class Trainer:
         return self.step >= config.steps
 
     def finish(self) -> dict[str, Any]:
-        """Evaluate the best weights on the test set; write `metrics.json`, pictures and the loss curve."""
-        found = find_checkpoint(self.checkpoints, "best")
+        """Evaluate the best weights on the test set; write `metrics.json`, pictures and the loss curve.
+
+        If the best checkpoint is damaged, a RuntimeWarning says so, and the newest undamaged one is evaluated.
+
+        Raises:
+            DamagedCheckpoint: All are damaged.
+        """
+        found = self.checkpoints.intact_best() or self.checkpoints.latest()
         if found is not None:
             load_weights(self.raw_model, found.weights)
         config = self.config

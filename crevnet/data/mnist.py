@@ -69,7 +69,8 @@ def load_mnist(
         if path is None:
             raise DataError(
                 f"{Path(root) / name}: no such file, nor {name}.gz, nor either of them in MNIST/raw below; "
-                "put the MNIST files there, pass download=True, or use root=None for the embedded digits"
+                "put the MNIST files there, pass download=True (on the command line --data.download true), or use "
+                "root=None for the embedded digits"
             )
         arrays.append(parse_idx(_verified_content(path, name), path))
     images, labels = arrays

@@ -159,6 +159,26 @@ def test_a_damaged_best_checkpoint_is_an_error(directory):
         directory.best()
 
 
+def test_an_intact_best_is_loaded_in_silence(directory):
+    assert directory.intact_best() is None
+    save_steps(directory, 1, best=True)
+    save_steps(directory, 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_holds(directory.intact_best(), 1)
+
+
+@pytest.mark.parametrize("file", ["step-00000001/state.pt", "best.json"])
+def test_a_damaged_best_is_none_intact_and_reported(file, directory):
+    save_steps(directory, 1, best=True)
+    save_steps(directory, 2)
+    damage_by_truncating(directory.path / file)
+    before = snapshot(directory.path)
+    with pytest.warns(RuntimeWarning, match=rf"passing over a damaged checkpoint: .*{file}"):
+        assert directory.intact_best() is None
+    assert snapshot(directory.path) == before
+
+
 def test_a_best_checkpoint_that_is_gone_is_an_error(directory):
     save_steps(directory, 1, best=True)
     (directory.path / "step-00000001").rename(directory.path / "moved")

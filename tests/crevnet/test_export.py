@@ -174,6 +174,7 @@ def test_other_numbers_of_frames_and_another_checkpoint(finished_run, tmp_path, 
             "observed must be at least the model's clip (2) and steps at least 1, got 1 and 3",
         ),
         ("x.pt2", ["--steps", 0], "got 3 and 0"),
+        ("x.pt2", ["--device", "gpu"], "device must be auto, cpu or cuda, got 'gpu'"),
         ("x.pt2", ["--checkpoint", "3"], "no such checkpoint, there are steps"),
     ],
 )

@@ -11,6 +11,20 @@ def test_a_device_that_is_not_there_is_named(tiny, tmp_path, monkeypatch):
     assert not (tmp_path / "run").exists()
 
 
+def test_an_unknown_device_is_refused_before_anything_is_written(tiny, tmp_path):
+    with pytest.raises(ValueError, match="device must be auto, cpu or cuda, got 'gpu'"):
+        train(tiny.config(tmp_path / "run", {"run.device": "gpu"}))
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["cuda:0", "cuda:1"])
+def test_the_number_of_a_device_is_refused_instead_of_ignored(name, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ValueError, match=rf"run.device '{name}' .* run.device cuda and CUDA_VISIBLE_DEVICES"):
+        train(tiny.config(tmp_path / "run", {"run.device": name}))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_batch_that_cannot_be_divided_is_refused(tiny, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "4")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")

@@ -54,6 +54,7 @@ RUN = {
     "run.threads": 1,
     "run.log_every": 1,
     "run.validation_sequences": 2,
+    "optimiser.schedule": "constant",  # so that a run may be made longer
     "observed": 3,
     "batch_size": 2,
 }

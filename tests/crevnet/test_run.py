@@ -94,15 +94,55 @@ def test_devices(monkeypatch):
     assert select_device("cuda:1") == torch.device("cuda", 1)
 
 
-def test_an_unknown_device_is_named():
-    with pytest.raises((ValueError, RuntimeError), match="tpu9"):
-        select_device("tpu9")
+@pytest.mark.parametrize(
+    "name",
+    ["gpu", "tpu9", "", "xpu", "mps", "meta", "cpu:0", "cuda1", "cuda:", "cuda:x", "cuda:-1", "cuda:01", "cuda:300"],
+)
+def test_another_device_is_refused(name, monkeypatch):
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        with pytest.raises(ValueError, match=rf"^device must be auto, cpu or cuda, got '{name}'$"):
+            select_device(name)
 
 
 def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path):
     save_config(tiny.config(tmp_path, {"steps": 1}), tmp_path / "config.yaml")
     free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
     check_same_run(tiny.config(tmp_path / "moved", free), tmp_path)
+
+
+COSINE = {"optimiser.schedule": "cosine", "steps": 9}
+
+
+def save_step(folder, step):
+    CheckpointDirectory(folder / "checkpoints").save(step, {}, {})
+
+
+@pytest.mark.parametrize("steps", [8, 10])
+def test_where_the_learning_rate_depends_on_the_number_of_steps_another_one_is_another_run(steps, tiny, tmp_path):
+    save_config(tiny.config(tmp_path, COSINE), tmp_path / "config.yaml")
+    save_step(tmp_path, 2)
+    check_same_run(tiny.config(tmp_path, COSINE), tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=rf"\(steps was 9, is {steps}\); choose another run.folder; with .* needs optimiser.schedule constant",
+    ):
+        check_same_run(tiny.config(tmp_path, COSINE | {"steps": steps}), tmp_path)
+
+
+@pytest.mark.parametrize("step", [None, 0])
+def test_before_its_first_step_a_run_may_still_change_its_number_of_steps(step, tiny, tmp_path):
+    save_config(tiny.config(tmp_path, COSINE), tmp_path / "config.yaml")
+    if step is not None:
+        save_step(tmp_path, step)
+    check_same_run(tiny.config(tmp_path, COSINE | {"steps": 10}), tmp_path)
+
+
+def test_with_a_constant_learning_rate_a_longer_run_is_the_same(tiny, tmp_path):
+    constant = {"optimiser.schedule": "constant"}
+    save_config(tiny.config(tmp_path, constant | {"steps": 9}), tmp_path / "config.yaml")
+    save_step(tmp_path, 2)
+    check_same_run(tiny.config(tmp_path, constant | {"steps": 10}), tmp_path)
 
 
 def test_an_empty_folder_takes_any_run(tiny, tmp_path):

@@ -25,6 +25,7 @@ DISTRIBUTED = {
     "run.checkpoint_every": 1,
     "run.keep": 9,
     "run.validation_sequences": 5,  # the processes get different numbers of them
+    "optimiser.schedule": "constant",  # so that the run may be made longer
     "optimiser.clip_norm": 0.05,
     "feeding.kind": "scheduled",
     "feeding.fall_to": 6,
@@ -242,7 +243,13 @@ def test_mistakes_that_only_training_can_find_end_with_a_message(tiny, finished_
     assert "seed was 0, is 5); choose another run.folder" in capsys.readouterr().err
     missing = tiny.arguments(tmp_path / "run", {"data.root": tmp_path / "mnist"})
     assert main(missing) == 1
-    assert str(tmp_path / "mnist") in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert str(tmp_path / "mnist") in said
+    assert "--data.download true" in said
+    assert main(tiny.arguments(tmp_path / "run", {"run.device": "gpu"})) == 1
+    assert capsys.readouterr().err == "error: device must be auto, cpu or cuda, got 'gpu'\n"
+    assert main(tiny.arguments(finished_run, tiny.scheduled | {"steps": 25})) == 1
+    assert "(steps was 24, is 25); choose another run.folder" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     assert main(tiny.arguments(tmp_path / "file", {"steps": 1})) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err

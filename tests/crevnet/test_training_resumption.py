@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crevnet.checkpoint import DamagedCheckpoint
+from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
 from crevnet.training import train
 from tests.crevnet.test_training import snapshot, training_batch
@@ -101,6 +102,52 @@ def test_if_all_checkpoints_are_damaged_nothing_is_overwritten(train_tiny):
     with pytest.warns(RuntimeWarning), pytest.raises(DamagedCheckpoint, match=r"all checkpoints in .* are damaged"):
         train_tiny({"steps": 4}, folder)
     assert snapshot(folder / "checkpoints") == before
+
+
+@pytest.fixture
+def run_with_a_damaged_best(train_tiny):
+    """Its folder: two steps, of which the first one is the best, and damaged."""
+    folder = train_tiny({"steps": 2})
+    directory = CheckpointDirectory(folder / "checkpoints")
+    found = directory.load(2)
+    directory.save(1, found.weights, {**found.state, "step": 1, "best_mse": 0.5}, best=True)
+    directory.save(2, found.weights, {**found.state, "best_mse": 0.5})
+    (folder / "checkpoints" / "step-00000001" / "weights.safetensors").write_bytes(b"damage")
+    (folder / "metrics.json").unlink()
+    return folder
+
+
+PASSED_OVER = r"passing over a damaged checkpoint: .*step-00000001/weights.safetensors"
+
+
+def test_a_damaged_best_checkpoint_is_reported_and_the_newest_intact_one_measured(run_with_a_damaged_best, train_tiny):
+    folder = run_with_a_damaged_best
+    before = snapshot(folder / "checkpoints")
+    with pytest.warns(RuntimeWarning, match=PASSED_OVER):
+        train_tiny({"steps": 2}, folder, pictures=True)
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 2
+    assert (folder / "predictions.png").exists()
+    assert snapshot(folder / "checkpoints") == before
+
+
+def test_after_a_damaged_best_checkpoint_a_worse_validation_is_the_best(run_with_a_damaged_best, train_tiny, tiny):
+    """Nothing comes near an error of 0.5 within a step."""
+    folder = run_with_a_damaged_best
+    with pytest.warns(RuntimeWarning, match=PASSED_OVER):
+        train_tiny({"steps": 3}, folder)
+    assert CheckpointDirectory(folder / "checkpoints").best().step == 3
+    assert tiny.state(folder, 3)["best_mse"] == pytest.approx(float(tiny.column(folder, "mse", "validation")[-1]))
+    assert json.loads((folder / "metrics.json").read_text())["step"] == 3
+
+
+def test_an_intact_best_checkpoint_stays_the_best_over_a_resumption(train_tiny, tiny):
+    folder = train_tiny({"steps": 1})
+    directory = CheckpointDirectory(folder / "checkpoints")
+    found = directory.load(1)
+    directory.save(1, found.weights, {**found.state, "best_mse": 0.5}, best=True)
+    train_tiny({"steps": 2}, folder)
+    assert directory.best().step == 1
+    assert tiny.state(folder, 2)["best_mse"] == 0.5
 
 
 # --- the folder ---
