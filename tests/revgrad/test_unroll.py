@@ -377,7 +377,7 @@ def test_a_drift_guard_of_first_passes_is_counted_by_the_core(make, monkeypatch,
     unroll(core, [x], drift_guard=1)
     assert watched == [True, True, False, True]
     for wrong in (2, -1, "yes"):
-        with pytest.raises(StreamError, match="drift_guard must be True or False, got .*ReversibleSequential"):
+        with pytest.raises(StreamError, match=r"drift_guard must be True or False, got .*ReversibleSequential"):
             unroll(list(chain), [x], drift_guard=wrong)
 
 
