@@ -40,7 +40,8 @@ def page(metrics: dict, validation: list[dict[str, float]]) -> str:
     """The Markdown page."""
     columns = {"what": "", "mse": "MSE", "ssim": "SSIM", "psnr": "PSNR, dB"}
     rows = [{"what": "CrevNet", **metrics}, {"what": "copying the last frame", **metrics["copy_last_frame"]}]
-    test = Table(f"{metrics['sequences']} test sequences of digits never seen in training", columns, rows)
+    caption = f"{metrics['sequences']} sequences of digits never seen in training, weights of step {metrics['step']}"
+    test = Table(caption, columns, rows)
     progress = Table("Validation while training", {"step": "step", "mse": "MSE", "ssim": "SSIM"}, validation)
     where = commit(Path(__file__).parent)["commit"]
     return f"""# A run on real MNIST
@@ -48,8 +49,8 @@ def page(metrics: dict, validation: list[dict[str, float]]) -> str:
 Two MNIST digits in 32 x 32 frames, 10 frames in and 10 out, with a network small enough for a laptop
 (`crevnet/configs/mnist_small.yaml`, {metrics["parameters"]:,} parameters). MSE is the squared error summed over the
 frame; SSIM and PSNR are for values in 0 .. 1. It is a short run of a small model: the paper trains a network of 4.1
-million parameters for 300,000 steps on 64 x 64 frames, and its numbers are not to be compared with these. After so few
-steps, motion is right in the first predicted frames and blurs in the later ones.
+million parameters for 300,000 steps on 64 x 64 frames, and its numbers are not to be compared with these. The digits go
+the right way up to the last frame, and keep their shape in the first few.
 
 ```bash
 python -m crevnet.train --config crevnet/configs/mnist_small.yaml --data.root MNIST
@@ -65,9 +66,9 @@ python -m crevnet.train --config crevnet/configs/mnist_small.yaml --data.root MN
 
 ![Training loss](images/mnist-loss.png)
 
-{metrics["steps"]} steps took {metrics["seconds"] / 60:.0f} minutes on one thread of a busy machine ({cpu_model()});
-peak activation memory of a training step was {metrics["peak_activation_bytes"] / 1e6:.1f} MB. Trained at commit
-{(where or "unknown")[:12]}. The files behind this page: [metrics](mnist-run/metrics.json),
+{metrics["steps"]} steps took {metrics["seconds"] / 60:.0f} minutes on one thread of a busy machine ({cpu_model()}), at
+commit {(where or "unknown")[:12]}. Peak activation memory of a training step ({metrics["way"]}) was
+{metrics["peak_activation_bytes"] / 1e6:.1f} MB. The files behind this page: [metrics](mnist-run/metrics.json),
 [training log](mnist-run/train.csv), [validation log](mnist-run/validation.csv).
 """
 
