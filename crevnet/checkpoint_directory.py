@@ -131,7 +131,7 @@ class CheckpointDirectory:
                 continue  # another process deleted it since it was listed
             except DamagedCheckpoint as error:
                 damage.append(str(error))
-                warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=2)
+                _report(error)
         if damage:
             raise DamagedCheckpoint(f"all checkpoints in {self.path} are damaged: " + "; ".join(damage))
         return None
@@ -158,7 +158,7 @@ class CheckpointDirectory:
         try:
             return self.best()
         except DamagedCheckpoint as error:
-            warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=2)
+            _report(error)
             return None
 
     def steps(self) -> list[int]:
@@ -262,6 +262,10 @@ class CheckpointDirectory:
 
 def _step_name(step: int) -> str:
     return f"step-{step:08d}"
+
+
+def _report(error: DamagedCheckpoint) -> None:
+    warnings.warn(f"passing over a damaged checkpoint: {error}", RuntimeWarning, stacklevel=3)
 
 
 def _step_of(folder: Path) -> int | None:
