@@ -91,7 +91,7 @@ def state_gradients_mb(config: CrevNetConfig) -> float:
 
 def predictions_mb(config: CrevNetConfig, steps: int) -> float:
     """The predicted clips and their gradients, per sample."""
-    return 2 * steps * config.channels * config.clip * config.image_size**2 * _FLOAT / MB
+    return 2 * steps * config.channels * config.clip * math.prod(config.frame_size) * _FLOAT / MB
 
 
 def residue_mb(config: CrevNetConfig, steps: int) -> float:
@@ -118,7 +118,7 @@ def _states_per_step(config: CrevNetConfig) -> tuple[int, int]:
 
 def _feature_bytes(config: CrevNetConfig) -> int:
     """Size of one of the predictor's two streams, and of a state, per sample: the two are the clip, rearranged."""
-    return config.channels * config.clip * config.image_size**2 // 2 * _FLOAT
+    return config.channels * config.clip * math.prod(config.frame_size) // 2 * _FLOAT
 
 
 @contextmanager

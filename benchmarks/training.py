@@ -39,8 +39,7 @@ class Variant:
 
 def random_clips(config: VideoConfig, batch: int, steps: int) -> Tensor:
     """Clips for so many time steps and their targets, `[batch, steps + 1, C, K, H, W]`."""
-    size = config.image_size
-    frames = torch.rand(batch, steps + config.clip, config.channels, size, size)
+    frames = torch.rand(batch, steps + config.clip, config.channels, *config.frame_size)
     return frames_to_clips(frames, config.clip, config.stacking)
 
 

@@ -118,7 +118,7 @@ def export_predictor(model: VideoModel, observed: int, steps: int) -> ExportedPr
     if isinstance(config, CrevNetConfig):
         model.config = replace(config, arithmetic="float", cell_states="kept")
     # Two sequences, because one would be taken for a fixed number.
-    frames = torch.zeros(2, observed, config.channels, config.image_size, config.image_size)
+    frames = torch.zeros(2, observed, config.channels, *config.frame_size)
     with torch.no_grad():
         program = torch.export.export(_Prediction(model, steps), (frames,), dynamic_shapes=({0: Dim("batch")},))
     program.graph.eliminate_dead_code()

@@ -15,6 +15,7 @@ from crevnet.autoencoder import two_way_autoencoder
 from crevnet.cells import CELLS
 from crevnet.clips import Stacking
 from crevnet.convolution import Normalisation
+from crevnet.frame_size import check_foldable
 from crevnet.predictor import reversible_predictor
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import ChainState, Inverse, Residue, unroll
@@ -86,11 +87,7 @@ class CrevNetConfig(VideoConfig):
         fold = 2 ** len(self.blocks)
         if not self.blocks or min(self.blocks) < 1:
             raise ValueError(f"model.blocks must name at least one block per stage, got {self.blocks}")
-        if self.image_size % fold:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of {fold}, by which {len(self.blocks)} "
-                f"stages fold it"
-            )
+        check_foldable(self.image_size, fold, f"{fold}, by which {len(self.blocks)} stages fold it")
 
     def ways(self, steps: int, begun: str | None = None) -> Mapping[str, VideoConfig]:
         """As in `VideoConfig`: all give equal gradients, up to the order of sums where the model goes on by itself.
@@ -145,8 +142,8 @@ class CrevNet(VideoModel):
         dimensions = 3 if config.stacking == "depth" else 2
         channels = config.channels if config.stacking == "depth" else config.channels * config.clip
         stages = len(config.blocks)
-        side = config.image_size // 2**stages
-        self.size = (config.clip, side, side) if config.stacking == "depth" else (side, side)
+        height, width = (side // 2**stages for side in config.frame_size)
+        self.size = (config.clip, height, width) if config.stacking == "depth" else (height, width)
         self.width = 2 * channels * 4 ** (stages - 1)
         self.autoencoder = two_way_autoencoder(
             channels, dimensions, blocks=config.blocks, bottleneck=config.bottleneck, norm=config.norm

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
+from crevnet.frame_size import FrameSize, height_width
+
 DESCRIPTION = "predictor.json"
 """Where a package holds its `Signature`."""
 
@@ -34,10 +36,14 @@ class Signature:
     """Frames predicted."""
     channels: int
     """Channels of a frame."""
-    image_size: int
-    """Height and width of a frame in pixels."""
+    image_size: FrameSize
+    """Height and width of a frame in pixels; one number where they are equal."""
     compiled_for: str | None = None
     """The kind of device that the package was compiled for; None for one that runs on any."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.image_size, list):  # as JSON has it
+            object.__setattr__(self, "image_size", tuple(self.image_size))
 
 
 class PackagedPredictor:
@@ -68,8 +74,8 @@ class PackagedPredictor:
             ValueError: Frames of another shape, or that are not floats.
         """
         given = torch.from_numpy(np.array(frames, order="C")) if isinstance(frames, np.ndarray) else frames
-        s = self.signature
-        expected = (s.observed, s.channels, s.image_size, s.image_size)
+        height, width = height_width(self.signature.image_size)
+        expected = (self.signature.observed, self.signature.channels, height, width)
         if given.ndim != 5 or given.shape[1:] != expected or not len(given):
             raise ValueError(
                 f"this predictor takes frames [batch, time, channels, height, width] of shape "

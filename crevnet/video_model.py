@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
 from crevnet.clips import Stacking, frames_to_clips, newest_frames
+from crevnet.frame_size import FrameSize, height_width
 
 
 @dataclass(kw_only=True)
@@ -22,8 +23,8 @@ class VideoConfig:
     """Which model this is."""
     channels: int = 1
     """Channels of a frame."""
-    image_size: int = 64
-    """Height and width of a frame in pixels."""
+    image_size: FrameSize = 64
+    """Height and width of a frame in pixels, such as `[128, 160]`; one number where they are equal."""
     clip: int = 1
     """Frames per time step."""
     stacking: Stacking = "channels"
@@ -38,12 +39,18 @@ class VideoConfig:
                 raise ValueError(f"model.{name} must be one of {list(get_args(kind))}, got {value!r}")
             if kind is int and value < 1:
                 raise ValueError(f"model.{name} must be at least 1, got {value}")
+        if min(self.frame_size) < 1:
+            raise ValueError(f"model.image_size must be at least 1, got {self.image_size}")
+
+    @property
+    def frame_size(self) -> tuple[int, int]:
+        """Height and width of a frame in pixels."""
+        return height_width(self.image_size)
 
     def clip_shape(self) -> tuple[int, ...]:
         """Shape of one clip: `(C, K, H, W)` or, stacked in channels, `(K C, H, W)`."""
-        frame = (self.image_size, self.image_size)
         depth = self.stacking == "depth"
-        return (self.channels, self.clip, *frame) if depth else (self.channels * self.clip, *frame)
+        return (self.channels, self.clip, *self.frame_size) if depth else (self.channels * self.clip, *self.frame_size)
 
     def ways(self, steps: int, begun: str | None = None) -> Mapping[str, "VideoConfig"]:
         """Ways to train the same weights, by name, the fastest first; of more than one the trainer chooses.

@@ -111,7 +111,7 @@ def _peak(
 ) -> int:
     """Most bytes alive in a training step besides weights and their gradients. All true clips are fed."""
     config = model.config
-    size = (batch, frames, config.channels, config.image_size, config.image_size)
+    size = (batch, frames, config.channels, *config.frame_size)
     with LiveMemory() as memory:
         clips = frames_to_clips(torch.rand(size, device=device), config.clip, config.stacking)
         with autocast():

@@ -52,26 +52,26 @@ class PeepholeConvLSTMCell(nn.Module):
     Args:
         inputs: Channels of x.
         channels: C, of hidden and cell state.
-        side: Height and width of the feature map: the peepholes have one weight per element.
+        size: Height and width of the feature map: the peepholes have one weight per element.
         kernel_size: Odd size of the convolutions.
 
     Attributes:
         gates: The convolutions of i, f, c and o over x and h, in this order.
-        peepholes: Wci, Wcf and Wco, `[3, C, side, side]`; zero at first.
+        peepholes: Wci, Wcf and Wco, `[3, C, H, W]`; zero at first.
     """
 
-    def __init__(self, inputs: int, channels: int, side: int, kernel_size: int) -> None:
+    def __init__(self, inputs: int, channels: int, size: tuple[int, int], kernel_size: int) -> None:
         super().__init__()
         self.gates = convolution(2, inputs + channels, 4 * channels, kernel_size)
-        self.peepholes = nn.Parameter(torch.zeros(3, channels, side, side))
+        self.peepholes = nn.Parameter(torch.zeros(3, channels, *size))
 
     def forward(self, x: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
         """One time step: the new hidden and cell state.
 
         Args:
-            x: `[B, inputs, side, side]`.
-            hidden: `[B, C, side, side]`.
-            cell: `[B, C, side, side]`.
+            x: `[B, inputs, H, W]`.
+            hidden: `[B, C, H, W]`.
+            cell: `[B, C, H, W]`.
         """
         n = cell.shape[1]
         i, f, g, o = self.gates(torch.cat([x, hidden], dim=1)).split(n, dim=1)
@@ -83,7 +83,7 @@ class PeepholeConvLSTMCell(nn.Module):
 class ConvLSTM(RecurrentModel):
     """Stacked ConvLSTM between a 1x1 convolution from the folded frame and one back to it.
 
-    The state holds the hidden and the cell state of each layer, `[B, hidden[l], side, side]` both.
+    The state holds the hidden and the cell state of each layer, `[B, hidden[l], H, W]` both.
 
     Attributes:
         embedding: Folded frame to `hidden[0]` channels.
@@ -97,21 +97,21 @@ class ConvLSTM(RecurrentModel):
         inputs = (config.hidden[0], *config.hidden[:-1])
         self.embedding = convolution(2, config.folded_channels, config.hidden[0], 1)
         self.cells = nn.ModuleList(
-            PeepholeConvLSTMCell(i, channels, config.side, config.kernel_size)
+            PeepholeConvLSTMCell(i, channels, config.folded_size, config.kernel_size)
             for i, channels in zip(inputs, config.hidden, strict=True)
         )
         self.output = convolution(2, config.hidden[-1], config.folded_channels, 1)
 
     def initial_state(self, like: Tensor) -> ConvLSTMState:
         """Zero states for a batch of frames."""
-        zeros = [like.new_zeros(like.shape[0], c, self.config.side, self.config.side) for c in self.config.hidden]
+        zeros = [like.new_zeros(like.shape[0], c, *self.config.folded_size) for c in self.config.hidden]
         return tuple((z, z) for z in zeros)
 
     def step(self, clip: Tensor, state: ConvLSTMState) -> tuple[Tensor, ConvLSTMState]:
         """One time step: the predicted frame and the new state.
 
         Args:
-            clip: A frame, `[B, channels, image_size, image_size]`.
+            clip: A frame, `[B, channels, H, W]`.
             state: As described above.
         """
         x = self.embedding(self.config.fold(clip))

@@ -164,10 +164,10 @@ class EideticLSTMCell(nn.Module):
 
 @dataclass(frozen=True)
 class E3DLSTMState:
-    """What an E3D-LSTM keeps between time steps; the shape of its states is `[B, C, window, side, side]`."""
+    """What an E3D-LSTM keeps between time steps; the shape of its states is `[B, C, window, H, W]`."""
 
     frames: tuple[Tensor, ...]
-    """The folded frames of the window before the newest, `[B, folded_channels, side, side]` each."""
+    """The folded frames of the window before the newest, `[B, folded_channels, H, W]` each."""
     hidden: tuple[Tensor, ...]
     """Hidden state of each layer."""
     cells: tuple[list[Tensor], ...]
@@ -201,8 +201,8 @@ class E3DLSTM(RecurrentModel):
     def initial_state(self, like: Tensor) -> E3DLSTMState:
         """Zero states for a batch of frames (one tensor of zeros, shared)."""
         config = self.config
-        zero = like.new_zeros(like.shape[0], config.hidden[0], config.window, config.side, config.side)
-        frame = like.new_zeros(like.shape[0], config.folded_channels, config.side, config.side)
+        zero = like.new_zeros(like.shape[0], config.hidden[0], config.window, *config.folded_size)
+        frame = like.new_zeros(like.shape[0], config.folded_channels, *config.folded_size)
         layers = len(config.hidden)
         return E3DLSTMState((frame,) * (config.window - 1), (zero,) * layers, ([zero],) * layers, zero)
 
@@ -210,7 +210,7 @@ class E3DLSTM(RecurrentModel):
         """One time step: the predicted frame and the new state.
 
         Args:
-            clip: A frame, `[B, channels, image_size, image_size]`.
+            clip: A frame, `[B, channels, H, W]`.
             state: What `initial_state` or the step before returned.
         """
         frames = (*state.frames, self.config.fold(clip))

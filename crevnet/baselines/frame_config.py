@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from revgrad_kernels import pixel_shuffle, pixel_unshuffle
 from torch import Tensor
 
+from crevnet.frame_size import check_foldable
 from crevnet.video_model import VideoConfig
 
 
@@ -24,11 +25,7 @@ class FrameConfig(VideoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of model.patch {self.patch}, by which frames "
-                "are folded"
-            )
+        check_foldable(self.image_size, self.patch, f"model.patch {self.patch}, by which frames are folded")
         if self.clip != 1 or self.stacking != "channels":
             raise ValueError(
                 f"model.clip must be 1 and model.stacking 'channels' for {self.name}, which reads frame by frame; got "
@@ -41,12 +38,13 @@ class FrameConfig(VideoConfig):
         return self.channels * self.patch**2
 
     @property
-    def side(self) -> int:
+    def folded_size(self) -> tuple[int, int]:
         """Height and width of a folded frame."""
-        return self.image_size // self.patch
+        height, width = self.frame_size
+        return height // self.patch, width // self.patch
 
     def fold(self, frame: Tensor) -> Tensor:
-        """Pixels to channels: `[B, channels, image_size, image_size]` to `[B, folded_channels, side, side]`."""
+        """Pixels to channels: `[B, channels, H, W]` to `[B, folded_channels, H / patch, W / patch]`."""
         return pixel_unshuffle(frame, self.patch)
 
     def unfold(self, folded: Tensor) -> Tensor:

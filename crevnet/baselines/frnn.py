@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from crevnet.baselines.frame_config import FrameConfig
 from crevnet.convolution import convolution
+from crevnet.frame_size import check_foldable
 from crevnet.video_model import VideoModel
 
 
@@ -59,11 +60,8 @@ class FRNNConfig(FrameConfig):
         for name, sizes in (("front_kernel_size", (self.front_kernel_size,)), ("kernel_sizes", self.kernel_sizes)):
             if any(size < 1 or size % 2 == 0 for size in sizes):
                 raise ValueError(f"model.{name} must be odd, got {', '.join(map(str, sizes))}")
-        if self.side % 2 ** len(self.widths):
-            raise ValueError(
-                f"model.image_size {self.image_size} (folded: {self.side}) is not a multiple of "
-                f"{2 ** len(self.widths)}, by which {len(self.widths)} stages pool it"
-            )
+        fold = self.patch * 2 ** len(self.widths)
+        check_foldable(self.image_size, fold, f"{fold}, by which model.patch and {len(self.widths)} stages fold it")
 
     def build(self) -> "FRNN":
         """The model, with random weights."""
@@ -148,16 +146,17 @@ class FRNN(VideoModel):
 
     def initial_state(self, like: Tensor) -> FRNNState:
         """The learned states before the first time step, for a batch of frames."""
-        sides = [self.config.side // 2 ** (1 + unit // self.config.units) for unit in range(len(self.up))]
+        height, width = self.config.folded_size
+        folds = [2 ** (1 + unit // self.config.units) for unit in range(len(self.up))]
         # A sum, not an expanded view: `FlopCounterMode` cannot follow views of parameters under `no_grad`.
         above = (
-            like.new_zeros(like.shape[0], 1, side, side) + values.view(1, -1, 1, 1)
-            for values, side in zip(self.initial, sides, strict=True)
+            like.new_zeros(like.shape[0], 1, height // fold, width // fold) + values.view(1, -1, 1, 1)
+            for values, fold in zip(self.initial, folds, strict=True)
         )
         return FRNNState((), tuple(above))
 
     def encode(self, frame: Tensor, state: FRNNState) -> FRNNState:
-        """Read a frame `[B, channels, image_size, image_size]`: all states anew, from the bottom up."""
+        """Read a frame `[B, channels, H, W]`: all states anew, from the bottom up."""
         x = 2 * self.config.fold(frame) - 1
         for layer in self.front:
             x = torch.tanh(layer(x))
@@ -174,7 +173,7 @@ class FRNN(VideoModel):
         """Predict a frame: all states anew, from the top down, and the topmost from the new one below it.
 
         Returns:
-            The next frame `[B, channels, image_size, image_size]`, in 0 .. 1, and the states that belong to it.
+            The next frame `[B, channels, H, W]`, in 0 .. 1, and the states that belong to it.
         """
         x = state.above[-1]
         below, above = list(state.below), list(state.above)

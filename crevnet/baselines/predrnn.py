@@ -73,7 +73,7 @@ class PredRNN(RecurrentModel):
         h' = o tanh(W1x1 * [c', m'])
 
     The state is `(layers, memory)`: hidden and cell state of each layer, and the memory of the last one, each
-    `[B, hidden[l], side, side]`.
+    `[B, hidden[l], H, W]`.
 
     Attributes:
         cells: The layers.
@@ -84,7 +84,7 @@ class PredRNN(RecurrentModel):
         super().__init__(config)
         self.config: PredRNNConfig = config
         first, *others = config.hidden
-        size = (config.side, config.side)
+        size = config.folded_size
         self.cells = nn.ModuleList(
             [
                 FirstSTLSTMCell(config.folded_channels, first, size, config.kernel_size),
@@ -95,14 +95,14 @@ class PredRNN(RecurrentModel):
 
     def initial_state(self, like: Tensor) -> PredRNNState:
         """Zero states for a batch of frames (one tensor of zeros, shared)."""
-        zero = like.new_zeros(like.shape[0], self.config.hidden[0], self.config.side, self.config.side)
+        zero = like.new_zeros(like.shape[0], self.config.hidden[0], *self.config.folded_size)
         return ((zero, zero),) * len(self.config.hidden), zero
 
     def step(self, clip: Tensor, state: PredRNNState) -> tuple[Tensor, PredRNNState]:
         """One time step: the predicted frame and the new state.
 
         Args:
-            clip: A frame, `[B, channels, image_size, image_size]`.
+            clip: A frame, `[B, channels, H, W]`.
             state: As described above.
         """
         x = self.config.fold(clip)

@@ -123,11 +123,11 @@ class PredRNNPlusPlusState:
     """What a time step leaves for the next one."""
 
     layers: tuple[tuple[Tensor, Tensor], ...]
-    """Hidden and cell state of each layer, `[B, hidden[l], side, side]` both."""
+    """Hidden and cell state of each layer, `[B, hidden[l], H, W]` both."""
     memory: Tensor
-    """The second memory as the last layer left it, `[B, hidden[-1], side, side]`; the first layer goes on from it."""
+    """The second memory as the last layer left it, `[B, hidden[-1], H, W]`; the first layer goes on from it."""
     highway: Tensor
-    """The state of the gradient highway, `[B, highway, side, side]`."""
+    """The state of the gradient highway, `[B, highway, H, W]`."""
 
 
 class PredRNNPlusPlus(RecurrentModel):
@@ -159,7 +159,7 @@ class PredRNNPlusPlus(RecurrentModel):
         """Zero states for a batch of frames."""
 
         def zeros(channels: int) -> Tensor:
-            return like.new_zeros(like.shape[0], channels, self.config.side, self.config.side)
+            return like.new_zeros(like.shape[0], channels, *self.config.folded_size)
 
         hidden = self.config.hidden
         return PredRNNPlusPlusState(
@@ -170,7 +170,7 @@ class PredRNNPlusPlus(RecurrentModel):
         """One time step: the predicted frame and the new state.
 
         Args:
-            clip: A frame, `[B, channels, image_size, image_size]`.
+            clip: A frame, `[B, channels, H, W]`.
             state: What `initial_state` or the step before returned.
         """
         x = self.config.fold(clip)

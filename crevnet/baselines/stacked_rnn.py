@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from crevnet.cells import CELLS, State
 from crevnet.clips import Stacking
 from crevnet.convolution import convolution
+from crevnet.frame_size import check_foldable
 from crevnet.video_model import RecurrentModel, VideoConfig
 from revgrad import ChainState
 
@@ -54,11 +55,7 @@ class StackedRNNConfig(VideoConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.image_size % self.patch:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of model.patch {self.patch}, by which frames "
-                "are folded"
-            )
+        check_foldable(self.image_size, self.patch, f"model.patch {self.patch}, by which frames are folded")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"model.kernel_size must be odd, got {self.kernel_size}")
 
@@ -115,9 +112,9 @@ class StackedRNN(RecurrentModel):
     def __init__(self, config: StackedRNNConfig) -> None:
         super().__init__(config)
         self.config: StackedRNNConfig = config
-        frames, *depth, side, _ = config.clip_shape()
+        frames, *depth, height, width = config.clip_shape()
         folded = frames * config.patch**2
-        self.size = (*depth, side // config.patch, side // config.patch)
+        self.size = (*depth, height // config.patch, width // config.patch)
         dimensions = len(self.size)
         self.embed = convolution(dimensions, folded, config.hidden, 1)
         self.stack = RecurrentStack(config.cell, config.layers, config.hidden, self.size, config.kernel_size)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from crevnet.baselines.stacked_rnn import RecurrentStack, zero_states
 from crevnet.baselines.unet import UNet
+from crevnet.frame_size import check_foldable
 from crevnet.predictor import reversible_predictor
 from crevnet.video_model import RecurrentModel, VideoConfig
 from revgrad import ChainState
@@ -50,11 +51,7 @@ class UNetRNNConfig(VideoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         fold = 2**self.stages
-        if self.image_size % fold:
-            raise ValueError(
-                f"model.image_size {self.image_size} is not a multiple of {fold}, by which model.stages {self.stages} "
-                "folds it"
-            )
+        check_foldable(self.image_size, fold, f"{fold}, by which model.stages {self.stages} folds it")
 
     def build(self) -> "UNetRNN":
         """The model, with random weights."""
@@ -75,9 +72,9 @@ class UNetRNN(RecurrentModel):
     def __init__(self, config: UNetRNNConfig) -> None:
         super().__init__(config)
         self.config: UNetRNNConfig = config
-        channels, *depth, side, _ = config.clip_shape()
+        channels, *depth, height, width = config.clip_shape()
         features = config.width * 2**config.stages
-        self.size = (*depth, side // 2**config.stages, side // 2**config.stages)
+        self.size = (*depth, height // 2**config.stages, width // 2**config.stages)
         self.unet = UNet(channels, len(self.size), width=config.width, stages=config.stages)
         self.predictor: RecurrentStack | torch.nn.Module
         if config.predictor == "rpm":

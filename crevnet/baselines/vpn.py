@@ -105,7 +105,7 @@ class VPN(VideoModel):
 
     def initial_state(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Zero hidden and cell state, `[B, 2c, H, W]`, for a batch of frames (one tensor, shared)."""
-        zero = like.new_zeros(like.shape[0], 2 * self.config.width, self.config.side, self.config.side)
+        zero = like.new_zeros(like.shape[0], 2 * self.config.width, *self.config.folded_size)
         return zero, zero
 
     def read(self, features: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -116,10 +116,10 @@ class VPN(VideoModel):
         return hidden_output(output, cell), cell
 
     def logits(self, clips: Tensor) -> Tensor:
-        """Teacher-forced logits of all frames but the first, folded: `[B, N, folded_channels, side, side]`.
+        """Teacher-forced logits of all frames but the first, folded: `[B, N, folded_channels, H, W]`.
 
         Args:
-            clips: N + 1 frames, `[B, N + 1, channels, image_size, image_size]`.
+            clips: N + 1 frames, `[B, N + 1, channels, H, W]`.
         """
         frames = self.config.fold(clips.flatten(0, 1)).unflatten(0, clips.shape[:2])
         read, predicted = frames[:, :-1], frames[:, 1:]

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("single_thread")
 TINY = {"image_size": 16, "clip": 2, "blocks": (1,), "modules": 2}
 CREVNETS = {
     "stlstm": {"cell": "stlstm"},
-    "convlstm, channels": {"cell": "convlstm", "stacking": "channels", "channels": 2},
+    "convlstm, channels, oblong": {"cell": "convlstm", "stacking": "channels", "channels": 2, "image_size": (8, 16)},
     "cells inverted, batch normalisation": {"cell_states": "inverted", "norm": "batch"},
 }
 
@@ -38,8 +38,7 @@ def make(**options):
 
 def frames_for(model, observed, batch=3):
     generator = torch.Generator().manual_seed(1)
-    side = model.config.image_size
-    return torch.rand(batch, observed, model.config.channels, side, side, generator=generator)
+    return torch.rand(batch, observed, model.config.channels, *model.config.frame_size, generator=generator)
 
 
 def in_float(model):

@@ -56,8 +56,7 @@ def clips_for(model, steps=STEPS, batch=BATCH, seed=1):
 
 def frames_for(model, time, batch=BATCH, seed=1):
     generator = torch.Generator().manual_seed(seed)
-    side = model.config.image_size
-    return torch.rand(batch, time, model.config.channels, side, side, generator=generator)
+    return torch.rand(batch, time, model.config.channels, *model.config.frame_size, generator=generator)
 
 
 def train_once(model, clips, fed=None, steps=None):

@@ -44,6 +44,18 @@ class TestModes:
         assert all(bool(g.any()) for g in wanted_grads.values()), "every gradient is really there"
 
     @pytest.mark.parametrize("cell", CELLS)
+    @pytest.mark.parametrize("stacking", ["depth", "channels"])
+    @pytest.mark.parametrize("changes", [{}, {"keep_states_every": 2}], ids=["", "sparse"])
+    def test_frames_need_not_be_square(self, cell, stacking, changes):
+        model = make(cell, stacking=stacking, image_size=(8, 20), channels=3)
+        clips = clips_for(model)
+        wanted, wanted_grads = train_once(twins(model, mode="stored"), clips)
+        found, grads = train_once(twins(model, mode="reversible", **changes), clips)
+        assert found.shape[-2:] == (8, 20)
+        assert torch.equal(found, wanted)
+        assert differing(grads, wanted_grads) == []
+
+    @pytest.mark.parametrize("cell", CELLS)
     @pytest.mark.parametrize("norm", NORMS)
     @pytest.mark.parametrize(("given", "fed", "steps"), SCHEDULES.values(), ids=SCHEDULES)
     def test_free_running_equals_stored_autograd(self, cell, norm, given, fed, steps):

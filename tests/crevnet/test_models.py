@@ -131,6 +131,18 @@ class TestRegistration:
         frames = torch.rand(2, 3, 1, 16, 16)
         assert model.eval().predict(frames, 2).shape == (2, 2, 1, 16, 16)
 
+    def test_frames_need_not_be_square(self, name):
+        small = {k: tuple(v) if isinstance(v, list) else v for k, v in SMALL[name].items()}
+        torch.manual_seed(0)
+        wide = MODELS[name](image_size=(16, 32), channels=3, **small).build().eval()
+        frames = torch.rand(2, 4, 3, 16, 32)
+        assert wide.predict(frames, 1).shape == (2, 1, 3, 16, 32)
+        clips = frames_to_clips(frames, wide.config.clip, wide.config.stacking)
+        wide.loss(clips).backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in wide.parameters())
+        with pytest.raises(ValueError, match=r"model is built for .*16, 32\)"):
+            wide.predict(torch.rand(2, 4, 3, 32, 16), 1)
+
     def test_every_option_says_what_it_is(self, name):
         own = [c for c in MODELS[name].__mro__ if issubclass(c, VideoConfig)]
         for cls in own:

@@ -11,19 +11,19 @@ from crevnet.export import export_predictor, save_predictor
 from crevnet.model import CrevNetConfig
 from crevnet.packaged import DESCRIPTION, load_predictor
 
-OBSERVED, STEPS, CHANNELS, SIDE = 3, 2, 2, 8
+OBSERVED, STEPS, CHANNELS, SIZE = 3, 2, 2, (8, 16)
 
 
 def frames_of(batch=2):
     generator = torch.Generator().manual_seed(1)
-    return torch.rand(batch, OBSERVED, CHANNELS, SIDE, SIDE, generator=generator)
+    return torch.rand(batch, OBSERVED, CHANNELS, *SIZE, generator=generator)
 
 
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
     options = {"cell": "convlstm", "stacking": "channels", "clip": 1, "blocks": (1,), "modules": 1}
-    return CrevNetConfig(channels=CHANNELS, image_size=SIDE, arithmetic="float", **options).build().eval()
+    return CrevNetConfig(channels=CHANNELS, image_size=SIZE, arithmetic="float", **options).build().eval()
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +45,14 @@ def predictor(package):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_any_number_of_sequences(batch, model, predictor):
     found = predictor(frames_of(batch))
-    assert found.shape == (batch, STEPS, CHANNELS, SIDE, SIDE)
+    assert found.shape == (batch, STEPS, CHANNELS, *SIZE)
     torch.testing.assert_close(found, model.predict(frames_of(batch), STEPS), rtol=1e-6, atol=1e-7)
 
 
 def test_it_says_what_it_takes(predictor):
     found = predictor.signature
     assert (found.model, found.observed, found.steps, found.compiled_for) == ("crevnet", OBSERVED, STEPS, None)
-    assert (found.channels, found.image_size) == (CHANNELS, SIDE)
+    assert (found.channels, found.image_size) == (CHANNELS, SIZE)
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
@@ -83,7 +83,7 @@ def test_a_package_may_be_renamed(package, predictor, tmp_path):
 def test_on_another_device(package):
     predictor = load_predictor(package, "meta")  # where no tensor may be left on the CPU
     found = predictor(frames_of())
-    assert (found.device.type, found.shape) == ("meta", (2, STEPS, CHANNELS, SIDE, SIDE))
+    assert (found.device.type, found.shape) == ("meta", (2, STEPS, CHANNELS, *SIZE))
 
 
 # --- what it refuses ---
@@ -92,18 +92,18 @@ def test_on_another_device(package):
 @pytest.mark.parametrize(
     "shape",
     [
-        (2, 4, 2, 8, 8),
-        (2, 3, 1, 8, 8),
+        (2, 4, 2, 8, 16),
+        (2, 3, 1, 8, 16),
         (2, 3, 2, 16, 8),
         (2, 3, 2, 8, 4),
-        (3, 2, 8, 8),
-        (0, 3, 2, 8, 8),
-        (1, 2, 3, 2, 8, 8),
+        (3, 2, 8, 16),
+        (0, 3, 2, 8, 16),
+        (1, 2, 3, 2, 8, 16),
     ],
 )
 def test_another_shape_is_named(shape, predictor):
     for frames in (torch.rand(shape), np.zeros(shape)):
-        with pytest.raises(ValueError, match=r"of shape \[B, 3, 2, 8, 8\] with B at least 1, got \[") as error:
+        with pytest.raises(ValueError, match=r"of shape \[B, 3, 2, 8, 16\] with B at least 1, got \[") as error:
             predictor(frames)
         assert str(error.value).endswith(f"got {list(shape)}")
 

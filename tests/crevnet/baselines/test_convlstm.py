@@ -47,7 +47,7 @@ def test_matches_the_equations(changes, fed, literal, oracle):
     config = tiny(**changes)
     model = oracle.randomise(config.build())
     clips = oracle.clips(config, len(fed))
-    zeros = [np.zeros((2, c, config.side, config.side)) for c in config.hidden]
+    zeros = [np.zeros((2, c, *config.folded_size)) for c in config.hidden]
     expected = oracle.run(literal_step(model, literal, oracle), clips, fed, [(z, z) for z in zeros])
     found = model(clips, fed=fed).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)
@@ -88,7 +88,7 @@ def test_gates_that_share_their_inputs_are_one_convolution():
 
 
 def test_each_peephole_starts_closed_and_reads_its_own_element(oracle):
-    fresh = PeepholeConvLSTMCell(2, 3, 4, 3)
+    fresh = PeepholeConvLSTMCell(2, 3, (4, 4), 3)
     assert fresh.peepholes.shape == (3, 3, 4, 4)
     assert not fresh.peepholes.any()
     cell = oracle.randomise(fresh)

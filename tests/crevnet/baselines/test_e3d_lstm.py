@@ -67,8 +67,8 @@ def e3d_lstm(oracle, cell, x, h, cells, m):
 def network(oracle, model):
     """One time step of the whole model: a function of a frame and the state, and the first state."""
     config = model.config
-    zero = np.zeros((2, config.hidden[0], config.window, config.side, config.side))
-    blank = np.zeros((2, config.folded_channels, config.side, config.side))
+    zero = np.zeros((2, config.hidden[0], config.window, *config.folded_size))
+    blank = np.zeros((2, config.folded_channels, *config.folded_size))
 
     def fold(x):
         return config.fold(torch.from_numpy(x)).numpy()

@@ -7,11 +7,11 @@ from crevnet.baselines.frame_config import FrameConfig, check_layers
 
 def test_a_frame_and_its_patches(literal):
     config = FrameConfig(image_size=12, channels=2, patch=3)
-    assert (config.folded_channels, config.side) == (18, 4)
+    assert (config.folded_channels, config.folded_size) == (18, (4, 4))
     frame = torch.rand(2, 2, 12, 12, dtype=torch.float64)
     folded = config.fold(frame)
     np.testing.assert_array_equal(folded.numpy(), literal.fold(frame.numpy(), 3))
-    assert folded.shape == (2, config.folded_channels, config.side, config.side)
+    assert folded.shape == (2, config.folded_channels, *config.folded_size)
     assert torch.equal(config.unfold(folded), frame)
 
 
@@ -25,7 +25,7 @@ def test_a_patch_of_one_pixel_changes_nothing():
 def test_the_defaults():
     config = FrameConfig()
     assert (config.patch, config.clip, config.stacking) == (4, 1, "channels")
-    assert (config.side, config.folded_channels) == (16, 16)
+    assert (config.folded_size, config.folded_channels) == ((16, 16), 16)
     assert config.clip_shape() == (1, 64, 64)
 
 

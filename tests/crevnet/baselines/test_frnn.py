@@ -83,7 +83,7 @@ def downwards(oracle, model, below, above):
 
 
 def initial(oracle, model, batch):
-    sides = [model.config.side // 2 ** (1 + unit // model.config.units) for unit in range(len(model.initial))]
+    sides = [model.config.folded_size[0] // 2 ** (1 + unit // model.config.units) for unit in range(len(model.initial))]
     values = [oracle.array(v)[None, :, None, None] for v in model.initial]
     return [np.tile(v, (batch, 1, side, side)) for v, side in zip(values, sides, strict=True)]
 
@@ -197,8 +197,8 @@ def test_learns_one_batch_by_heart(learn):
         ({"kernel_sizes": (3,)}, r"model.kernel_sizes must name one size for each of the 2 stages .* got \(3,\)"),
         ({"kernel_sizes": (3, 2)}, "model.kernel_sizes must be odd, got 3, 2"),
         ({"front_kernel_size": 4}, "model.front_kernel_size must be odd, got 4"),
-        ({"image_size": 10}, "model.image_size 10 .* is not a multiple of 4, by which 2 stages pool it"),
-        ({"image_size": 8, "patch": 4}, r"model.image_size 8 \(folded: 2\) is not a multiple of 4"),
+        ({"image_size": 10}, "model.image_size 10 is not a multiple of 4, by which model.patch and 2 stages fold it"),
+        ({"image_size": 8, "patch": 4}, "model.image_size 8 is not a multiple of 16"),
         ({"units": 0}, "model.units must be at least 1, got 0"),
         ({"clip": 2}, "model.clip must be 1"),
     ],

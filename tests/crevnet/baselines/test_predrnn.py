@@ -52,7 +52,7 @@ def test_matches_the_equations(changes, fed, literal, oracle):
     config = tiny(**changes)
     model = oracle.randomise(config.build())
     clips = oracle.clips(config, len(fed))
-    zero = np.zeros((2, config.hidden[0], config.side, config.side))
+    zero = np.zeros((2, config.hidden[0], *config.folded_size))
     expected = oracle.run(literal_step(model, literal, oracle), clips, fed, ([(zero, zero)] * len(config.hidden), zero))
     found = model(clips, fed=fed).detach().numpy()
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-12)

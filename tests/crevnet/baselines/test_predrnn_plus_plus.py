@@ -57,7 +57,7 @@ def test_matches_the_equations(changes, fed, literal, oracle):
     clips = oracle.clips(config, len(fed))
 
     def zeros(channels):
-        return np.zeros((2, channels, config.side, config.side))
+        return np.zeros((2, channels, *config.folded_size))
 
     state = [(zeros(c), zeros(c)) for c in config.hidden], zeros(config.hidden[-1]), zeros(config.highway)
     expected = oracle.run(literal_step(model, literal, oracle), clips, fed, state)
