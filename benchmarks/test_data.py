@@ -13,7 +13,7 @@ from benchmarks.reporting import Report, Table, spread
 from crevnet.clips import frames_to_clips
 from crevnet.command import CONFIGS, load_config
 from crevnet.convolution import use_channels_last
-from crevnet.data import DataConfig, train_batches
+from crevnet.data import MovingMNISTConfig, train_batches
 from crevnet.run import select_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -106,6 +106,6 @@ def test_waiting_for_data_beside_the_training_step(benchmark, results, prefetch)
     results["feeding"].append({"prefetch": prefetch, "waiting_ms": waiting, "step_ms": working, "share": share})
 
 
-def config(num_digits: int) -> DataConfig:
+def config(num_digits: int) -> MovingMNISTConfig:
     """The paper's sequences with this many digits."""
-    return DataConfig(num_digits=num_digits, image_size=64, digit_size=28, frames=20)
+    return MovingMNISTConfig(num_digits=num_digits, image_size=64, digit_size=28, frames=20)

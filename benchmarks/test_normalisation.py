@@ -15,7 +15,7 @@ from torch.nn.functional import mse_loss
 
 from benchmarks.reporting import Report, Table
 from crevnet.clips import frames_to_clips
-from crevnet.data import DataConfig
+from crevnet.data import MovingMNISTConfig
 from crevnet.evaluate import score
 from crevnet.model import CrevNet, CrevNetConfig
 from revgrad import ReversibilityError
@@ -27,7 +27,7 @@ RATES = (5e-4, 2e-3, 8e-3)
 SEEDS = (0, 1)
 STEPS, BATCH, OBSERVED, SEQUENCES = 60, 4, 5, 32
 MODEL: dict[str, Any] = {"image_size": 32, "blocks": (2, 2), "modules": 2, "cell": "stlstm"}
-DATA = DataConfig(image_size=32, digit_size=14, frames=10)
+DATA = MovingMNISTConfig(image_size=32, digit_size=14, frames=10)
 
 NOTES = (
     "MSE summed over the 32 x 32 frame, mean of 5 frames predicted by free running; validation digits; lower is "

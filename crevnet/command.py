@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settin
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.config import TrainConfig
+from crevnet.datasets import DATASETS
 from crevnet.models import MODELS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -19,31 +20,42 @@ CONFIGS = Path(__file__).parent / "configs"
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-def train_parser(program: str, description: str, model: str = "crevnet") -> ArgumentParser:
+CHOICES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
+    "model": (MODELS, "crevnet", ("channels", "image_size")),
+    "data": (DATASETS, "moving-mnist", ("image_size", "frames", "test_sequences", "seed")),
+}
+"""Sections with a name of their own: what may be chosen, what is chosen where nothing is said, and which options a
+choice takes from a YAML file for another one.
+"""
+
+
+def train_parser(program: str, description: str, names: Mapping[str, str] | None = None) -> ArgumentParser:
     """A parser whose options are the fields of `TrainConfig`, from a YAML file and the command line.
 
     Args:
         program: What the user calls.
         description: What it does.
-        model: Whose options `--model.*` are: a name in `MODELS`.
+        names: What is chosen for each section in `CHOICES`.
     """
     parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it.")
-    parser.add_class_arguments(MODELS[model], "model")
-    parser.add_class_arguments(TrainConfig, skip={"model"})
+    for section, (known, default, _) in CHOICES.items():
+        parser.add_class_arguments(known[(names or {}).get(section, default)], section)
+    parser.add_class_arguments(TrainConfig, skip=set(CHOICES))
     return parser
 
 
 def parse_train_config(program: str, description: str, arguments: list[str]) -> TrainConfig:
     """Parse arguments into a checked configuration; a value out of range ends the program with a message.
 
-    `--model NAME` chooses among the models; of a YAML file for another model only what all models share is used.
+    `--model NAME` chooses among the models, `--data NAME` among the data sets; of a YAML file for another one only what
+    all share is used.
     """
     try:
-        name, arguments = choose_model(arguments)
+        names, arguments = choose(arguments)
     except (ValueError, OSError) as error:
         train_parser(program, description).error(str(error))
-    parser = train_parser(program, description, name)
+    parser = train_parser(program, description, names)
     options = parser.parse_args(arguments)
     try:
         return _build(parser, options)
@@ -51,22 +63,23 @@ def parse_train_config(program: str, description: str, arguments: list[str]) -> 
         parser.error(str(error))
 
 
-def choose_model(arguments: list[str]) -> tuple[str, list[str]]:
-    """The model that a command line names, and the arguments for the parser of that model.
+def choose(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
+    """What a command line names for each section in `CHOICES`, and the arguments for the parser of that.
 
-    The last `--model` says it, else the last YAML file with a section on the model, which without a name is CrevNet's.
+    The last `--section` says it, else the last YAML file with that section, which without a name is the default's.
 
     Raises:
-        ValueError: No such model, or a file is not YAML.
+        ValueError: No such name, or a file is not YAML.
         OSError: A file cannot be read.
     """
+    named_by = {f"--{section}{suffix}": section for section in CHOICES for suffix in ("", ".name")}
     rest: list[str] = []
-    name = ""
+    names: dict[str, str] = {}
     files: list[tuple[int, dict[str, Any]]] = []
     words = iter(arguments)
     for word in words:
         option, equals, value = word.partition("=")
-        if option not in ("--model", "--model.name", "--config"):
+        if option not in (*named_by, "--config"):
             rest.append(word)
             continue
         given = value if equals else next(words, None)
@@ -76,16 +89,13 @@ def choose_model(arguments: list[str]) -> tuple[str, list[str]]:
             files.append((len(rest), _read_yaml(given)))
             rest.append("")
         else:
-            name = _known_model(given)
-    if not name:
-        name = _known_model((["crevnet"] + [_named(content) for _, content in files if content.get("model")])[-1])
+            names[named_by[option]] = given
+    for section, (_, default, _) in CHOICES.items():
+        named = [default, *(_named(section, content) for _, content in files if content.get(section))]
+        names[section] = _known(section, names.get(section, named[-1]))
     for place, content in files:
-        if _named(content) != name:
-            shared = content.get("model") or {}
-            content["model"] = {k: shared[k] for k in ("channels", "image_size") if k in shared}
-        content["model"] = {**(content.get("model") or {}), "name": name}
-        rest[place] = f"--config={yaml.safe_dump(content)}"
-    return name, [*rest, f"--model.name={name}"]
+        rest[place] = f"--config={yaml.safe_dump(_for_choices(content, names))}"
+    return names, [*rest, *(f"--{section}.name={name}" for section, name in names.items())]
 
 
 def save_config(config: TrainConfig, path: Path) -> None:
@@ -97,7 +107,8 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 def load_config(path: Path) -> TrainConfig:
     """Read a configuration written by `save_config`."""
-    parser = train_parser("config", "", _known_model(_named(_read_yaml(path))))
+    content = _read_yaml(path)
+    parser = train_parser("config", "", {section: _known(section, _named(section, content)) for section in CHOICES})
     return _build(parser, parser.parse_path(path))
 
 
@@ -123,19 +134,31 @@ def _read_yaml(path: Path | str) -> dict[str, Any]:
         content = yaml.safe_load(Path(path).read_text())
     except (UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"{path} is not a YAML file: {error}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict | None):
+    if not isinstance(content, dict) or not all(isinstance(content.get(s, {}), dict | None) for s in CHOICES):
         raise ValueError(f"{path} is not the configuration of a training run: it must hold sections such as model:")
     return content
 
 
-def _named(content: dict[str, Any]) -> str:
-    return str((content.get("model") or {}).get("name", "crevnet"))
+def _named(section: str, content: dict[str, Any]) -> str:
+    return str((content.get(section) or {}).get("name", CHOICES[section][1]))
 
 
-def _known_model(name: str) -> str:
-    if name not in MODELS:
-        raise ValueError(f"model must be one of {', '.join(MODELS)}, got {name!r}")
+def _known(section: str, name: str) -> str:
+    known, _, _ = CHOICES[section]
+    if name not in known:
+        raise ValueError(f"{section} must be one of {', '.join(known)}, got {name!r}")
     return name
+
+
+def _for_choices(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """A YAML file's content with what it says of another model or data set left out."""
+    chosen = dict(content)
+    for section, (_, _, shared) in CHOICES.items():
+        options = content.get(section) or {}
+        if _named(section, content) != names[section]:
+            options = {k: options[k] for k in shared if k in options}
+        chosen[section] = {**options, "name": names[section]}
+    return chosen
 
 
 def _build(parser: ArgumentParser, options: Namespace) -> TrainConfig:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from crevnet.data import DataConfig
+from crevnet.data import DataConfig, MovingMNISTConfig
+from crevnet.frame_size import height_width, in_words
 from crevnet.metrics import SSIM_WINDOW
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
@@ -141,8 +142,8 @@ class TrainConfig:
 
     model: VideoConfig = field(default_factory=CrevNetConfig)
     """The network: the configuration of one of `crevnet.models.MODELS`."""
-    data: DataConfig = field(default_factory=DataConfig)
-    """The sequences."""
+    data: DataConfig = field(default_factory=MovingMNISTConfig)
+    """The sequences: the configuration of one of `crevnet.datasets.DATASETS`."""
     optimiser: OptimiserConfig = field(default_factory=OptimiserConfig)
     """Adam and its learning rate."""
     feeding: FeedingConfig = field(default_factory=FeedingConfig)
@@ -163,13 +164,20 @@ class TrainConfig:
             raise ValueError(
                 f"steps must not be negative and batch_size at least 1, got {self.steps} and {self.batch_size}"
             )
-        if self.data.image_size != self.model.image_size:
+        if height_width(self.data.image_size) != self.model.frame_size:
             raise ValueError(
-                f"data.image_size {self.data.image_size} and model.image_size {self.model.image_size} differ; set both"
+                f"data.image_size {in_words(self.data.image_size)} and model.image_size "
+                f"{in_words(self.model.image_size)} differ; set both"
             )
-        if self.model.image_size < SSIM_WINDOW:
+        if self.data.frame_channels() != self.model.channels:
             raise ValueError(
-                f"model.image_size must be at least {SSIM_WINDOW}, the window of SSIM, got {self.model.image_size}"
+                f"model.channels is {self.model.channels}, but the frames of {self.data.source()} have "
+                f"{self.data.frame_channels()}"
+            )
+        if min(self.model.frame_size) < SSIM_WINDOW:
+            raise ValueError(
+                f"model.image_size must be at least {SSIM_WINDOW}, the window of SSIM, got "
+                f"{in_words(self.model.image_size)}"
             )
         if not self.model.clip <= self.observed < self.data.frames:
             raise ValueError(

@@ -5,7 +5,7 @@ averaged.
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from crevnet.command import run_command
-from crevnet.data import MovingMNIST
+from crevnet.data import DataConfig, SequenceSet
 from crevnet.metrics import VideoMetrics, copy_last_frame
 from crevnet.run import load_run, select_device
 from crevnet.video_model import VideoModel
@@ -26,6 +26,8 @@ def evaluate(
     checkpoint: str = "best",
     root: Path | None = None,
     num_digits: int | None = None,
+    test: Path | None = None,
+    frames: int | None = None,
     test_sequences: int | None = None,
     batch_size: int = 32,
     device: str = "auto",
@@ -41,6 +43,8 @@ def evaluate(
         checkpoint: `best` (by validation), `last`, or the number of a step.
         root: Folder of the MNIST files, if other than in training.
         num_digits: Digits per sequence, if other than in training.
+        test: Folder of the test videos, for a model trained on videos, if other than in training.
+        frames: Frames per sequence, those given and those to predict together, if other than in training.
         test_sequences: Sequences of the fixed test set, if other than in training.
         batch_size: Sequences at a time.
         device: `auto`, `cpu` or `cuda`.
@@ -51,9 +55,8 @@ def evaluate(
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config
-    changes = {"root": root, "num_digits": num_digits, "test_sequences": test_sequences}
-    data = replace(config.data, **{k: v for k, v in changes.items() if v is not None})  # type: ignore[arg-type]
-    dataset = data.build_test()
+    options = {"root": root, "num_digits": num_digits, "test": test, "frames": frames, "test_sequences": test_sequences}
+    dataset = _changed(config.data, options).build_test()
     result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
     result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
     text = json.dumps(result, indent=2)
@@ -64,10 +67,19 @@ def evaluate(
     return result
 
 
+def _changed(data: DataConfig, options: dict[str, Any]) -> DataConfig:
+    """With those options that are not None."""
+    given = {k: v for k, v in options.items() if v is not None}
+    unknown = given.keys() - {f.name for f in fields(data)}
+    if unknown:
+        raise ValueError(f"{', '.join(sorted(unknown))} does not apply to the data of this run, {data.name}")
+    return replace(data, **given)
+
+
 @torch.no_grad()
 def score(
     model: VideoModel,
-    dataset: MovingMNIST,
+    dataset: SequenceSet,
     observed: int,
     *,
     batch_size: int,

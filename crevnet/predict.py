@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from crevnet.command import run_command
-from crevnet.files import read_frames, write_arrays
+from crevnet.data import load_video, to_tensor
+from crevnet.files import write_arrays
 from crevnet.run import load_run, select_device
 from crevnet.visualize import prediction_gif, prediction_grid
 
@@ -30,7 +31,8 @@ def predict(
         output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays
             `observed`, `prediction` and, where the sequence goes on, `target`; values in 0 .. 1).
         sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`,
-            or a folder of images in the order of their names. By default a sequence of the run's test set.
+            a film, or a folder of images in the order of their names; cropped about the centre and resized to the
+            size that the model was trained with. By default a sequence of the run's test set.
         index: Which sequence of the test set.
         observed: Frames to give to the model; by default as in training, the rest is compared with.
         steps: Frames to predict; by default as in training.
@@ -43,11 +45,12 @@ def predict(
     if output.suffix not in (".gif", ".png", ".npz"):
         raise ValueError(f"{output}: the output must be a .gif, .png or .npz file")
     if sequence is None:
-        if not 0 <= index < config.data.test_sequences:
-            raise ValueError(f"index must be 0 to {config.data.test_sequences - 1}, got {index}")
-        frames = config.data.build_test().batch([index])
+        test = config.data.build_test()
+        if not 0 <= index < len(test):
+            raise ValueError(f"index must be 0 to {len(test) - 1}, got {index}")
+        frames = test.batch([index])
     else:
-        frames = read_frames(sequence, config.model.channels, config.model.image_size)[None]
+        frames = to_tensor(load_video(sequence, config.model.channels, config.model.frame_size))[None]
     observed = config.observed if observed is None else observed
     steps = config.predicted if steps is None else steps
     if not config.model.clip <= observed <= frames.shape[1]:

@@ -49,7 +49,9 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
         return
     old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
     looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
-    free = {f"run.{name}" for name in looks} | (set() if _depends_on_its_length(config, folder) else {"steps"})
+    free = {"data.cache", *(f"run.{name}" for name in looks)}
+    if not _depends_on_its_length(config, folder):
+        free.add("steps")
     different = [k for k in new if k not in free and old.get(k) != new[k]]
     if different:
         listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)

@@ -1,4 +1,5 @@
-"""`python -m crevnet.train`: train CrevNet, or with `--model NAME` another video predictor, on Moving MNIST.
+"""`python -m crevnet.train`: train CrevNet, or with `--model NAME` another video predictor, on Moving MNIST, or with
+`--data videos` on videos.
 
 Without `--config`, a small configuration on embedded digits that takes a few minutes on two cores
 (`configs/quick.yaml`). Other options override it: `python -m crevnet.train --steps 100`.
@@ -8,6 +9,7 @@ import sys
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
+from crevnet.datasets import DATASETS
 from crevnet.models import MODELS
 from crevnet.training import train
 from crevnet.training_step import TrainingDiverged
@@ -20,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
         arguments = [f"--config={CONFIGS / 'quick.yaml'}", *arguments]
     config = parse_train_config(
         "python -m crevnet.train",
-        f"Train a video predictor on Moving MNIST. --model NAME chooses it: {', '.join(MODELS)}.",
+        f"Train a video predictor. --model NAME chooses it: {', '.join(MODELS)}. --data NAME chooses what to train on: "
+        f"{', '.join(DATASETS)}.",
         arguments,
     )
     try:

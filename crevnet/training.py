@@ -214,7 +214,7 @@ class Trainer:
             "peak_activation_bytes": self.training_step.peak_activation_bytes,
             "way": self.way,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
-            "digits": "MNIST" if config.data.root else "embedded in scikit-learn",
+            "data": config.data.source(),
             "data_range": 1.0,
         }
         model = whole_model(self.raw_model)
@@ -321,19 +321,19 @@ def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
     if not trainer.fit():
         return None
     result = trainer.finish()
-    fabric.print(summary(config.model.name, result, folder))
+    fabric.print(summary(config, result, folder))
     fabric.barrier()
     return result
 
 
-def summary(name: str, result: dict[str, Any], folder: Path) -> str:
+def summary(config: TrainConfig, result: dict[str, Any], folder: Path) -> str:
     """The closing table: the model beside the copy-last-frame baseline."""
     copied = result["copy_last_frame"]
     lines = [
-        f"Test digits never seen in training, {result['sequences']} sequences (MSE summed over the frame; SSIM, "
-        f"PSNR for values in 0 .. 1):",
+        f"{config.data.test_source()}, {result['sequences']} sequences (MSE summed over the frame; SSIM, PSNR for "
+        f"values in 0 .. 1):",
         f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
-        f"{name:18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
+        f"{config.model.name:18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
         f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",
         f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
     ]

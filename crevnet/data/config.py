@@ -1,46 +1,29 @@
-"""Configuration of the data, which builds the three sets."""
+"""What the configurations of all data sets have in common."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
-from crevnet.data.digit_images import DigitImages
-from crevnet.data.digits import load_digits
-from crevnet.data.moving_mnist import MovingMNIST
-from crevnet.data.splitting import hold_out
+from crevnet.data.sequence_set import SequenceSet
+from crevnet.frame_size import FrameSize, height_width
 
-VALIDATION_FRACTION = 0.1
-"""Part of every label of the training digits that is kept for validation."""
-
-FIXED_SEED = 2015
-"""Seed of the validation and test sequences: runs with different seeds are measured on the same ones."""
+HELD_OUT = 0.1
+"""Part of the training data that is kept for validation."""
 
 TRAIN_SIZE = 2**40
 """Training sequences: in effect without end, since they are made on the fly."""
 
-_TRAIN_STREAM, _VALIDATION_STREAM, _TEST_STREAM = range(3)
-
 
 @dataclass(kw_only=True)
 class DataConfig:
-    """Which digits move, and how; builds the training, validation and test sets.
-
-    The three sets are made of different digits: the test set of the test split, the validation set of the
-    last 10% of every label of the training split, the training set of the rest.
+    """Names a data set and builds its training, validation and test sequences.
 
     Raises:
         ValueError: a value is out of range.
     """
 
-    root: Path | None = None
-    """Folder with the MNIST files; None for the small digits embedded in scikit-learn."""
-    download: bool = False
-    """Fetch missing MNIST files into `root`."""
-    num_digits: int = 2
-    """Digits per sequence."""
-    image_size: int = 64
-    """Height and width of a frame, pixels."""
-    digit_size: int = 28
-    """Height and width of a digit, pixels; other sizes are resized to it."""
+    name: str = ""
+    """Which data set this is."""
+    image_size: FrameSize = 64
+    """Height and width of a frame in pixels, such as `[128, 160]`; one number where they are equal."""
     frames: int = 20
     """Frames per sequence, those given and those to predict together."""
     test_sequences: int = 5000
@@ -49,59 +32,47 @@ class DataConfig:
     """Seed of the training sequences; validation and test sequences do not depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("num_digits", "image_size", "digit_size", "frames", "test_sequences"):
+        for name in ("frames", "test_sequences"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.digit_size > self.image_size:
-            raise ValueError(
-                f"digit_size {self.digit_size} exceeds image_size {self.image_size}; "
-                "lower digit_size or raise image_size"
-            )
+        if min(height_width(self.image_size)) < 1:
+            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be 0 to 2**64 - 1, got {self.seed}")
-        if self.download and self.root is None:
-            raise ValueError("download=True needs root, the folder to download MNIST into")
 
-    def build_train(self) -> MovingMNIST:
+    def frame_channels(self) -> int:
+        """Channels of a frame."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how many channels a frame has")
+
+    def source(self) -> str:
+        """Where the sequences come from, in a few words."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its source")
+
+    def test_source(self) -> str:
+        """What is tested on, for the head of a table."""
+        raise NotImplementedError(f"{type(self).__name__} does not name its test set")
+
+    def build_train(self) -> SequenceSet:
         """Build the training set, in effect without end.
 
         Raises:
-            DataError: see `load_mnist`.
+            DataError: files are missing or damaged.
         """
-        digits, _ = self._training_digits()
-        return self._build(digits, TRAIN_SIZE, self.seed, _TRAIN_STREAM)
+        raise NotImplementedError(f"{type(self).__name__} builds no training set")
 
-    def build_validation(self, size: int) -> MovingMNIST:
-        """Build the fixed set of `size` sequences to validate on during training, which shows no test digit.
+    def build_validation(self, size: int) -> SequenceSet:
+        """Build the fixed set of at most `size` sequences to validate on during training.
 
         Raises:
-            DataError: see `load_mnist`.
+            DataError: files are missing or damaged.
             ValueError: `size` is below 1.
         """
-        _, digits = self._training_digits()
-        return self._build(digits, size, FIXED_SEED, _VALIDATION_STREAM)
+        raise NotImplementedError(f"{type(self).__name__} builds no validation set")
 
-    def build_test(self) -> MovingMNIST:
-        """Build the fixed set of `test_sequences` sequences of test digits.
+    def build_test(self) -> SequenceSet:
+        """Build the fixed test set of at most `test_sequences` sequences.
 
         Raises:
-            DataError: see `load_mnist`.
+            DataError: files are missing or damaged.
         """
-        digits = load_digits(self.root, "test", self.download)
-        return self._build(digits, self.test_sequences, FIXED_SEED, _TEST_STREAM)
-
-    def _training_digits(self) -> tuple[DigitImages, DigitImages]:
-        digits = load_digits(self.root, "train", self.download)
-        return hold_out(digits, VALIDATION_FRACTION, (digits.name, f"{digits.name}, held out"))
-
-    def _build(self, digits: DigitImages, size: int, seed: int, stream: int) -> MovingMNIST:
-        return MovingMNIST(
-            digits,
-            num_digits=self.num_digits,
-            image_size=self.image_size,
-            digit_size=self.digit_size,
-            frames=self.frames,
-            seed=seed,
-            stream=stream,
-            size=size,
-        )
+        raise NotImplementedError(f"{type(self).__name__} builds no test set")

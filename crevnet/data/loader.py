@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from crevnet.data.moving_mnist import MovingMNIST
+from crevnet.data.sequence_set import SequenceSet
 
 
 class StepSampler(Sampler[list[int]]):
@@ -66,7 +66,7 @@ class StepSampler(Sampler[list[int]]):
 
 
 def train_batches(
-    dataset: MovingMNIST,
+    dataset: SequenceSet,
     batch_size: int,
     *,
     start_step: int = 0,
@@ -89,7 +89,7 @@ def train_batches(
         workers: worker processes that generate ahead; 0 generates in this process.
 
     Returns:
-        An iterator over float32 [batch_size / world_size, T, 1, H, W] in [0, 1].
+        An iterator over float32 [batch_size / world_size, T, C, H, W] in [0, 1].
 
     Raises:
         ValueError: an argument is out of range, or `steps` takes more sequences than `dataset` has.

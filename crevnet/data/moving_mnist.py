@@ -5,17 +5,16 @@ Shapes: B sequences, T frames, H = W = image_size, K digits per sequence, D = di
 
 import math
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 import torch
 from numpy.lib.stride_tricks import sliding_window_view
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from crevnet.data.digit_images import DigitImages
 from crevnet.data.motion import bouncing_pixels
 from crevnet.data.resizing import resize
+from crevnet.data.sequence_set import Indices, SequenceSet
 from crevnet.data.uniforms import indexed_uniforms
 
 CLASSIC_STEP = 0.1
@@ -24,7 +23,7 @@ CLASSIC_STEP = 0.1
 _DRAWS_PER_DIGIT = 5
 
 
-class MovingMNIST(Dataset[Tensor]):
+class MovingMNIST(SequenceSet):
     """Digits that move in straight lines and bounce off the borders of the frame.
 
     Every sequence is a pure function of (seed, stream, index): the same in any batch, worker, rank or order.
@@ -99,37 +98,8 @@ class MovingMNIST(Dataset[Tensor]):
         self.name = digits.name
         self._glyphs = resize(digits.images, digit_size)
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index: int) -> Tensor:
-        """Return sequence `index` as float32 [T, 1, H, W] in [0, 1].
-
-        Raises:
-            IndexError: see `batch`.
-        """
-        return self.batch([index])[0]
-
-    def __getitems__(self, indices: Sequence[int]) -> list[Tensor]:
-        """Return one `__getitem__` tensor for each index; DataLoader calls this instead of looping.
-
-        Raises:
-            IndexError: see `batch`.
-        """
-        return list(self.batch(indices).unbind(0))
-
-    def batch(self, indices: Sequence[int] | np.ndarray | Tensor) -> Tensor:
-        """Return the sequences at `indices`, all at once.
-
-        Args:
-            indices: B integers, in any order, repeats allowed.
-
-        Returns:
-            float32 [B, T, 1, H, W], grey levels 0..255 divided by 255.
-
-        Raises:
-            IndexError: an index is not an integer in 0..size - 1 (negative ones do not count from the end).
-        """
+    def batch(self, indices: Indices) -> Tensor:
+        """As in `SequenceSet`: grey levels 0..255 divided by 255."""
         glyph_BK, row_BKT, column_BKT = self.trajectories(indices)
         B, T, H, D = len(glyph_BK), self.frames, self.image_size, self.digit_size
         canvas_BTHW = np.zeros((B, T, H, H), np.uint8)
@@ -142,7 +112,7 @@ class MovingMNIST(Dataset[Tensor]):
             windows[where] = np.maximum(windows[where], glyphs_B1DD)
         return torch.from_numpy(canvas_BTHW).to(torch.float32).div_(255).unsqueeze(2)
 
-    def trajectories(self, indices: Sequence[int] | np.ndarray | Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def trajectories(self, indices: Indices) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return which digits the sequences at `indices` show, and where.
 
         Returns:
@@ -152,7 +122,7 @@ class MovingMNIST(Dataset[Tensor]):
         Raises:
             IndexError: see `batch`.
         """
-        index_B = self._checked(indices)
+        index_B = self.checked(indices)
         K = self.num_digits
         draws = indexed_uniforms(index_B, K * _DRAWS_PER_DIGIT, seed=self.seed, stream=self.stream)
         image, row, column, direction, pace = np.moveaxis(draws.reshape(-1, K, _DRAWS_PER_DIGIT), -1, 0)
@@ -162,14 +132,3 @@ class MovingMNIST(Dataset[Tensor]):
         row_BKT = bouncing_pixels(row * span, speed * np.sin(angle), self.frames, span)
         column_BKT = bouncing_pixels(column * span, speed * np.cos(angle), self.frames, span)
         return (image * len(self._glyphs)).astype(np.int64), row_BKT, column_BKT
-
-    def _checked(self, indices: Sequence[int] | np.ndarray | Tensor) -> np.ndarray:
-        index_B = np.asarray(indices)
-        if index_B.size == 0:
-            return np.empty(0, np.int64)
-        if index_B.ndim != 1 or index_B.dtype.kind not in "iu":
-            raise IndexError(f"indices must be a flat list of integers, got {index_B.dtype} {index_B.shape}")
-        lowest, highest = int(index_B.min()), int(index_B.max())
-        if lowest < 0 or highest >= self.size:
-            raise IndexError(f"index {lowest if lowest < 0 else highest} is not in 0..{self.size - 1}")
-        return index_B.astype(np.int64)

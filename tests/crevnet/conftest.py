@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from crevnet.config import TrainConfig
+from crevnet.data import MovingMNISTConfig
 from crevnet.launch import launch
 from crevnet.model import CrevNetConfig
 from crevnet.train import main
@@ -68,7 +69,7 @@ def config(folder=None, options=None):
     for name, value in (TINY | (options or {})).items():
         part, _, field = name.rpartition(".")
         (parts[part] if part else top)[field] = tuple(value) if isinstance(value, list) else value
-    hints = get_type_hints(TrainConfig) | {"model": CrevNetConfig}
+    hints = get_type_hints(TrainConfig) | {"model": CrevNetConfig, "data": MovingMNISTConfig}
     return TrainConfig(**{part: hints[part](**values) for part, values in parts.items()}, **top)
 
 

@@ -1,6 +1,5 @@
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,14 +11,14 @@ from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import (
     CONFIGS,
     as_plain,
-    choose_model,
+    choose,
     load_config,
     parse_train_config,
     run_command,
     save_config,
 )
 from crevnet.config import TrainConfig
-from crevnet.data import DataError
+from crevnet.data import DataError, VideosConfig
 from crevnet.model import CrevNetConfig
 from crevnet.models import MODELS
 
@@ -120,7 +119,7 @@ def test_a_programming_error_keeps_its_traceback(monkeypatch):
 # --- which model ---
 
 QUICK = CONFIGS / "quick.yaml"
-STACKED = {"model": {"name": "stacked-rnn", "hidden": 4, "image_size": 32, "channels": 2, "layers": 3}, "steps": 7}
+STACKED = {"model": {"name": "stacked-rnn", "hidden": 4, "image_size": 48, "clip": 2, "layers": 3}, "steps": 7}
 
 
 def parse(*arguments):
@@ -131,7 +130,7 @@ def parse(*arguments):
 def stacked(tmp_path):
     """A YAML file for another model than the default one."""
     path = tmp_path / "stacked.yaml"
-    path.write_text(yaml.safe_dump(STACKED | {"data": {"image_size": 32}}))
+    path.write_text(yaml.safe_dump(STACKED | {"data": {"image_size": 48}}))
     return path
 
 
@@ -159,7 +158,8 @@ def test_every_model_is_chosen_by_its_name(form, name):
 
 def test_without_a_name_it_is_crevnet():
     assert parse() == TrainConfig()
-    assert choose_model(["--steps", "3"]) == ("crevnet", ["--steps", "3", "--model.name=crevnet"])
+    names = {"model": "crevnet", "data": "moving-mnist"}
+    assert choose(["--steps", "3"]) == (names, ["--steps", "3", "--model.name=crevnet", "--data.name=moving-mnist"])
 
 
 def test_options_of_the_chosen_model_are_known_in_any_order():
@@ -179,13 +179,13 @@ def test_values_of_the_chosen_model_are_checked(refused):
 
 def test_a_file_names_its_model(stacked):
     config = parse("--config", stacked)
-    assert config.model == StackedRNNConfig(hidden=4, image_size=32, channels=2, layers=3)
+    assert config.model == StackedRNNConfig(hidden=4, image_size=48, clip=2, layers=3)
     assert config.steps == 7
 
 
 def test_the_command_line_overrides_a_file_of_the_same_model(stacked):
     config = parse("--config", stacked, "--model", "stacked-rnn", "--model.layers", "1", "--steps=9")
-    assert config.model == StackedRNNConfig(hidden=4, image_size=32, channels=2, layers=1)
+    assert config.model == StackedRNNConfig(hidden=4, image_size=48, clip=2, layers=1)
     assert config.steps == 9
 
 
@@ -193,7 +193,7 @@ def test_the_command_line_overrides_a_file_of_the_same_model(stacked):
 def test_of_a_file_of_another_model_what_all_share_is_kept(stacked, name_first):
     name, file = ["--model", "unet-rnn"], ["--config", stacked]
     config = parse(*name, *file) if name_first else parse(*file, *name)
-    assert config.model == UNetRNNConfig(image_size=32, channels=2)
+    assert config.model == UNetRNNConfig(image_size=48)
     assert config.steps == 7
 
 
@@ -212,9 +212,9 @@ def test_the_last_name_wins(stacked):
 
 def test_the_last_file_with_a_model_wins(stacked):
     config = parse("--config", stacked, "--config", QUICK)
-    assert config.model == replace(load_config(QUICK).model, channels=2)  # which all models share
+    assert config.model == load_config(QUICK).model
     config = parse("--config", QUICK, "--config", stacked)
-    assert config.model == StackedRNNConfig(hidden=4, image_size=32, channels=2, layers=3)
+    assert config.model == StackedRNNConfig(hidden=4, image_size=48, clip=2, layers=3)
     assert config.batch_size == load_config(QUICK).batch_size
     assert config.steps == 7
 
@@ -270,7 +270,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, refused):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_saved_configuration_is_that_of_its_model(name, tmp_path):
-    config = TrainConfig(model=MODELS[name](channels=3))
+    config = TrainConfig(
+        model=MODELS[name](image_size=(64, 32)), data=VideosConfig(train=Path("v"), channels=1, image_size=(64, 32))
+    )
     save_config(config, tmp_path / "config.yaml")
     assert load_config(tmp_path / "config.yaml") == config
     assert parse("--config", tmp_path / "config.yaml") == config

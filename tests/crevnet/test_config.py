@@ -6,7 +6,7 @@ from jsonargparse import ArgumentParser
 
 from crevnet.command import CONFIGS, load_config, parse_train_config, save_config, train_parser
 from crevnet.config import FeedingConfig, OptimiserConfig, RunConfig, TrainConfig
-from crevnet.data import DataConfig
+from crevnet.data import MovingMNISTConfig
 from crevnet.model import CrevNetConfig
 
 PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
@@ -38,9 +38,12 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
         (lambda: RunConfig(precision="16-mixed"), "run.precision must be one of"),
         (lambda: TrainConfig(steps=-1), "steps must not be negative and batch_size at least 1, got -1 and 16"),
         (lambda: TrainConfig(batch_size=0), "got 300000 and 0"),
-        (lambda: TrainConfig(data=DataConfig(image_size=32)), "data.image_size 32 and model.image_size 64 differ"),
         (
-            lambda: TrainConfig(data=DataConfig(image_size=8, digit_size=4), model=CrevNetConfig(image_size=8)),
+            lambda: TrainConfig(data=MovingMNISTConfig(image_size=32)),
+            "data.image_size 32 and model.image_size 64 differ",
+        ),
+        (
+            lambda: TrainConfig(data=MovingMNISTConfig(image_size=8, digit_size=4), model=CrevNetConfig(image_size=8)),
             "model.image_size must be at least 11, the window of SSIM, got 8",
         ),
         (lambda: TrainConfig(observed=2), "observed must be at least model.clip (3) and below data.frames (20), got 2"),
@@ -158,13 +161,21 @@ def test_the_defaults_are_written_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_is_shipped_loads(path):
-    config = parse_train_config("test", "", [f"--config={path}"])
+    videos = ["--data.train=films"] if path.stem in ("videos", "kitti") else []
+    config = parse_train_config("test", "", [f"--config={path}", *videos])
     assert config.predicted >= 1
     assert config.data.image_size == config.model.image_size
 
 
 def test_all_shipped_configurations_were_found():
     assert {path.stem for path in CONFIGS.glob("*.yaml")} >= {"quick", *PAPER}
+
+
+def test_what_the_paper_says_of_kitti():
+    config = parse_train_config("test", "", [f"--config={CONFIGS / 'kitti.yaml'}", "--data.train=films"])
+    assert config.model.frame_size == (128, 160)
+    assert (3 * sum(config.model.blocks), config.model.modules) == (48, 40)
+    assert (config.observed, config.predicted) == (10, 1)
 
 
 @pytest.mark.parametrize("name", PAPER)

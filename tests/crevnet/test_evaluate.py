@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from crevnet.data import DataConfig
+from crevnet.data import MovingMNISTConfig
 from crevnet.evaluate import evaluate, score
 from crevnet.metrics import copy_last_frame
 from crevnet.run import load_run
@@ -65,7 +65,7 @@ def test_metrics_do_not_depend_on_the_batch_size(batch_size, loaded):
 @pytest.mark.parametrize("sequences", [1, 5])
 def test_metrics_do_not_depend_on_the_number_of_processes(sequences, loaded):
     """Two ranks as threads, whose sum waits for both; with one sequence the second rank gets none."""
-    dataset = DataConfig(image_size=16, digit_size=8, frames=6, test_sequences=sequences).build_test()
+    dataset = MovingMNISTConfig(image_size=16, digit_size=8, frames=6, test_sequences=sequences).build_test()
     meeting = threading.Barrier(2, timeout=60)
     slots = [None, None]
     results = [None, None]

@@ -7,8 +7,10 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from crevnet.baselines.predrnn import PredRNNConfig
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
+from crevnet.config import TrainConfig
 from crevnet.training import summary
 from crevnet.training_step import TrainingDiverged
 
@@ -31,12 +33,12 @@ def test_metrics_are_written_with_everything_that_is_promised(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert set(metrics) == {
         "mse", "ssim", "psnr", "per_frame", "sequences", "copy_last_frame", "step", "steps", "seconds",
-        "peak_activation_bytes", "way", "parameters", "digits", "data_range",
+        "peak_activation_bytes", "way", "parameters", "data", "data_range",
     }  # fmt: skip
     assert set(metrics["copy_last_frame"]) == {"mse", "ssim", "psnr"}
     assert {k: len(v) for k, v in metrics["per_frame"].items()} == {"mse": 3, "ssim": 3, "psnr": 3}
     assert (metrics["sequences"], metrics["steps"], metrics["data_range"]) == (5, 24, 1.0)
-    assert metrics["digits"] == "embedded in scikit-learn"
+    assert metrics["data"] == "digits embedded in scikit-learn"
     weights = load_file(finished_run / "checkpoints" / "step-00000024" / "weights.safetensors")
     assert metrics["parameters"] == sum(x.numel() for x in weights.values())
     assert metrics["seconds"] > 0
@@ -140,8 +142,12 @@ def test_only_rank_0_writes(trainer, monkeypatch):
 
 def test_the_summary_has_both_lines_and_their_ratio(tmp_path):
     result = {"mse": 30.0, "ssim": 0.8, "psnr": 20.0, "sequences": 7}
-    text = summary("predrnn", result | {"copy_last_frame": {"mse": 60.0, "ssim": 0.5, "psnr": 15.0}}, tmp_path)
-    assert "7 sequences" in text
+    text = summary(
+        TrainConfig(model=PredRNNConfig()),
+        result | {"copy_last_frame": {"mse": 60.0, "ssim": 0.5, "psnr": 15.0}},
+        tmp_path,
+    )
+    assert "Test digits never seen in training, 7 sequences" in text
     assert "predrnn               30.00   0.8000    20.00" in text
     assert "60.00   0.5000    15.00" in text
     assert "MSE is 0.50 of copying" in text

@@ -23,7 +23,7 @@ def test_right_size_is_returned_untouched():
 def test_each_image_is_resized_alone_across_chunks(monkeypatch):
     images = np.random.default_rng(0).integers(0, 256, (7, 8, 8), np.uint8)
     whole = resize(images, 14)
-    monkeypatch.setattr("crevnet.data.resizing._CHUNK", 3)
+    monkeypatch.setattr("crevnet.data.resizing._CHUNK_PIXELS", 3 * 8 * 8)
     assert (resize(images, 14) == whole).all()
     assert (np.concatenate([resize(images[i : i + 1], 14) for i in range(7)]) == whole).all()
 
@@ -50,7 +50,7 @@ def test_shrinking_averages_instead_of_skipping():
     [
         (np.zeros((1, 4, 4), np.uint8), 0, "size must be at least 1"),
         (np.zeros((4, 4), np.uint8), 2, "images must be uint8"),
-        (np.zeros((1, 4, 4), np.float32), 2, "images must be uint8"),
+        (np.zeros((1, 4, 4)), 2, "images must be uint8 or float32"),
     ],
 )
 def test_wrong_arguments(images, size, message):

@@ -1,0 +1,67 @@
+"""Videos read once: decoded and resized frames, shared within a process and, where wanted, kept in files."""
+
+import hashlib
+import os
+import uuid
+from pathlib import Path
+from weakref import WeakValueDictionary
+
+import numpy as np
+
+from crevnet.data.errors import DataError
+from crevnet.data.video_files import load_video
+
+_IN_USE: WeakValueDictionary[str, np.ndarray] = WeakValueDictionary()
+
+
+def cached_video(path: Path, channels: int, size: tuple[int, int], every: int, cache: Path | None) -> np.ndarray:
+    """What `load_video` returns: from memory if it is in use there, else from a file that an earlier call has written.
+
+    Args:
+        path: As in `load_video`.
+        channels: As in `load_video`.
+        size: As in `load_video`.
+        every: As in `load_video`.
+        cache: Folder of the files, which are mapped to memory, so that processes share it; None for none.
+
+    Raises:
+        DataError: As in `load_video`; or a file in `cache` is damaged.
+    """
+    key = _key(path, channels, size, every)
+    frames = _IN_USE.get(key)
+    if frames is None:
+        if cache is None:
+            frames = load_video(path, channels, size, every)
+        else:
+            file = cache / f"{key}.npy"
+            if not file.exists():
+                _write(file, load_video(path, channels, size, every))
+            frames = _mapped(file)
+        _IN_USE[key] = frames
+    return frames
+
+
+def _key(path: Path, channels: int, size: tuple[int, int], every: int) -> str:
+    """Changes with the files, as far as their sizes and times tell."""
+    files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
+    stats = [(file.name, *((s := file.stat()).st_size, s.st_mtime_ns)) for file in files]
+    return hashlib.sha256(repr((str(path.resolve()), stats, channels, size, every)).encode()).hexdigest()[:32]
+
+
+def _write(file: Path, frames: np.ndarray) -> None:
+    """Write a file whole or not at all, whatever other processes do."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.part")
+    try:
+        with part.open("wb") as f:
+            np.save(f, frames)
+        os.replace(part, file)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _mapped(file: Path) -> np.ndarray:
+    try:
+        return np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{file}: damaged; delete it, and it is made again ({error})") from error
