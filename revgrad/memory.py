@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
@@ -39,11 +38,10 @@ class LiveMemory(TorchDispatchMode):
         if getattr(func, "is_view", False):
             # Of a real tensor under fake tensors, the view would seem to have a storage of its own.
             return func(*args, **(kwargs or {}))
-        before = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self._count(x.untyped_storage(), before)
+        for x in _tensors(out):
+            self._count(x.untyped_storage(), before)
         return out
 
     def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
@@ -51,10 +49,9 @@ class LiveMemory(TorchDispatchMode):
         if key in self._sizes or key in before:
             return
         self._sizes[key] = storage.nbytes()
-        self._storages[key] = weakref.ref(storage)
+        self._storages[key] = weakref.ref(storage, lambda _: self._free(key))
         self.live += storage.nbytes()
         self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._free, key).atexit = False
 
     def _look_again(self) -> None:
         for key, ref in self._storages.items():
@@ -76,3 +73,13 @@ class LiveMemory(TorchDispatchMode):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         super().__exit__(kind, error, trace)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """The tensors among the arguments or results of an operator."""
+    # Every operator passes here: a general tree takes several times as long.
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, (list, tuple)):
+        return [x for item in value if item is not None for x in _tensors(item)]
+    return [x for item in value.values() for x in _tensors(item)] if isinstance(value, dict) else []
