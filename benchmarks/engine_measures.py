@@ -46,7 +46,7 @@ def counts(model: Model, stack: Stack, x: Tensor) -> Counts:
     weights = list(stack.blocks.parameters())
     for leaf in (*weights, x):
         leaf.grad = torch.zeros_like(leaf)
-    before = sum(t.evaluations for t in stack.transforms)
+    before = sum(t.count[0] for t in stack.transforms)
     gc.collect()
     # With the cycle collector off, whatever is freed is freed because nothing refers to it.
     gc.disable()
@@ -55,7 +55,7 @@ def counts(model: Model, stack: Stack, x: Tensor) -> Counts:
             training_step(model, x, weight)
     finally:
         gc.enable()
-    evaluations = (sum(t.evaluations for t in stack.transforms) - before) / len(stack.transforms)
+    evaluations = (sum(t.count[0] for t in stack.transforms) - before) / len(stack.transforms)
     gradient = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
     return Counts(memory.peak / MIB, evaluations, gradient, x.grad.clone())
 

@@ -22,6 +22,7 @@ def takes(transform: nn.Module, name: str, positional: int) -> bool:
     """Whether a transform takes an argument of this name when its first `positional` ones are given by position."""
     if isinstance(transform, Adapter):
         return transform.takes(name, positional)
+    transform = getattr(transform, "_orig_mod", transform)  # of torch.compile, which takes anything
     found: list[Any] = list(inspect.signature(transform.forward).parameters.values())
     given = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]
     named = [p.name for p in found if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and p not in given]

@@ -20,8 +20,8 @@ from revgrad.cost import ChainCost, Run, Storages, measure, runs_of, union
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
+from revgrad.modules import modules_of
 from revgrad.program import Program
-from revgrad.replay import modules_of
 from revgrad.residue import Residue
 from revgrad.tracing import untraced
 

@@ -3,17 +3,15 @@
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cached_property, partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, State, Step, Streams, add
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams, add
 from revgrad.residue import Residue
 
 
@@ -32,6 +30,8 @@ class Read:
     """Its own state and the carry, without a cell that is recovered."""
     strides: tuple[tuple[int, ...], ...] | None
     """See `Step.strides`."""
+    note: Note | None = None
+    """See `Step.note`."""
 
 
 class ChainState(NamedTuple):
@@ -110,6 +110,7 @@ def run_chain(
     carry = state.carry
     for i, (name, layer) in enumerate(links):
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        step.noting = keep is not None
         if layer.stateful:
             step.state = _joined(name, layer, state.layers[i], carry)
         if entering is not None:
@@ -117,7 +118,8 @@ def run_chain(
         with around(i):
             streams = layer.run(streams, step)
         if keep is not None:
-            keep(Read(without(step.state, position_of(layer.inverted_cell, residue is not None)), step.strides))
+            read = without(step.state, position_of(layer.inverted_cell, residue is not None))
+            keep(Read(read, step.strides, step.note))
         own, carry = _parted(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
@@ -175,10 +177,10 @@ class ChainGradients:
                 continue
             if total is None:
                 self.total[i] = grad
-            elif self._owned[i]:
+            elif self._owned[i] and (grad.is_sparse or not total.is_sparse):
                 total.add_(grad)
-            else:
-                self.total[i], self._owned[i] = total + grad, True
+            else:  # the dense one first: PyTorch adds in no other order
+                self.total[i], self._owned[i] = grad + total if total.is_sparse else total + grad, True
 
     def take(self, indices: Sequence[int]) -> Grads:
         """Give away the sums of these parameters, which are complete."""
@@ -226,6 +228,7 @@ def rewind_chain(
         name, layer = links[i]
         read = reads.pop()
         step = Step(name=name, state=read.state, strides=read.strides, residue=residue, replay=partial(replaying, i))
+        step.note = read.note
         if arguments:
             step.arguments = arguments[i]
         if cells is not None:
@@ -235,6 +238,8 @@ def rewind_chain(
         indices = [*indices_of(layer), *into.conditioning(step.arguments)]
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
+        if step.leftovers is not None:
+            step.leftovers.check(name)
         if cells is not None:
             cells[i] = step.cell
         _join(flow, joining, first, i)
@@ -280,48 +285,3 @@ def _parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, 
         return (), carry
     cut = len(state) - layer.carries
     return state[:cut], state[cut:] if layer.carries else carry
-
-
-def fingerprint(streams: Streams, precise: bool = True) -> Tensor:
-    """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the
-    sum of squares.
-
-    Computed on pieces of fixed size, so that checking a large stream takes little memory.
-
-    Args:
-        streams: The streams.
-        precise: Whether every bit shall count: in float64, and equal streams give equal fingerprints, bit for bit.
-            Otherwise sums within a piece are in float32 (but for float64), which takes a third of the time; from
-            magnitudes of 1e16 on they overflow.
-    """
-    return torch.cat([_fingerprint(x.detach(), precise) for x in streams])
-
-
-def _fingerprint(x: Tensor, precise: bool) -> Tensor:
-    flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
-    dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
-    # Where every bit counts, always read from the same buffer: a view may be unaligned, and the sum then in another
-    # order.
-    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype) if precise or flat.dtype != dtype else None
-    weights = _weights(x.device, dtype)
-    sums = []
-    for values in flat.split(_PIECE):
-        if len(values) < _PIECE:
-            weights = weights[: len(values)]
-        if buffer is not None:
-            values = buffer[: len(values)].copy_(values)
-        sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
-    weighted, plain, squares = torch.stack(sums).view(-1, 3).double().sum(0).unbind()
-    return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])
-
-
-_PIECE = 65536
-"""Half a megabyte in float64: it stays in the cache, and the operators' overhead is spread over it."""
-
-
-@cache
-def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
-    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel. They are kept for good, so
-    # that they must not be fake tensors where the first to ask runs under FakeTensorMode.
-    with _disable_current_modes():
-        return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)

@@ -4,8 +4,7 @@ A program holds the arguments of its layers. The autograd Function takes their t
 layers read it, and puts stand-ins in for the backward pass.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -77,18 +76,9 @@ def replaced(arguments: Any, old: Sequence[object], new: Sequence[object]) -> An
     return tree_map(lambda x: changes.get(id(x), x), arguments)
 
 
-@contextmanager
-def unchanged(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Raise if the code inside changes one of these tensors, which a second evaluation is to read again.
-
-    Raises:
-        StreamError: Gives the shape.
-    """
-    before = [None if x.is_inference() else x._version for x in tensors]
-    yield
-    for x, version in zip(tensors, before, strict=True):
-        if version is not None and x._version != version:
-            raise StreamError(
-                f"a transform changed a conditioning tensor of shape {tuple(x.shape)} in place, and the recomputation "
-                "in backward would read another value: make the operation out of place"
-            )
+def conditioning_changed(x: Tensor) -> StreamError:
+    """The error where a transform has changed this tensor, which a second evaluation is to read again."""
+    return StreamError(
+        f"a transform changed a conditioning tensor of shape {tuple(x.shape)} in place, and the recomputation "
+        "in backward would read another value: make the operation out of place"
+    )

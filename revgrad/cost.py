@@ -1,22 +1,25 @@
 """What a chain costs: the bytes that each way to run it keeps, and the operations to compute a layer again."""
 
+import random
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from revgrad.attributes import Contents
 from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
-from revgrad.function import uncached
+from revgrad.graphless import uncached
 from revgrad.layer import NO_ARGUMENTS, ReversibleLayer, Streams
+from revgrad.modules import check_materialised
 from revgrad.program import Program, put_on_grid
-from revgrad.replay import check_materialised
 from revgrad.residue import Residue
 
 Storages = dict[Hashable, int]
@@ -147,6 +150,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
     device = streams[0].device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),
+        _other_random_states(),
         _undisturbed(modules),
         uncached(),
         torch.enable_grad(),
@@ -252,13 +256,15 @@ class _Ledger:
 
 @contextmanager
 def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Modules get stand-ins for their parameters, copies of their buffers, and in the end their attributes back.
+    """Modules get stand-ins for their parameters, copies of their buffers and of tensors in attributes, and in the end
+    their attributes back, and what lists, dictionaries, sets and deques in them hold.
 
     The stand-ins are fake under fake tensors: what is saved of a parameter is then known to be no new storage. Those of
     a layer itself, which may set them by the first input that it sees, are copies.
     """
     check_materialised(modules)
     before = [dict(vars(module)) for module in modules]
+    contents = Contents(before)
     parameters = {
         p: (p.detach().clone() if isinstance(m, ReversibleLayer) else p.detach()).requires_grad_(p.requires_grad)
         for m in modules
@@ -269,11 +275,24 @@ def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules:
             vars(module)["_parameters"] = {k: p if p is None else parameters[p] for k, p in module._parameters.items()}
             vars(module)["_buffers"] = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+            vars(module).update({k: x.clone() for k, x in vars(module).items() if isinstance(x, Tensor)})
         yield
     finally:
         for module, attributes in zip(modules, before, strict=True):
             vars(module).clear()
             vars(module).update(attributes)
+        contents.restore()
+
+
+@contextmanager
+def _other_random_states() -> Iterator[None]:
+    """Python's and NumPy's random numbers are left as they are."""
+    before = random.getstate(), np.random.get_state()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
 
 
 def _cut_off(tensors: Streams) -> Streams:

@@ -9,19 +9,18 @@ The transform reads only the source, which the coupling leaves as it is. Undoing
 therefore evaluates the transform exactly once, on the very input that the forward pass gave it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from revgrad_kernels.backend import converted
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from revgrad.adapter import takes
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
-from revgrad.hints import not_given, wrong_number, wrong_shape
+from revgrad.exact_update import ExactUpdate
 from revgrad.layer import (
     NO_ARGUMENTS,
     Arguments,
@@ -38,8 +37,11 @@ from revgrad.layer import (
     leaf,
     negated,
     per_sample,
+    unchanged,
 )
 from revgrad.layout import dense, laid_out
+from revgrad.leftovers import Leftovers
+from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
 
 Message = Tensor | tuple[Tensor, ...]
@@ -76,8 +78,12 @@ class Coupling(ReversibleLayer):
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
-        # A gradient of its own may read what the one it replaces does not.
         own = vars(cls)
+        if "merge" in own or "unmerge" in own:
+            # What is inherited belongs to another merge.
+            for name in _MADE_FOR_A_MERGE - own.keys():
+                setattr(cls, name, getattr(Coupling, name))
+        # A gradient of its own may read what the one it replaces does not.
         if ("merge_vjp" in own or "unmerge_vjp" in own) and "vjp_reads_values" not in own:
             cls.vjp_reads_values = True
 
@@ -112,6 +118,7 @@ class Coupling(ReversibleLayer):
                 "parameter update=revgrad.update_cell besides source and state"
             )
         self.inverted_cell = inverted_cell
+        self._noted = 0
 
     def updates(self) -> int:
         """The target."""
@@ -144,12 +151,15 @@ class Coupling(ReversibleLayer):
         raise self._no_exact_form()
 
     def merge_vjp(self, grad: Tensor, exact: bool, target: Tensor, *message: Tensor) -> Grads:
-        """Gradients with respect to `(target, *message)`; exact ones pass straight through the rounding."""
-        return _vjp(self.merge, grad, target, *message)
+        """Gradients with respect to `(target, *message)`; exact ones pass straight through the rounding.
+
+        By default those of `merge`. A subclass may say them; its `merge` then reads no other tensor.
+        """
+        return self._vjp(self.merge, grad, target, *message)[0]
 
     def unmerge_vjp(self, grad: Tensor, exact: bool, merged: Tensor, *message: Tensor) -> Grads:
         """As `merge_vjp`, for `unmerge`."""
-        return _vjp(self.unmerge, grad, merged, *message)
+        return self._vjp(self.unmerge, grad, merged, *message)[0]
 
     def log_derivative(self, target: Tensor, *message: Tensor) -> Tensor | None:
         """`log |d merge / d target|`, element by element in the target's shape; differentiable.
@@ -196,6 +206,9 @@ class Coupling(ReversibleLayer):
         if undo and update is not None and torch.is_grad_enabled():
             raise StreamError(f"{step.name}: undoing an inverted cell has no gradient: call it in torch.no_grad()")
         message, step.new_state = self._message(sources, target, state, step.name, step.arguments, update)
+        if step.noting and self._noted < NOTED:
+            step.note = note_of(message, sources)
+            self._noted += step.note is not None
         updated = self._updated(target, message, step.residue, undo=undo)
         if isinstance(update, Recall):
             step.cell = update.recover()
@@ -210,6 +223,7 @@ class Coupling(ReversibleLayer):
             streams[i] = laid_out(streams[i], strides)
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
+        step.leftovers = Leftovers(sources)
         with torch.enable_grad(), step.replay():
             update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
@@ -218,22 +232,29 @@ class Coupling(ReversibleLayer):
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)
         del message, new_state
+        if step.note is not None:
+            compare_with(step.note, values, tuple(x.detach() for x in sources), step.name)
         log_det_grad, step.log_det_grad = step.log_det_grad, None
         message_grads: Grads = (None,) * len(values)
+        # What the merge itself reads of them.
+        wrt_grads: Grads = (None,) * len(wrt)
         if undo:
-            message_grads = self._pull_log_det(flow, negated(log_det_grad), values, message_grads)
+            message_grads, wrt_grads = self._pull_log_det(flow, negated(log_det_grad), values, message_grads, wrt)
         with torch.no_grad():
             streams[self.target] = self._updated(streams[self.target], values, step.residue, undo=not undo)
         if isinstance(update, Recall):
             step.cell = update.recover()
+        del update
         grad = grads[self.target]
         if grad is not None:
-            vjp = self.unmerge_vjp if undo else self.merge_vjp
             with no_autocast(grad):
-                grads[self.target], *rest = vjp(grad, step.residue is not None, streams[self.target], *values)
-            message_grads = tuple(map(add, rest, message_grads))
+                (grads[self.target], *rest), own = self._pulled(
+                    grad, step, streams[self.target], values, wrt, undo=undo
+                )
+            message_grads, wrt_grads = tuple(map(add, rest, message_grads)), tuple(map(add, wrt_grads, own))
         if not undo:
-            message_grads = self._pull_log_det(flow, log_det_grad, values, message_grads)
+            message_grads, own = self._pull_log_det(flow, log_det_grad, values, message_grads, wrt)
+            wrt_grads = tuple(map(add, wrt_grads, own))
         del values, grad
         # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
         found = gradients(
@@ -244,7 +265,28 @@ class Coupling(ReversibleLayer):
         n, m = len(sources), len(states)
         for i, grad in zip(self._sources, found, strict=False):
             grads[i] = grad
-        return Rewound(found[n : n + m], found[n + m :])
+        return Rewound(found[n : n + m], tuple(map(add, found[n + m :], wrt_grads)))
+
+    def _pulled(
+        self, grad: Tensor, step: Step, target: Tensor, message: Streams, wrt: Sequence[Tensor], *, undo: bool
+    ) -> tuple[Grads, Grads]:
+        """Gradients of the merge with respect to target and message, and to `wrt`."""
+        kind = type(self)
+        if (kind.unmerge_vjp is Coupling.unmerge_vjp) if undo else (kind.merge_vjp is Coupling.merge_vjp):
+            return self._vjp(self.unmerge if undo else self.merge, grad, target, *message, wrt=wrt)
+        vjp = self.unmerge_vjp if undo else self.merge_vjp
+        return vjp(grad, step.residue is not None, target, *message), (None,) * len(wrt)
+
+    def _vjp(
+        self, merge: Callable[..., Tensor], grad: Tensor, *inputs: Tensor, wrt: Sequence[Tensor] = ()
+    ) -> tuple[Grads, Grads]:
+        """Gradients of a merge with respect to its inputs, and to what else it reads of `wrt`."""
+        with torch.enable_grad():
+            leaves = tuple(map(leaf, inputs))
+            out = merge(*(x.to(leaves[0].dtype) for x in leaves))
+        check_closed(type(self).__name__, (out,), (*leaves, *wrt))
+        found = gradients((out,), (grad,), (*leaves, *wrt))
+        return found[: len(leaves)], found[len(leaves) :]
 
     def _log_det(self, target: Tensor, message: Streams) -> Tensor | None:
         with no_autocast(target):
@@ -258,16 +300,20 @@ class Coupling(ReversibleLayer):
             )
         return per_sample(derivative)
 
-    def _pull_log_det(self, flow: Flow, grad: Tensor | None, message: Streams, message_grads: Grads) -> Grads:
-        """Add what the log-determinant contributes to the gradients of target and message."""
+    def _pull_log_det(
+        self, flow: Flow, grad: Tensor | None, message: Streams, message_grads: Grads, wrt: Sequence[Tensor]
+    ) -> tuple[Grads, Grads]:
+        """Add what the log-determinant contributes to the gradients of target and message; and that of `wrt`."""
         if grad is None:
-            return message_grads
+            return message_grads, (None,) * len(wrt)
         with torch.enable_grad():
             target, *leaves = map(leaf, (flow.streams[self.target], *message))
             log_det = self._log_det(target, tuple(leaves))
-        own, *rest = gradients((log_det,), (grad,), (target, *leaves))
+        if log_det is not None:
+            check_closed(type(self).__name__, (log_det,), (target, *leaves, *wrt))
+        own, *rest = gradients((log_det,), (grad,), (target, *leaves, *wrt))
         flow.grads[self.target] = add(flow.grads[self.target], own)
-        return tuple(map(add, message_grads, rest))
+        return tuple(map(add, message_grads, rest)), tuple(rest[len(leaves) :])
 
     def _message(
         self,
@@ -278,65 +324,37 @@ class Coupling(ReversibleLayer):
         arguments: Arguments = NO_ARGUMENTS,
         update: Merge | Recall | None = None,
     ) -> tuple[Streams, Streams]:
-        """Evaluate the transform and check what it returns."""
-        # Neither can be traced; a compiled graph has no versions.
-        compiling = torch.compiler.is_compiling()
-        versions = [None if compiling or x.is_inference() else x._version for x in sources]
-        if update is not None:
-            arguments = {**arguments, "update": update}
-        try:
-            out = self.transform(*sources, *((state,) if self.stateful else ()), **arguments)
-        except Exception as error:
-            shapes = ", ".join(
-                f"stream {i} of shape {tuple(x.shape)}" for i, x in zip(self._sources, sources, strict=True)
-            )
-            lacks = ""
-            if isinstance(error, TypeError):
-                given = len(sources) + self.stateful
-                lacks = not_given(self.transform, given, arguments, stateful=self.stateful)
-            error.add_note(f"{name}: in its transform, given {shapes}{lacks}")
-            raise
-        if any(v is not None and x._version != v for x, v in zip(sources, versions, strict=True)):
-            raise StreamError(
-                f"{name}: the transform changed its input in place, and with it the stream; "
-                "make its first operation out of place (ReLU(inplace=False))"
-            )
+        """Evaluate the transform; message and new state, checked."""
+        out = evaluate(
+            self.transform, self._sources, sources, state if self.stateful else None, name, arguments, update
+        )
         new_state: Streams = ()
         if self.stateful:
-            if not (isinstance(out, tuple) and len(out) == 2 and isinstance(out[1], tuple)):
-                raise StreamError(
-                    f"{name}: a stateful transform must return (message, new_state) with new_state a tuple of tensors"
-                )
-            out, new_state = out
-            if len(new_state) != len(state) or not all(isinstance(s, Tensor) for s in new_state):
-                raise StreamError(
-                    f"{name}: the transform was given a state of {len(state)} tensor(s) and must return as many, "
-                    f"got {len(new_state)}"
-                )
+            out, new_state = parted(out, state, name)
             if update is not None:
                 update.check(new_state[self.inverted_cell])  # type: ignore[index]
         message = out if isinstance(out, tuple) else (out,)
-        if len(message) != self.tensors_in_message or not all(isinstance(m, Tensor) for m in message):
-            raise StreamError(
-                f"{name}: {type(self).__name__} needs a message of {self.tensors_in_message} tensor(s) from its "
-                f"transform, which {wrong_number(message, self.tensors_in_message, target)}"
-            )
-        for m in message:
-            if m.shape != target.shape:
-                raise StreamError(
-                    f"{name}: the transform returned a message of shape {tuple(m.shape)}, "
-                    f"but the target stream {self.target} has shape {tuple(target.shape)}{wrong_shape(m, target)}"
-                )
+        check_message(message, self.tensors_in_message, target, self.target, name, type(self).__name__)
         return message, new_state
 
     def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with no_autocast(target):
             if residue is None:
                 message = tuple([converted(m, target.dtype) for m in message])
-                return self.unmerge(target, *message) if undo else self.merge(target, *message)
+                merge = self.unmerge if undo else self.merge
+                if self._noted >= NOTED or torch.compiler.is_compiling():
+                    return merge(target, *message)
+                with unchanged((target, *message), self._merge_changed):
+                    return merge(target, *message)
             if torch.is_grad_enabled():
-                return _ExactUpdate.apply(self, undo, residue, target, *message)
+                return ExactUpdate.apply(self, undo, residue, target, *message)
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
+
+    def _merge_changed(self, x: Tensor) -> StreamError:
+        return StreamError(
+            f"{type(self).__name__}: merge and unmerge must not change what they are given in place, but a tensor of "
+            f"shape {tuple(x.shape)} was changed: make the operation out of place"
+        )
 
     def _check_streams(self, streams: Streams, step: Step) -> None:
         if len(streams) <= max(*self._sources, self.target):
@@ -354,33 +372,7 @@ class Coupling(ReversibleLayer):
         return f"source={self.source}, target={self.target}"
 
 
-class _ExactUpdate(torch.autograd.Function):
-    """An exact merge (or unmerge) with a straight-through gradient, for stored autograd; backward is the coupling's
-    `merge_vjp`.
-
-    Saves the target before the update and the message, all of one shape, if that reads them.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, coupling: Coupling, undo: bool, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
-        ctx.coupling, ctx.undo = coupling, undo
-        values = (target, *message)
-        ctx.save_for_backward(*(values if coupling.vjp_reads_values else (x.new_empty(0) for x in values)))
-        return (coupling.unmerge_exact if undo else coupling.merge_exact)(residue, target, *message)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        vjp = ctx.coupling.unmerge_vjp if ctx.undo else ctx.coupling.merge_vjp
-        return None, None, None, *vjp(grad, True, *ctx.saved_tensors)
-
-
-def _vjp(merge: Any, grad: Tensor, *inputs: Tensor) -> Grads:
-    with torch.enable_grad():
-        leaves = tuple(map(leaf, inputs))
-        out = merge(*(x.to(leaves[0].dtype) for x in leaves))
-    return gradients((out,), (grad,), leaves)
-
+_MADE_FOR_A_MERGE = {"merge_vjp", "unmerge_vjp", "merge_exact", "unmerge_exact", "log_derivative", "vjp_reads_values"}
 
 _NOTHING = nullcontext()
 

@@ -79,8 +79,9 @@ class DeferredChecks(Checks):
             step()                  # computes the same; nothing raises
         checks.raise_if_failed()    # waits once; raises what would have been raised
 
-    What a chain would have checked at once is collected. Until `raise_if_failed` has been called results and gradients
-    may be wrong; `passed` is a tensor that tells on the device, for an optimiser that skips a step (`found_inf`).
+    What a chain would have checked at once is collected, but for messages of its first passes, which are not looked at.
+    Until `raise_if_failed` has been called results and gradients may be wrong; `passed` is a tensor that tells on the
+    device, for an optimiser that skips a step (`found_inf`).
 
     In exact arithmetic the words that a residue spills have a buffer of fixed size. How large is measured, which takes
     one pass, and the same numbers of elements in every later one. Transforms must not draw random numbers.

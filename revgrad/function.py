@@ -21,21 +21,23 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
 
 from revgrad import fused_steps
-from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint
-from revgrad.conditioning import unchanged
+from revgrad.chain import ChainGradients, ChainState, cells_of
+from revgrad.conditioning import conditioning_changed
 from revgrad.deferred import current_checks
-from revgrad.errors import ReversibilityError
-from revgrad.layer import Flow, Grads, Streams, check_closed
+from revgrad.errors import ReversibilityError, StreamError
+from revgrad.fingerprint import fingerprint
+from revgrad.graphless import graphless
+from revgrad.layer import Flow, Grads, Streams, check_closed, unchanged
 from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
+from revgrad.threads import Use
 from revgrad.tracing import check_recording, check_surroundings, untraced
 from revgrad.walk import Walk
 
@@ -91,6 +93,7 @@ def run_reversible(
         lowest = application == stages[0][0]
         token = _Parameters.apply(application, indices, lowest, token, *(snapshot.parameters[i] for i in indices))
     results = _Outputs.apply(_Run(program, snapshot, given, state, stacked, residue), token)
+    snapshot.renew_weights()
     n = len(results) - len(state.tensors())
     return results[:n], state.replace(results[n:])
 
@@ -183,8 +186,15 @@ class _Outputs(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
-        with uncached(), unchanged(conditioning):
+        use = Use(snapshot.owners, exclusive=False)
+        with use, graphless(), unchanged(conditioning, conditioning_changed):
             outputs, final, tape = _forward(run)
+        if list(map(id, program.conditioning())) != list(map(id, conditioning)):
+            raise StreamError(
+                "a transform has put a tensor into a list or dictionary that it is given as conditioning, or taken one "
+                "out: the recomputation in backward would find another one than the forward pass; return what is to be "
+                "kept, as part of a state or in a stream, or choose mode='stored'"
+            )
         inputs = flat(given)
         storages = {x.untyped_storage()._cdata for x in inputs}
         # A stream that no layer has touched would otherwise alias the caller's tensor.
@@ -205,9 +215,10 @@ class _Outputs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         check_recording()
+        ctx.snapshot.check_attributes("since the forward pass")
         outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
-            [p.detach().requires_grad_(p.requires_grad) for p in parameters],
+            [_stand_in(p) for p in parameters],
             len(ctx.program.core),
             len(ctx.layout.carry),
         )
@@ -317,6 +328,7 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
             if t == 0:
                 outputs = tuple(x.new_empty((program.steps, *x.shape)) for x in y)
             for whole, part in zip(outputs, y, strict=True):
+                _check_alike(t, part, whole)
                 whole[t] = part
     if residue is not None:
         residue.check_range()
@@ -329,6 +341,19 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     else:
         tape.cells = cells_of(program.core, state, program.exact)
     return outputs, state, tape
+
+
+def _check_alike(t: int, part: Tensor, whole: Tensor) -> None:
+    """Raise unless the output of a time step is of the shape and dtype of the first one's.
+
+    Raises:
+        StreamError: It is not.
+    """
+    if part.shape != whole.shape[1:] or part.dtype != whole.dtype:
+        raise StreamError(
+            f"the output of time step {t} is {part.dtype} of shape {tuple(part.shape)}, that of the first one "
+            f"{whole.dtype} of shape {tuple(whole.shape[1:])}: give all time steps inputs of one shape and dtype"
+        )
 
 
 @contextmanager
@@ -350,6 +375,16 @@ def _unsave(ctx: Any) -> tuple[Streams, Streams, Streams, Tape]:
     return outputs, parameters, given, unpack(ctx.tape, tuple(it))
 
 
+def _stand_in(parameter: Tensor) -> Tensor:
+    """A leaf of the same values, of the same class, that shares the attributes that somebody has given to it."""
+    x = parameter.detach().requires_grad_(parameter.requires_grad)
+    if type(x) is Tensor:  # and not a wrapper, which has its own
+        x.__dict__ = parameter.__dict__
+        if type(parameter) not in (Tensor, nn.Parameter):
+            x.__class__ = type(parameter)
+    return x
+
+
 def _by_step(program: Program, given: Streams) -> list[Streams | None]:
     """Inputs in a row, by time step."""
     if not given:
@@ -357,18 +392,3 @@ def _by_step(program: Program, given: Streams) -> list[Streams | None]:
     it = iter(given)
     width = len(given) // sum(program.fed)
     return [tuple(next(it) for _ in range(width)) if fed else None for fed in program.fed]
-
-
-@contextmanager
-def uncached() -> Iterator[None]:
-    """Autocast and `parametrize.cached` must not cache casts and weights made here without a graph: stored layers in
-    the same region would use them.
-    """
-    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
-    torch.set_autocast_cache_enabled(False)
-    parametrize._cache_enabled = 0
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(before[0])
-        parametrize._cache_enabled = before[1]

@@ -1,8 +1,9 @@
 """The protocol of a reversible layer: a map on a tuple of streams that can be run, undone and rewound."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
 from revgrad.errors import ReversibilityError, StreamError
+from revgrad.leftovers import Leftovers
 from revgrad.residue import Residue
 
 Streams = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
 Arguments = Mapping[str, Any]
+Note = tuple[float, ...]
+"""A fingerprint that takes no tensor memory."""
 
 NO_ARGUMENTS: Arguments = MappingProxyType({})
 
@@ -43,6 +47,12 @@ class Step:
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
     """Context that makes a second evaluation see what the first one saw (random numbers, autocast)."""
+    noting: bool = False
+    """Whether a backward pass will evaluate the layer again: it may leave a note of what it then wants to find."""
+    note: Note | None = None
+    """What the layer has noted."""
+    leftovers: Leftovers | None = None
+    """Set by a rewind: what is to be checked when it has returned."""
     log_det_grad: Tensor | None = None
     """Gradient with respect to the layer's log-determinant, `[B]`, where a rewind is to pull it back. The rewind takes
     it, that is, leaves None."""
@@ -305,7 +315,7 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     while nodes:
         node = nodes.pop()
         variable = getattr(node, "variable", None)
-        if variable is not None and id(variable) not in expected:
+        if isinstance(variable, Tensor) and id(variable) not in expected:
             raise ReversibilityError(
                 f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
                 "is neither its input nor its state nor a conditioning argument nor a parameter of its module, so that "
@@ -318,6 +328,24 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
                 nodes.append(following)
 
 
+@contextmanager
+def unchanged(tensors: Sequence[Tensor], error: Callable[[Tensor], StreamError]) -> Iterator[None]:
+    """Raise if the code inside changes one of these tensors in place."""
+    compiling = torch.compiler.is_compiling()
+    before = [] if compiling else [(x, x._version) for x in tensors if not x.is_inference()]
+    yield
+    for x, version in before:
+        if x._version != version:
+            raise error(x)
+
+
+def _undo_changed(name: str, x: Tensor) -> StreamError:
+    return StreamError(
+        f"{name}: its inverse changed what it was given in place, a stream of shape {tuple(x.shape)}, which is the "
+        "output of the chain or of a layer: make the operation out of place"
+    )
+
+
 Run = Callable[[Streams, Step], Streams]
 RunLogDet = Callable[[Streams, Step], tuple[Streams, Tensor | None]]
 
@@ -326,13 +354,14 @@ def _rewind(
     undo: Run, run: Run, run_log_det: RunLogDet, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
 ) -> Rewound:
     """The generic rewind: undo without gradients, then run again with them."""
-    with torch.no_grad(), step.replay():
+    with torch.no_grad(), step.replay(), unchanged(flow.streams, partial(_undo_changed, step.name)):
         flow.streams[:] = [x.detach() for x in undo(tuple(flow.streams), step)]
     inputs = tuple(map(leaf, flow.streams))
     states = tuple(map(leaf, step.state))
     # What the second run forgets again must not end up in the residue that later layers undo.
     residue = step.residue.clone(words=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
+    step.leftovers = Leftovers(inputs)
     log_det_grad, step.log_det_grad = step.log_det_grad, None
     with torch.enable_grad(), step.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)

@@ -6,18 +6,20 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from types import SimpleNamespace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils import parametrize
 
+from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.errors import ReversibilityError
 from revgrad.layer import ReversibleLayer
+from revgrad.modules import check_materialised, frozen, modules_of
+from revgrad.threads import Use
 
 
 class Slot(NamedTuple):
@@ -45,13 +47,14 @@ class Scope:
     def __init__(self, modules: list[nn.Module], slots: list[Slot], layer: ReversibleLayer | None = None) -> None:
         self.modules = modules
         self.slots = slots
+        self.owners = frozenset(modules)
+        self.inner = [m for m in modules if not isinstance(m, ReversibleLayer)]
+        """Those of transforms: what layers note in their own attributes is for good."""
         self.training = [m.training for m in modules]
         """Of each module, whether the forward pass was in train mode."""
         self.norms = [m for m in modules if isinstance(m, _NormBase)]
         self.measured = reusable(layer, self.norms) if layer is not None and self.norms else []
         """Batch normalisations whose statistics the first evaluation keeps for the second."""
-        self.moving = [m for m in self.norms if m not in self.measured]
-        """The other ones."""
         self.is_replayed = layer is None or layer.evaluations_in_rewind > 0 or bool(slots)
         """Whether a rewind evaluates anything again, or may read parameters or buffers."""
         self.indices = list(dict.fromkeys([slot.parameter for slot in slots]))
@@ -87,12 +90,18 @@ class Snapshot:
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
-        self.slots, self.modules = self._everything.slots, self._everything.modules
+        self.slots, self.modules, self.owners = (
+            self._everything.slots,
+            self._everything.modules,
+            self._everything.owners,
+        )
         self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in _plain_buffers(m)]
+        self._kept_tensors = kept_tensors(self.modules)
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
         ]
+        self._changes: dict[int, list[Change]] = {}
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
         self._random_state: dict[torch.device, Tensor] | None = None
 
@@ -123,7 +132,7 @@ class Snapshot:
         if scope.measured:
             kept = self._statistics[application] = {}
             norms = keeping(scope.measured, kept)
-        return _Recording(self, application, device, norms)
+        return _Recording(self, scope, application, device, norms)
 
     def drawing(self) -> list[int]:
         """The applications that have drawn random numbers."""
@@ -143,6 +152,29 @@ class Snapshot:
                     f"recomputation in backward would see "
                     "another value: put it in eval mode, or choose mode='stored'"
                 )
+        self.check_attributes("during the forward pass")
+
+    def check_attributes(self, when: str) -> None:
+        """Raise if a module has changed a tensor that it keeps in an attribute.
+
+        Raises:
+            ReversibilityError: Names module and attribute.
+        """
+        for module, name, x, version in self._kept_tensors:
+            if x._version != version:
+                raise ReversibilityError(
+                    f"{type(module).__name__} keeps a tensor in its attribute '{name}' that was changed in place "
+                    f"{when}, so the recomputation in backward would see another value: put another tensor in its "
+                    "place instead of changing it, or choose mode='stored'"
+                )
+
+    def renew_weights(self) -> None:
+        """Weights that hooks compute anew before every call (pruning, weight norm) once more, now with a graph, for a
+        penalty on them.
+        """
+        for module in self.modules:
+            if module._forward_pre_hooks and torch.is_grad_enabled():
+                renew(module)
 
     def standing_in(
         self, parameters: Sequence[Tensor], layer: ReversibleLayer | None = None, application: int | None = None
@@ -166,11 +198,40 @@ class Snapshot:
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
-        return _frozen(self._everything.norms)
+        return frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: its recomputation must not move the statistics either."""
-        return nullcontext(), _Anew(self.frozen_statistics)
+        """For `torch.utils.checkpoint`: its recomputation sees the modes of the forward pass, and must not move the
+        statistics either. It raises where weights have changed, which PyTorch leaves to the user.
+        """
+        versions: list[int] = []
+        return self._noting(versions), _Anew(partial(self._checkpointed, versions))
+
+    @contextmanager
+    def _noting(self, versions: list[int]) -> Iterator[None]:
+        yield
+        versions[:] = self._weight_versions()
+
+    def _weight_versions(self) -> list[int]:
+        return [x._version for x in self.parameters if not x.is_inference()]
+
+    @contextmanager
+    def _checkpointed(self, versions: list[int]) -> Iterator[None]:
+        if self._weight_versions() != versions:
+            raise ReversibilityError(
+                "a weight or buffer has changed in place between the forward pass and the recomputation of "
+                "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
+            )
+        modes = zip(self.modules, self._everything.training, strict=True)
+        switched = [module for module, training in modes if module.training != training]
+        try:
+            for module in switched:
+                module.training = not module.training
+            with self.frozen_statistics():
+                yield
+        finally:
+            for module in switched:
+                module.training = not module.training
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
@@ -180,7 +241,8 @@ class Snapshot:
             for kind, enabled, dtype in self._autocast
             if enabled or torch.is_autocast_enabled(kind)
         ]
-        return _replaying(autocast, states) if autocast or states else nullcontext()
+        changes = self._changes.get(application, [])
+        return _replaying(autocast, states, changes) if autocast or states or changes else nullcontext()
 
 
 # Classes: written as generators these contexts would take several times as long, and every half-step enters both.
@@ -189,17 +251,24 @@ class Snapshot:
 class _Recording(AbstractContextManager[None]):
     """See `Snapshot.recording`."""
 
-    __slots__ = ("_application", "_before", "_device", "_norms", "_snapshot")
+    __slots__ = ("_application", "_attributes", "_before", "_device", "_norms", "_scope", "_snapshot")
 
     def __init__(
-        self, snapshot: Snapshot, application: int, device: torch.device, norms: AbstractContextManager[None] | None
+        self,
+        snapshot: Snapshot,
+        scope: Scope,
+        application: int,
+        device: torch.device,
+        norms: AbstractContextManager[None] | None,
     ) -> None:
         self._snapshot = snapshot
+        self._scope = scope
         self._application = application
         self._device = device
         self._norms = norms
 
     def __enter__(self) -> None:
+        self._attributes = [dict(vars(module)) for module in self._scope.inner]
         # Nothing is drawn between one evaluation and the next.
         self._before = self._snapshot._random_state or _random_states(self._device)
         if self._norms is not None:
@@ -212,28 +281,35 @@ class _Recording(AbstractContextManager[None]):
             now = self._snapshot._random_state = _random_states(self._device)
             if not all(map(torch.equal, self._before.values(), now.values())):
                 self._snapshot._random_states[self._application] = self._before
+            changes = changes_since(self._scope.inner, self._attributes)
+            if changes:
+                self._snapshot._changes[self._application] = changes
 
 
 class _StandingIn(AbstractContextManager[None]):
     """See `Snapshot.standing_in`."""
 
-    __slots__ = ("_before", "_caching", "_first_node", "_norms", "_parameters", "_scope", "_switched")
+    __slots__ = ("_before", "_caching", "_first_node", "_norms", "_parameters", "_scope", "_switched", "_use")
 
     def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
         self._scope = scope
         self._parameters = parameters
-        moving = scope.norms if kept is None else scope.moving
-        self._norms: list[AbstractContextManager[None]] = [_frozen(moving)] if moving else []
+        self._norms: list[AbstractContextManager[None]] = [frozen(scope.norms)] if scope.norms else []
+        self._use = Use(scope.owners, exclusive=True)
         if kept is not None:
             self._norms.append(reusing(scope.measured, kept))
 
     def __enter__(self) -> None:
         scope = self._scope
+        self._use.__enter__()
         self._before = [holder[name] for holder, name, _ in scope.slots]
         modes = zip(scope.modules, scope.training, strict=True)
         self._switched = [(module, module.training) for module, training in modes if module.training != training]
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
-        self._caching, parametrize._cache_enabled = parametrize._cache_enabled, 0
+        # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
+        self._caching = parametrize._cache_enabled, torch.is_autocast_cache_enabled()
+        parametrize._cache_enabled = 0
+        torch.set_autocast_cache_enabled(False)
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
         for module, now in self._switched:
@@ -245,13 +321,15 @@ class _StandingIn(AbstractContextManager[None]):
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for context in reversed(self._norms):
             context.__exit__(None, None, None)
-        parametrize._cache_enabled = self._caching
+        parametrize._cache_enabled = self._caching[0]
+        torch.set_autocast_cache_enabled(self._caching[1])
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
         for module, now in self._switched:
             module.training = now
+        self._use.__exit__(None, None, None)
         if kind is None:
-            _check_attributes(self._scope.modules, self._first_node)
+            check_attributes(self._scope.modules, self._first_node)
 
 
 class _Anew(AbstractContextManager[None]):
@@ -270,8 +348,12 @@ class _Anew(AbstractContextManager[None]):
 
 
 @contextmanager
-def _replaying(autocast: list[torch.autocast], states: dict[torch.device, Tensor]) -> Iterator[None]:
+def _replaying(
+    autocast: list[torch.autocast], states: dict[torch.device, Tensor], changes: list[Change]
+) -> Iterator[None]:
     with ExitStack() as stack:
+        if changes:
+            stack.enter_context(undone(changes))
         for context in autocast:
             stack.enter_context(context)
         for device, state in states.items():
@@ -280,92 +362,9 @@ def _replaying(autocast: list[torch.autocast], states: dict[torch.device, Tensor
         yield
 
 
-def modules_of(root: nn.Module) -> list[nn.Module]:
-    """What `root.modules()` gives, without making up names; it is needed in every forward pass."""
-    found: dict[nn.Module, None] = {}
-    rest: list[nn.Module | None] = [root]
-    while rest:
-        module = rest.pop()
-        if module is not None and module not in found:
-            found[module] = None
-            if module._modules:
-                rest += reversed(module._modules.values())
-    return list(found)
-
-
-def check_materialised(modules: Iterable[nn.Module]) -> None:
-    """Raise if a module makes its parameters only when it sees its first input: they could not be known before.
-
-    Raises:
-        ReversibilityError: Names the module.
-    """
-    for module in modules:
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
-            raise ReversibilityError(
-                f"{type(module).__name__} has no parameters yet, it makes them for its first input: call the chain "
-                "once under torch.no_grad() before training it"
-            )
-
-
-@contextmanager
-def _frozen(norms: list[_NormBase]) -> Iterator[None]:
-    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
-    try:
-        for buffers, statistics in before:
-            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
-        yield
-    finally:
-        for buffers, statistics in before:
-            buffers.update(statistics)
-
-
 def _is_read(module: nn.Module, buffer: Tensor) -> bool:
     """Whether a second evaluation reads this buffer. Normalisation layers in train mode only move theirs."""
     return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
-
-
-def _check_attributes(modules: list[nn.Module], first_node: int) -> None:
-    """Raise if a module holds a tensor with a graph that is as new as this node.
-
-    What an evaluation puts aside it has put aside in the forward pass as well, without a graph: a loss made of it
-    would give no gradient.
-    """
-    for module in modules:
-        for name, value in module.__dict__.items():
-            # In this order: nearly all attributes are those of every module, or plain values.
-            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
-                continue
-            for x in _tensors_in(value):
-                if x.grad_fn is None or x.grad_fn._sequence_nr() < first_node:
-                    continue
-                # Hooks that compute a weight anew before every call (weight norm) leave it in an attribute.
-                if not module._forward_pre_hooks:
-                    raise ReversibilityError(
-                        f"{type(module).__name__} keeps a tensor of shape {tuple(x.shape)} that requires a gradient in "
-                        f"its attribute '{name}'. Transforms are run without a graph, so a loss made of it would give "
-                        "no gradient: keep x.detach() if it is only looked at; else return it, as part of a state or "
-                        "in a stream, or choose mode='stored'"
-                    )
-
-
-def _tensors_in(value: object) -> Iterator[Tensor]:
-    """The tensors in a value, or in lists, tuples, dictionaries and namespaces in it, as deep as they go."""
-    rest, seen = [value], set()
-    while rest:
-        x = rest.pop()
-        if isinstance(x, Tensor):
-            yield x
-        elif isinstance(x, _HOLDERS) and id(x) not in seen:
-            seen.add(id(x))
-            inside = vars(x) if isinstance(x, SimpleNamespace) else x
-            rest += inside.values() if isinstance(inside, dict) else inside
-
-
-_PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
-_HOLDERS = (Tensor, list, tuple, dict, SimpleNamespace)
-_OF_MODULE = frozenset(nn.Module().__dict__)
-"""Where every module keeps parameters, buffers, modules and hooks."""
 
 
 def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from revgrad.chain import ChainGradients, ChainState, cells_of, fingerprint, first_updates, rewind_chain
+from revgrad.chain import ChainGradients, ChainState, cells_of, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
+from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
+from revgrad.graphless import graphless
 from revgrad.layer import Flow, Grads, ReversibleLayer, Streams, is_differentiable
 from revgrad.program import Program
 from revgrad.replay import Snapshot
@@ -15,9 +17,6 @@ from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
 
 _EXACT = "arithmetic='exact' or "
-
-# Relative error of the recovered input from which a gradient is taken for wrong.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
 
 
 class Walk:
@@ -145,7 +144,7 @@ class Walk:
         features, state = self.tape.start_of(segment)
         self._cells = []  # those of the segment's end come out again
         self._start = state
-        with torch.no_grad(), self.snapshot.standing_in(self.gradients.parameters):
+        with torch.no_grad(), graphless(), self.snapshot.standing_in(self.gradients.parameters):
             for t in range(segment.first, segment.last + 1):
                 entered = self.given[t]
                 if entered is not None:
@@ -189,26 +188,14 @@ class Walk:
         found = fingerprint(streams, exact)
         if checks.known_equal(found, expected):
             return
-        error = _relative_error(found, expected, [x.numel() for x in streams])
+        error = relative_error(found, expected, [x.numel() for x in streams])
         dtypes = [x.dtype for x in streams if is_differentiable(x)]
-        tolerance = min(_TOLERANCE.get(dtype.to_real(), 0.0) for dtype in dtypes)
+        tolerance = min(map(tolerance_of, dtypes))
         ok = (found == expected).all() if exact else error <= tolerance  # which NaN is not
         layers = tuple(self.program.layers())
         checks.require(
             ok | ~expected.isfinite().all(), partial(_input_differs, found, error, of_layer, layers, dtypes, exact)
         )
-
-
-def _relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tensor:
-    """How far apart fingerprints of streams with these numbers of elements are. Nothing in it waits for the device."""
-    # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
-    # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
-    # stream, and where all are zero, as if all were ones.
-    size = expected[2::3].sqrt()
-    ones = torch.stack([size.new_full((), n) for n in numbers]).sqrt()
-    size = torch.where(size > 0, size, torch.where(size.any(), size.max(), ones)).clamp_min(1e-18)
-    weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
-    return (torch.stack([weighted, plain, squares / (2 * size)]) / size).max()
 
 
 def _input_differs(

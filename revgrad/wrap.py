@@ -10,10 +10,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 from revgrad.errors import ReversibilityError, StreamError
-from revgrad.layer import ReversibleLayer, Step, Streams
-
-# Relative error from which a function is not the inverse of another.
-_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
+from revgrad.fingerprint import tolerance_of
+from revgrad.layer import ReversibleLayer, Step, Streams, unchanged
 
 
 def wrap(
@@ -99,13 +97,21 @@ def _name(f: Callable[..., Any]) -> str:
 
 
 def _streams(f: Callable[..., Any], streams: Streams, step: Step) -> Streams:
-    out = f(*streams)
+    with unchanged(streams, lambda x: _changed(step.name, f, x)):
+        out = f(*streams)
     out = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     wrong = [type(x).__name__ for x in out if not isinstance(x, Tensor)]
     if wrong or not out:
         found = f"a {wrong[0]}" if wrong else "nothing"
         raise StreamError(f"{step.name}: {_name(f)} must return a tensor or a tuple of tensors, returned {found}")
     return out
+
+
+def _changed(name: str, f: Callable[..., Any], x: Tensor) -> StreamError:
+    return StreamError(
+        f"{name}: {_name(f)} changed its input in place, a stream of shape {tuple(x.shape)}: make the operation out of "
+        "place"
+    )
 
 
 def _compare(found: Streams, expected: Streams, step: Step) -> None:
@@ -121,7 +127,7 @@ def _compare(found: Streams, expected: Streams, step: Step) -> None:
             continue
         # Zeros have no size of their own: they are judged by that of the largest stream, or as if all were ones.
         error = float((a - b).abs().max()) / (size or max(sizes) or 1.0)
-        if not error <= _TOLERANCE.get(b.dtype, 0.0):
+        if not error <= tolerance_of(b.dtype):
             raise ReversibilityError(
                 f"{step.name}: the inverse is off by {error:.2g} of the input's size: it does not undo the function, "
                 "or not precisely enough; revgrad.check_invertible measures it"

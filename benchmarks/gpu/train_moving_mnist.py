@@ -160,7 +160,7 @@ def report(run: Path, weights: dict[str, Any], minutes: float, device: torch.dev
     }
     tables = {
         "metrics": Table(
-            f"{metrics['sequences']} test sequences, digits: {metrics['digits']}, weights of step {metrics['step']}",
+            f"{metrics['sequences']} test sequences, {metrics['data']}, weights of step {metrics['step']}",
             columns,
             compared,
         ),

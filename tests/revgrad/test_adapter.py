@@ -1,4 +1,5 @@
 import pytest
+import torch
 from torch import nn
 
 from revgrad.adapter import Adapter, takes
@@ -35,3 +36,13 @@ def test_takes_what_a_call_takes(case, name):
         works = "missing" in str(error)
     assert takes(module(forward), name, positional) == works
     assert takes(Adapter(Adapter(module(forward))), name, positional) == works
+
+
+def test_a_compiled_transform_takes_what_the_module_takes():
+    class Told(nn.Module):
+        def forward(self, x, scale=1.0):
+            return scale * x
+
+    compiled = torch.compile(Told(), backend="eager")
+    assert takes(compiled, "scale", 1)
+    assert not takes(compiled, "mask", 1)

@@ -197,12 +197,12 @@ def test_free_layers_leave_the_peak_where_it_is(make, check, kind, arithmetic, s
         for leaf in (*model.parameters(), *x):
             leaf.grad = torch.zeros_like(leaf)
         model(*x)  # measures
-        before = [layer.transform.calls for layer in model]
+        before = [layer.transform.count[0] for layer in model]
         gc.collect()
         with LiveMemory() as memory:
             check.loss(model(*x)).backward()
         peak[budget] = memory.peak
-        calls[budget] = [layer.transform.calls - n for layer, n in zip(model, before, strict=True)]
+        calls[budget] = [layer.transform.count[0] - n for layer, n in zip(model, before, strict=True)]
         gradients[budget] = {name: p.grad for name, p in model.named_parameters()}
     assert calls == {None: [2] * 6, "free": [2] * 5 + [1]}
     assert peak["free"] <= peak[None] + slack
@@ -214,7 +214,7 @@ def test_stored_layers_are_evaluated_once(make, check):
     check.loss(model(*x)).backward()
     (stored,) = model._cuts.values()
     assert 0 < sum(stored) < 6
-    assert [layer.transform.calls for layer in model] == [1 if s else 2 for s in stored]
+    assert [layer.transform.count[0] for layer in model] == [1 if s else 2 for s in stored]
 
 
 def test_measured_once_per_kind_of_input(make):

@@ -47,9 +47,9 @@ class Broken(LSTM):
         else:
             new = update(cell, f + (cell if self.how == "peephole" else 0), increment)
         if self.how == "random":
-            self.calls += 1
+            self.count[0] += 1
             with torch.no_grad():
-                self.gates.bias.data += self.calls
+                self.gates.bias.data += self.count[0]
         hidden = torch.tanh(new)
         return (f, hidden), (hidden, new)
 

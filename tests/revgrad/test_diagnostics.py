@@ -167,11 +167,11 @@ def test_transform_that_is_not_deterministic_is_found(make):
     class Drifting(nn.Module):
         def __init__(self):
             super().__init__()
-            self.calls = 0
+            self.count = [0]
 
         def forward(self, x):
-            self.calls += 1
-            return x * self.calls
+            self.count[0] += 1
+            return x * self.count[0]
 
     report = check_invertible([Swap(), AdditiveCoupling(Drifting())], make.streams())
     assert report.first_degraded.name == "layer 1 (AdditiveCoupling)"

@@ -10,6 +10,7 @@ from revgrad import (
     GatedCoupling,
     Inverse,
     ReversibleSequential,
+    StreamError,
 )
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -243,3 +244,51 @@ def test_carry_goes_from_layer_to_layer():
     assert [own[0].item() for own in new.layers] == [1, 2, 6]
     (grad,) = torch.autograd.grad(new.carry[0] + 100 * new.layers[2][0], one)
     assert grad.item() == 30 + 600
+
+
+@pytest.mark.composes("Structure", "parameters with attributes, and of classes of their own")
+def test_attributes_and_classes_of_parameters_are_seen_and_shared():
+    class Mine(nn.Parameter):
+        pass
+
+    class Reading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.eye(4))
+            self.weight.scale = 0.5
+            self.other = Mine(torch.eye(4))
+
+        def forward(self, x):
+            self.weight.seen = True
+            return self.weight.scale * x @ self.weight + (x @ self.other if isinstance(self.other, Mine) else 0)
+
+    found = []
+    for mode in ("stored", "reversible"):
+        torch.manual_seed(0)
+        x = [torch.randn(3, 4, requires_grad=True) for _ in range(2)]
+        chain = ReversibleSequential(AdditiveCoupling(Reading()), mode=mode)
+        chain(*x)[1].square().sum().backward()
+        found.append([p.grad for p in chain.parameters()] + [x[0].grad])
+        assert chain.layers[0].transform.weight.seen
+    for stored, reversible in zip(*found, strict=True):
+        torch.testing.assert_close(reversible, stored)
+
+
+@pytest.mark.parametrize("container", [list, dict], ids=["list", "dict"])
+def test_a_tensor_put_into_conditioning_raises(container):
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(4, 4)
+
+        def forward(self, x, cache):
+            y = self.inner(x)
+            if isinstance(cache, dict):
+                cache["loss"] = y.mean()
+            else:
+                cache.append(y.mean())
+            return y
+
+    x = [torch.ones(3, 4) for _ in range(2)]
+    with pytest.raises(StreamError, match="a transform has put a tensor into a list or dictionary"):
+        ReversibleSequential(AdditiveCoupling(Caching()))(*x, cache=container())

@@ -50,7 +50,7 @@ def test_gradients_are_released_layer_by_layer_last_first(make, check):
             order.append(i)
             # A hook sees the module as its owner knows it, without stand-ins.
             assert all(a is b for a, b in zip(layer.parameters(), parameters, strict=True))
-            assert [x.transform.calls - 1 for x in layers[1:]] == [int(i <= j) for j in (1, 2, 3)]
+            assert [x.transform.count[0] - 1 for x in layers[1:]] == [int(i <= j) for j in (1, 2, 3)]
 
         for p in parameters:
             p.register_post_accumulate_grad_hook(released)

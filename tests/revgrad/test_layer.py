@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, StreamError, Swap
-from revgrad.layer import add, gradients, leaf, negated, per_sample
+from revgrad.layer import add, gradients, leaf, negated, per_sample, unchanged
 
 
 class Shear(ReversibleLayer):
@@ -12,15 +12,15 @@ class Shear(ReversibleLayer):
     def __init__(self):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
-        self.runs, self.undos = 0, 0
+        self.runs, self.undos = [], []
 
     def run(self, streams, step):
-        self.runs += 1
+        self.runs.append(1)
         a, b, c = streams
         return a, b + self.factor[0] * a.sin(), c * torch.exp(self.factor[1]) + a * b
 
     def undo(self, streams, step):
-        self.undos += 1
+        self.undos.append(1)
         a, b, c = streams
         b = b - self.factor[0] * a.sin()
         return a, b, (c - a * b) * torch.exp(-self.factor[1])
@@ -56,10 +56,10 @@ def test_run_and_undo_are_enough_for_gradients(check, wrap):
 def test_default_rewind_undoes_once_and_runs_once_more():
     layer = Shear()
     torch.stack(ReversibleSequential(layer)(*three())).sum().backward()
-    assert (layer.runs, layer.undos) == (2, 1)
+    assert (len(layer.runs), len(layer.undos)) == (2, 1)
     layer = Shear()
     torch.stack(ReversibleSequential(Inverse(layer))(*three())).sum().backward()
-    assert (layer.runs, layer.undos) == (1, 2)
+    assert (len(layer.runs), len(layer.undos)) == (1, 2)
 
 
 def test_stateful_layer_of_a_user(check):
@@ -154,3 +154,32 @@ def test_per_sample_sums_everything_but_the_first_dimension():
 def test_inverse_of_what_is_no_layer(wrong):
     with pytest.raises(StreamError, match=f"a {type(wrong).__name__} is not a reversible layer"):
         Inverse(wrong)
+
+
+def test_a_change_in_place_is_seen():
+    x = torch.ones(3)
+
+    def error(found):
+        return StreamError(f"changed: {tuple(found.shape)}")
+
+    with unchanged([x], error):
+        x + 1
+    with pytest.raises(StreamError, match=r"changed: \(3,\)"), unchanged([x], error):
+        x.add_(1)
+    with torch.inference_mode():
+        y = torch.ones(3)
+    with unchanged([y], error):
+        pass
+
+
+def test_an_undo_in_place_raises():
+    class Doubling(ReversibleLayer):
+        def run(self, streams, step):
+            return tuple(2 * x for x in streams)
+
+        def undo(self, streams, step):
+            return tuple(x.div_(2) for x in streams)
+
+    y = ReversibleSequential(Doubling())(torch.ones(2, requires_grad=True))
+    with pytest.raises(StreamError, match="its inverse changed what it was given in place"):
+        y.sum().backward()

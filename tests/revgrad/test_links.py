@@ -57,9 +57,14 @@ def test_what_is_no_chain_is_told_where_the_chain_is(make):
 
 
 def test_auto_looks_inside(make):
-    additive, gated = chain_links(make.chain("additive", 2)), chain_links(Inverse(make.chain("gated", 1)))
+    additive, gated = chain_links(make.chain("additive", 2)), chain_links(make.chain("gated", 1))
+    undoing = chain_links(Inverse(make.chain("gated", 1)))
     assert not is_exact("auto", additive)
     assert is_exact("exact", additive)
     assert is_exact("auto", [*additive, *gated])
     assert not is_exact("float", gated)
+    assert is_exact("auto", [*gated, *additive, *undoing])
+    assert not is_exact("auto", [*undoing, *gated])
+    with pytest.raises(StreamError, match="and no layer before it has forgotten that much"):
+        is_exact("exact", [*additive, *undoing])
     assert is_exact("auto", chain_links(AdditiveCoupling(make.chain("gated", 1))))

@@ -8,7 +8,7 @@ import torch
 from torch._subclasses import FakeTensorMode
 
 from revgrad import ChainState, LiveMemory, Residue, unroll
-from revgrad.chain import fingerprint
+from revgrad.fingerprint import fingerprint
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

@@ -85,7 +85,7 @@ def test_backward_evaluates_f_once(make):
         chain = network(make, 3, arithmetic=arithmetic)
         y = chain(*make.streams())
         (y[0].sum() + y[1].sum()).backward()
-        assert [step[0].transform.calls for step in chain] == [2, 2, 2]
+        assert [step[0].transform.count[0] for step in chain] == [2, 2, 2]
 
 
 def test_arithmetic_is_exact_unless_told_otherwise(make):

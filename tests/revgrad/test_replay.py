@@ -364,3 +364,21 @@ def test_a_lazy_module_must_have_seen_an_input(make, check, budget):
     with torch.no_grad():
         model(*x)
     check.same(check.gradients(model, x), check.gradients(model, x, "stored"), rtol=1e-4)
+
+
+@pytest.mark.composes(
+    "Misuse", "weights changed between forward and backward in checkpoint mode", "error: *changed in place*"
+)
+def test_checkpoint_mode_notices_changed_weights_and_keeps_its_modes():
+    chain = ReversibleSequential(AdditiveCoupling(nn.Sequential(nn.Linear(4, 4), nn.Dropout())), mode="checkpoint")
+    x = [torch.ones(3, 4, requires_grad=True) for _ in range(2)]
+    loss = chain(*x)[1].sum()
+    chain.eval()
+    loss.backward()  # the recomputation drops out as the forward pass did
+    assert not chain.layers[0].transform[1].training
+    chain.train()
+    loss = chain(*x)[1].sum()
+    with torch.no_grad():
+        chain.layers[0].transform[0].weight.mul_(2)
+    with pytest.raises(ReversibilityError, match="has changed in place between the forward pass and the recomputation"):
+        loss.backward()

@@ -54,7 +54,7 @@ class Model:
         return dict(enumerate([*outputs, *state.tensors(), *grads]))
 
     def calls(self):
-        return [[layer.transform.calls for layer in part] for part in (self.entry, self.core)]
+        return [[layer.transform.count[0] for layer in part] for part in (self.entry, self.core)]
 
 
 # Equality
@@ -245,8 +245,8 @@ def test_wrong_calls(make, mode):
             r"layer 0 \(GatedCoupling\) of entry or exit forgets .*, .* in the core only",
         ),
         (
-            lambda: unroll(core, [x], exit=Inverse(make.chain("gated", 1)), mode=mode),
-            r"inverse of layer 0 \(GatedCoupling\) of entry or exit forgets",
+            lambda: unroll(core, [x], exit=Inverse(make.chain("gated", 1)), mode=mode, arithmetic="exact"),
+            r"inverse of layer 0 \(GatedCoupling\): undoes a layer that forgets",
         ),
     ]
     for call, message in cases:
@@ -349,3 +349,10 @@ def test_layers_with_and_without_a_carry(make, check, carries):
         core.mode = "reversible"
     for one, other in zip(found["reversible"], found["stored"], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:1], lambda x: x.double()], ids=["shape", "dtype"])
+def test_time_steps_of_other_shapes_or_dtypes_raise(make, change):
+    a = make.streams()
+    with pytest.raises(StreamError, match=r"the output of time step 1 is .*give all time steps inputs of one shape"):
+        unroll([AdditiveCoupling(nn.Tanh())], [a, tuple(map(change, a))])

@@ -1,0 +1,72 @@
+"""Fingerprints: a few numbers that tell whether tensors that are computed again are what they were."""
+
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
+
+_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """The relative error from which on something recovered in float arithmetic is taken for wrong."""
+    return _TOLERANCE.get(dtype.to_real(), 0.0)
+
+
+def fingerprint(streams: Sequence[Tensor], precise: bool = True) -> Tensor:
+    """Three numbers per stream that tell streams apart: a weighted sum, the sum over the root of their number, the
+    sum of squares.
+
+    Computed on pieces of fixed size, so that checking a large stream takes little memory.
+
+    Args:
+        streams: The streams.
+        precise: Whether every bit shall count: in float64, and equal streams give equal fingerprints, bit for bit.
+            Otherwise sums within a piece are in float32 (but for float64), which takes a third of the time; from
+            magnitudes of 1e16 on they overflow.
+    """
+    return torch.cat([_fingerprint(x.detach(), precise) for x in streams])
+
+
+def relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tensor:
+    """How far apart fingerprints of streams with these numbers of elements are. Nothing in it waits for the device."""
+    # The weights average out: the plain sum sees the same error everywhere, the squares see a wrong scale.
+    # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
+    # stream, and where all are zero, as if all were ones.
+    size = expected[2::3].sqrt()
+    ones = torch.stack([size.new_full((), n) for n in numbers]).sqrt()
+    size = torch.where(size > 0, size, torch.where(size.any(), size.max(), ones)).clamp_min(1e-18)
+    weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
+    return (torch.stack([weighted, plain, squares / (2 * size)]) / size).max()
+
+
+def _fingerprint(x: Tensor, precise: bool) -> Tensor:
+    flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
+    dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
+    # Where every bit counts, always read from the same buffer: a view may be unaligned, and the sum then in another
+    # order.
+    buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype) if precise or flat.dtype != dtype else None
+    weights = _weights(x.device, dtype)
+    sums = []
+    for values in flat.split(_PIECE):
+        if len(values) < _PIECE:
+            weights = weights[: len(values)]
+        if buffer is not None:
+            values = buffer[: len(values)].copy_(values)
+        sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
+    weighted, plain, squares = torch.stack(sums).view(-1, 3).double().sum(0).unbind()
+    return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])
+
+
+_PIECE = 65536
+"""Half a megabyte in float64: it stays in the cache, and the operators' overhead is spread over it."""
+
+
+@cache
+def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
+    # A linear congruence spreads the weights over [-1, 1): equal neighbours do not cancel. They are kept for good, so
+    # that they must not be fake tensors where the first to ask runs under FakeTensorMode.
+    with _disable_current_modes():
+        return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)

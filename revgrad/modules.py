@@ -1,0 +1,51 @@
+"""The modules inside a layer."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.lazy import LazyModuleMixin
+
+from revgrad.errors import ReversibilityError
+
+
+def modules_of(root: nn.Module) -> list[nn.Module]:
+    """What `root.modules()` gives, without making up names; it is needed in every forward pass."""
+    found: dict[nn.Module, None] = {}
+    rest: list[nn.Module | None] = [root]
+    while rest:
+        module = rest.pop()
+        if module is not None and module not in found:
+            found[module] = None
+            if module._modules:
+                rest += reversed(module._modules.values())
+    return list(found)
+
+
+def check_materialised(modules: Iterable[nn.Module]) -> None:
+    """Raise if a module makes its parameters only when it sees its first input: they could not be known before.
+
+    Raises:
+        ReversibilityError: Names the module.
+    """
+    for module in modules:
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():
+            raise ReversibilityError(
+                f"{type(module).__name__} has no parameters yet, it makes them for its first input: call the chain "
+                "once under torch.no_grad() before training it"
+            )
+
+
+@contextmanager
+def frozen(norms: list[_NormBase]) -> Iterator[None]:
+    """Running statistics of these modules stay where they are."""
+    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
+    try:
+        for buffers, statistics in before:
+            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
+        yield
+    finally:
+        for buffers, statistics in before:
+            buffers.update(statistics)

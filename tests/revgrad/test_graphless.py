@@ -1,0 +1,46 @@
+import pytest
+import torch
+from torch import nn
+
+from revgrad import AdditiveCoupling, ReversibleSequential
+from revgrad.graphless import graphless
+
+
+class Encoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 1)
+
+    def forward(self, x, padding=None):
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.composes("Modes", "transformers in eval mode, whose fast path would compute other values")
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_a_transformer_in_eval_mode_computes_what_it_computes_with_a_graph(arithmetic):
+    padding = torch.zeros(8, 16, dtype=torch.bool)
+    padding[0, 10:] = True
+    found = []
+    for mode in ("stored", "reversible"):
+        torch.manual_seed(0)
+        x = [torch.randn(8, 16, 16, requires_grad=True) for _ in range(2)]
+        chain = ReversibleSequential(
+            AdditiveCoupling(Encoder()), AdditiveCoupling(Encoder(), 1, 0), mode=mode, arithmetic=arithmetic
+        ).eval()
+        y = chain(*x, padding=padding)
+        found.append((*y, *torch.autograd.grad(sum(v.square().sum() for v in y), list(chain.parameters()))))
+    for stored, reversible in zip(*found, strict=True):
+        torch.testing.assert_close(reversible, stored, rtol=1e-3, atol=1e-3 * float(stored.detach().abs().max()))
+
+
+def test_the_settings_come_back_after_an_error():
+    def fail():
+        assert not torch.backends.mha.get_fastpath_enabled()
+        raise KeyError
+
+    with pytest.raises(KeyError), graphless():
+        fail()
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.is_autocast_cache_enabled()
