@@ -4,9 +4,12 @@ Nothing is computed where it need not be: fake tensors have shapes and storages,
 what real tensors count.
 """
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -25,6 +28,7 @@ from crevnet.model import CrevNet, CrevNetConfig
 from crevnet.video_model import VideoConfig
 
 _COUNTED: dict[tuple[str, int, int], float] = {}
+_WARM: set[str] = set()
 _FLOAT = 4
 _ADAM = 2
 """Numbers per parameter that Adam keeps."""
@@ -160,9 +164,26 @@ def activations_mb(config: VideoConfig, batch: int, steps: int = STEPS) -> float
     key = str(config), batch, steps
     if key not in _COUNTED:
         with nullcontext() if isinstance(config, CrevNetConfig) else fake():
-            training_peak(config, 1, 1)  # tables that are made once must not count
+            if key[0] not in _WARM:
+                training_peak(config, 1, 1)  # tables that are made once must not count
+                _WARM.add(key[0])
             _COUNTED[key] = training_peak(config, batch, steps) / MB
     return _COUNTED[key]
+
+
+def count_ahead(wanted: Sequence[tuple[VideoConfig, int, int]]) -> None:
+    """Count activations by config, batch and steps in a process for every core; `activations_mb` then knows them.
+
+    Counts do not depend on what else the machine does.
+    """
+    cores = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        for (config, batch, steps), mb in zip(wanted, pool.map(_activations_mb, wanted), strict=True):
+            _COUNTED[str(config), batch, steps] = mb
+
+
+def _activations_mb(wanted: tuple[VideoConfig, int, int]) -> float:
+    return activations_mb(*wanted)
 
 
 def per_sample_mb(config: VideoConfig, steps: int = STEPS) -> float:

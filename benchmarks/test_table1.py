@@ -4,7 +4,7 @@ FLOPs per frame and training memory of all eight systems, counted on the real mo
 do not depend on the machine; those that the paper's configuration determines are asserted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from benchmarks.table1 import (
     System,
     activations_mb,
     allocated_mb,
+    count_ahead,
     fake,
     gflops_per_frame,
     parameters,
@@ -28,6 +29,7 @@ from benchmarks.table1 import (
 )
 from benchmarks.training import STEPS, Variant
 from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoConfig
 
 REVERSIBLE, CHECKPOINT = Variant("reversible"), Variant("checkpoint", "float")
 REPRODUCED = ("ConvLSTM", "VPN", "PredRNN", "CrevNet+ConvLSTM", "CrevNet+ST-LSTM")
@@ -106,6 +108,11 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     publish(Report("table1", "Table 1", tables, configuration, notes, pictures, complete))
 
 
+def test_activations(benchmark):
+    """First, in parallel, what the others read."""
+    benchmark.pedantic(count_ahead, (activations_of_all(),), rounds=1)
+
+
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
 def test_system(benchmark, results, system):
     row = benchmark.pedantic(measured, (system,), rounds=1)
@@ -142,6 +149,25 @@ def test_fake_tensors_count_what_real_ones_do(benchmark, system):
         assert training_peak(small, 1, 2) == real
 
 
+def ways_of(system: System) -> dict[str, Callable[[VideoConfig], VideoConfig]]:
+    """Ways to train a system whose memory grows differently."""
+    ways: dict[str, Callable[[VideoConfig], VideoConfig]] = {"stored": lambda config: config}
+    return ways | ({"reversible": REVERSIBLE.of} if isinstance(system.config, CrevNetConfig) else {})
+
+
+def activations_of_all() -> list[tuple[VideoConfig, int, int]]:
+    """Every configuration, batch and number of time steps whose activations are counted; the longest first."""
+    found = []
+    for system in reversed(SYSTEMS):
+        if isinstance(system.config, CrevNetConfig):
+            found.append((CHECKPOINT.of(system.config), STEPS))
+        for of in ways_of(system).values():
+            found += [(of(system.config), frames - 1) for frames in FRAMES]
+            found += [(of(system.deeper(times)), DEPTH_STEPS) for times in TIMES]
+    unique = {(str(config), steps): (config, steps) for config, steps in found}.values()
+    return [(config, batch, steps) for config, steps in sorted(unique, key=lambda x: -x[1]) for batch in (2, 1)]
+
+
 def measured(system: System) -> dict[str, Any]:
     """A row of the table."""
     config, ours = system.config, isinstance(system.config, CrevNetConfig)
@@ -171,10 +197,7 @@ def measured(system: System) -> dict[str, Any]:
 
 def grow(system: System, results: dict[str, list[dict[str, Any]]]) -> None:
     """Count a system's memory with more frames and deeper; CrevNet's reversible as well."""
-    modes = {"stored": lambda config: config}
-    if isinstance(system.config, CrevNetConfig):
-        modes["reversible"] = REVERSIBLE.of
-    for mode, of in modes.items():
+    for mode, of in ways_of(system).items():
         for frames in FRAMES:
             mb = per_sample_mb(of(system.config), frames - 1)
             results["frames"].append({"system": system.name, "mode": mode, "frames": frames, "mb": mb})

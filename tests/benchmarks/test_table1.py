@@ -1,6 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
-from benchmarks.table1 import PATCHED, SYSTEMS, activations_mb, gflops_per_frame, parameters, training_mb
+from benchmarks import table1
+from benchmarks.table1 import PATCHED, SYSTEMS, activations_mb, count_ahead, gflops_per_frame, parameters, training_mb
 from crevnet.baselines.convlstm import ConvLSTMConfig
 
 SMALL = ConvLSTMConfig(patch=1, image_size=16, hidden=(4, 4), kernel_size=3)
@@ -25,6 +28,15 @@ def test_stored_memory_grows_with_steps_and_batch():
     one, two, longer = activations_mb(SMALL, 1, 2), activations_mb(SMALL, 2, 2), activations_mb(SMALL, 1, 4)
     assert one < two < 2.1 * one
     assert one < longer < 2.5 * one
+
+
+def test_counting_ahead_in_other_processes_finds_the_same():
+    config = replace(SMALL, hidden=(4, 6))
+    wanted = [(config, batch, 2) for batch in (1, 2)]
+    here = [activations_mb(*w) for w in wanted]
+    table1._COUNTED.clear()
+    count_ahead(wanted)
+    assert [table1._COUNTED[str(config), batch, 2] for batch in (1, 2)] == here
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda s: s.name)
