@@ -24,7 +24,7 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, side_by_side_like, tile, tuned
+from revgrad_kernels.layout import dense, memory_format, side_by_side_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -215,7 +215,7 @@ def _stlstm_states(
     if not can_run(cell.device):
         *states, output_gate = _reference(gates, memory_gates, cell, memory, *biases)
         return aligned(gates, *states, output_gate.clone())[1:]  # which may be a view of the gates
-    results = _empty_results(cell, memory)
+    results = _empty_results(gates, cell, memory)
     wide = arithmetic(gates, memory_gates, cell, memory)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)
     return results
@@ -249,7 +249,7 @@ def _stlstm_states_backward(
 def _(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
-    return _empty_results(*aligned(gates, cell, memory)[1:])
+    return _empty_results(*aligned(gates, cell, memory))
 
 
 @_stlstm_states_backward.register_fake
@@ -261,8 +261,11 @@ def _both_dtype(cell: Tensor, memory: Tensor) -> torch.dtype:
     return torch.promote_types(cell.dtype, memory.dtype)
 
 
-def _empty_results(cell: Tensor, memory: Tensor) -> _Four:
-    both = side_by_side_like(cell, 2, _both_dtype(cell, memory))
+def _empty_results(gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
+    # By the gates: one channel alone is contiguous and channels-last at once, and kernels take the layout of the gates.
+    shape = (cell.shape[0], 2 * cell.shape[1], *cell.shape[2:])
+    dtype, layout = _both_dtype(cell, memory), memory_format(gates)
+    both = torch.empty(shape, dtype=dtype, device=cell.device, memory_format=layout)
     return torch.empty_like(cell), torch.empty_like(memory), both, torch.empty_like(cell)
 
 

@@ -133,6 +133,17 @@ def test_triton_computes_what_the_reference_does(function, dtype, shape, layout)
 
 
 @needs_triton
+@pytest.mark.parametrize("shape", [(2, 1, 3, 5), (2, 1, 2, 3, 5)], ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_one_channel_is_contiguous_and_channels_last_at_once(function, shape):
+    tensors = inputs(function, shape, layout="channels_last")
+    tensors |= {name: t.contiguous() for name, t in tensors.items() if t.shape == shape}
+    found, expected = (results(function, tensors, backend=b) for b in ("triton", "reference"))
+    assert_same(found, expected, {k: 4 * v for k, v in TOLERANCES[torch.float32].items()}, samples=60)
+    torch.library.opcheck(registered(function)[0], tuple(t.requires_grad_() for t in tensors.values()))
+
+
+@needs_triton
 @given(
     st.sampled_from(FUNCTIONS),
     st.lists(st.integers(0, 9), min_size=2, max_size=5),
