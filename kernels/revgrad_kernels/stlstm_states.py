@@ -108,7 +108,7 @@ def _reference(
 def _plain(gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor) -> _Four:
     *before, o = gates.unsafe_chunk(4, 1)
     new_cell, new_memory = updated(cell, *before), updated(memory, *memory_gates.unsafe_chunk(3, 1))
-    return new_cell, new_memory, torch.cat([new_cell, new_memory], 1), o
+    return new_cell, new_memory, torch.cat([new_cell, new_memory], 1), o.clone()  # the gates are the caller's
 
 
 def _reference_backward(
@@ -213,8 +213,7 @@ def _stlstm_states(
     gates, memory_gates, cell, memory = aligned(gates, memory_gates, cell, memory)
     biases = dense(bias), dense(memory_bias)
     if not can_run(cell.device):
-        *states, output_gate = _reference(gates, memory_gates, cell, memory, *biases)
-        return aligned(gates, *states, output_gate.clone())[1:]  # which may be a view of the gates
+        return aligned(gates, *_reference(gates, memory_gates, cell, memory, *biases))[1:]
     results = _empty_results(gates, cell, memory)
     wide = arithmetic(gates, memory_gates, cell, memory)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)

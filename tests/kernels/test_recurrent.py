@@ -273,6 +273,16 @@ def test_inputs_without_a_dense_layout(function, backend):
     assert_same(found, expected, TOLERANCES[torch.float32], samples=40)
 
 
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
+@pytest.mark.parametrize("side", [4, 64])
+def test_the_output_gate_of_an_st_lstm_can_be_added_to_in_place(side, backend):
+    tensors = inputs(stlstm_states, (2, 2, side, side), optional=False)
+    gates = tensors["gates"].requires_grad_() * 1.0
+    before = gates.detach().clone()
+    stlstm_states(**tensors | {"gates": gates}, backend=backend)[3].add_(1.0)
+    assert torch.equal(gates, before)
+
+
 @pytest.mark.parametrize("cell", [(2, 3, 5), (2, 2, 4), (1, 2, 5), (2,)])
 def test_shapes_that_do_not_fit_are_named(cell):
     gates, cell = {3: torch.zeros(2, 6, 5), 4: torch.zeros(2, 8, 5)}, torch.zeros(cell)
