@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 
 class _Absent:
@@ -37,19 +38,20 @@ except ImportError:  # there are no wheels outside Linux
 Backend = Literal["auto", "triton", "reference"]
 
 INTERPRETED = HAS_TRITON and bool(triton.knobs.runtime.interpret)
-AUTO: str = os.environ.get("REVGRAD_KERNELS", "auto")
+AUTO: str = os.environ.get("REVGRAD_KERNELS") or "auto"
 
 
 class BackendError(RuntimeError):
     """The backend that was asked for cannot compute this."""
 
 
-def fused(backend: str, *tensors: Tensor) -> bool:
+def fused(backend: str, *tensors: Tensor, operator: str = "this operator") -> bool:
     """Whether Triton computes, as asked for in the call or else in the environment.
 
     Args:
         backend: `auto`, `triton` or `reference`.
         tensors: All inputs of the operator.
+        operator: Its name, for errors.
 
     Raises:
         BackendError: Triton was asked for and cannot run here, or the tensors are on several devices.
@@ -62,7 +64,7 @@ def fused(backend: str, *tensors: Tensor) -> bool:
             found = ", ".join(sorted({str(t.device) for t in tensors}))
             raise BackendError(f"all tensors must be on one device, got {found}")
     if wanted == "auto":
-        return HAS_TRITON and device.type == "cuda"
+        return HAS_TRITON and device.type == "cuda" and not transformed(*tensors)
     if wanted == "reference":
         return False
     if wanted != "triton":
@@ -71,7 +73,22 @@ def fused(backend: str, *tensors: Tensor) -> bool:
     if not can_run(device):
         reason = "it needs a CUDA device" if HAS_TRITON else "it is not installed"
         raise BackendError(f"Triton cannot compute on {device}: {reason}; choose backend 'auto' or 'reference'")
+    if transformed(*tensors):
+        raise BackendError(
+            f"{operator}: a Triton kernel has neither transforms of torch.func (grad, vmap, jvp) nor forward-mode "
+            "derivatives: choose backend='reference'"
+        )
     return True
+
+
+def transformed(*tensors: Tensor) -> bool:
+    """Whether `torch.func` is at work, or forward-mode differentiation on one of the tensors: an operator of our own
+    would fail inside of them, or leave a derivative out without a word.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
+    level = forward_ad._current_level
+    return level >= 0 and any(forward_ad.unpack_dual(t, level=level).tangent is not None for t in tensors)
 
 
 def left_to_cpu(backend: str) -> bool:
@@ -80,8 +97,12 @@ def left_to_cpu(backend: str) -> bool:
 
 
 def observed() -> bool:
-    """Whether a compiler or a transform of functions (`torch.func`) is at work, which need PyTorch's own operators."""
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether a compiler, a transform of functions (`torch.func`) or forward-mode differentiation is at work, which
+    need PyTorch's own operators.
+    """
+    return (
+        torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def can_run(device: torch.device) -> bool:

@@ -55,7 +55,7 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
         gates = biased(gates, bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return updated(cell, *gates.unsafe_chunk(3, 1)) if small else _OnCPU.compute(gates, cell)
-    if fused(backend, gates, cell, *given(bias)):
+    if fused(backend, gates, cell, *given(bias), operator="cell_update"):
         return _cell_update(gates, cell, bias)
     return _reference(gates, cell, bias)
 

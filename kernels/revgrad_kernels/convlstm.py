@@ -73,7 +73,7 @@ def convlstm(
         gates = biased(gates, bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return (_plain if small else _OnCPU.compute)(gates, cell, peephole)
-    if fused(backend, gates, cell, peephole, *given(bias)):
+    if fused(backend, gates, cell, peephole, *given(bias), operator="convlstm"):
         return _convlstm(gates, cell, peephole, bias)
     return _reference(gates, cell, peephole, bias)
 

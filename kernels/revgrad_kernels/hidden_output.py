@@ -43,7 +43,7 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         if update.numel() < recurrent_cpu.SMALL:
             return gated(output_gate if added is None else output_gate + added, update)
         return _OnCPU.compute(*tensors)
-    if fused(backend, *tensors):
+    if fused(backend, *tensors, operator="hidden_output"):
         return _hidden_output(output_gate, update, added)
     return converted(_reference(_summed(output_gate, update, added), update), _dtype(output_gate, update))
 

@@ -48,7 +48,7 @@ def pixel_unshuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend
     if on_cpu.takes(backend, x):
         return on_cpu.unshuffle("pixel_unshuffle", x, factor, order)[0]
     reference.check_unshuffle("pixel_unshuffle", x.shape, factor, order)
-    if fused(backend, x):
+    if fused(backend, x, operator="pixel_unshuffle"):
         return _pixel_unshuffle(x, factor, order)
     return reference.unshuffle(x, factor, order)[0]
 
@@ -65,7 +65,7 @@ def pixel_shuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend: 
     if on_cpu.takes(backend, x):
         return on_cpu.shuffle("pixel_shuffle", [x], factor, order)
     reference.check_shuffle("pixel_shuffle", x.shape, factor, order)
-    if fused(backend, x):
+    if fused(backend, x, operator="pixel_shuffle"):
         return _pixel_shuffle(x, factor, order)
     return reference.shuffle([x], factor, order)
 
@@ -85,7 +85,7 @@ def pixel_unshuffle_split(
         first, second = on_cpu.unshuffle("pixel_unshuffle_split", x, factor, order, groups=2)
         return first, second
     reference.check_unshuffle("pixel_unshuffle_split", x.shape, factor, order, groups=2)
-    if fused(backend, x):
+    if fused(backend, x, operator="pixel_unshuffle_split"):
         return _pixel_unshuffle_split(x, factor, order)
     first, second = reference.unshuffle(x, factor, order, groups=2)
     return first, second
@@ -116,7 +116,7 @@ def pixel_shuffle_concatenate(
     if on_cpu.takes(backend, first, second):
         return on_cpu.shuffle("pixel_shuffle_concatenate", [first, second], factor, order)
     reference.check_shuffle("pixel_shuffle_concatenate", first.shape, factor, order, groups=2)
-    if fused(backend, first, second):
+    if fused(backend, first, second, operator="pixel_shuffle_concatenate"):
         return _pixel_shuffle_concatenate(first, second, factor, order)
     return reference.shuffle([first, second], factor, order)
 

@@ -86,7 +86,7 @@ def stlstm_states(
         gates, memory_gates = biased(gates, bias, cell.dtype), biased(memory_gates, memory_bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return (_plain if small else _OnCPU.compute)(gates, memory_gates, cell, memory)
-    if fused(backend, gates, memory_gates, cell, memory, *given(bias, memory_bias)):
+    if fused(backend, gates, memory_gates, cell, memory, *given(bias, memory_bias), operator="stlstm_states"):
         return _stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
     return _reference(gates, memory_gates, cell, memory, bias, memory_bias)
 

@@ -56,7 +56,7 @@ def weighted_sum(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None = Non
         BackendError: The backend cannot compute this.
     """
     logits, h = _checked("weighted_sum", x, bias, logits=logits, h=h)
-    if fused(backend, logits, x, h, *_given(bias)):
+    if fused(backend, logits, x, h, *_given(bias), operator="weighted_sum"):
         return _weighted_sum(logits, x, h, bias)
     return _reference(logits, x, h, bias)
 
@@ -70,7 +70,7 @@ def weighted_sum_inverse(
     `y + (y - h) * exp(a)`, because `g / (1 - g) = exp(a)` has no cancellation near `g = 1`.
     """
     logits, h = _checked("weighted_sum_inverse", y, bias, logits=logits, h=h)
-    if fused(backend, logits, y, h, *_given(bias)):
+    if fused(backend, logits, y, h, *_given(bias), operator="weighted_sum_inverse"):
         return _weighted_sum_inverse(logits, y, h, bias)
     return _reference_inverse(logits, y, h, bias)
 
@@ -88,7 +88,7 @@ def weighted_sum_backward(
         backend: As in `weighted_sum`.
     """
     logits, h, grad = _checked("weighted_sum_backward", x, None, logits=logits, h=h, grad=grad)
-    if fused(backend, logits, x, h, grad):
+    if fused(backend, logits, x, h, grad, operator="weighted_sum_backward"):
         return _weighted_sum_backward(logits, x, h, grad, None)[:3]
     return _reference_backward(logits, x, h, grad, None)
 

@@ -1,11 +1,14 @@
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from revgrad_kernels import backend, weighted_sum
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
-from tests.kernels.cases import needs_triton
+from tests.kernels.cases import DEVICE, needs_triton
 
 CPU, META = torch.zeros(2), torch.zeros(2, device="meta")
 
@@ -14,6 +17,41 @@ def test_auto_is_the_reference_away_from_cuda():
     assert not backend.fused("auto", CPU)
     assert not backend.fused("auto", META)
     assert not backend.fused("reference", CPU)
+
+
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
+
+
+@needs_triton
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_functions_take_the_reference(transform):
+    with FakeTensorMode():
+        gpu = torch.empty(2, device="cuda")
+    decided = []
+    transform(lambda t: (decided.append(backend.fused("auto", gpu)), t * t)[1], CPU)
+    assert decided == [False]
+    assert backend.fused("auto", gpu)
+    with pytest.raises(
+        backend.BackendError, match=r"weighted_sum: .* neither .* torch\.func .* choose backend='reference'"
+    ):
+        transform(lambda t: weighted_sum(t, t, t, backend="triton"), torch.zeros(2, 3, device=DEVICE))
+
+
+@needs_triton
+def test_forward_mode_takes_the_reference_for_tensors_with_a_tangent():
+    with FakeTensorMode(), forward_ad.dual_level():
+        gpu, integers = torch.empty(2, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
+        assert backend.fused("auto", gpu, integers)
+        assert not backend.fused("auto", integers, forward_ad.make_dual(gpu, gpu))
+    x = torch.zeros(2, 3, device=DEVICE)
+    with forward_ad.dual_level():
+        assert torch.equal(weighted_sum(x, x, x, backend="triton"), x)
+        with pytest.raises(backend.BackendError, match=r"weighted_sum: .* forward-mode"):
+            weighted_sum(x, forward_ad.make_dual(x, x), x, backend="triton")
 
 
 @needs_triton
@@ -33,6 +71,13 @@ def test_an_unknown_backend_is_named_with_its_origin(name, where, monkeypatch):
     monkeypatch.setattr(backend, "AUTO", "fast")
     with pytest.raises(ValueError, match=f"{where} must be one of auto, triton, reference, got"):
         backend.fused(name, CPU)
+
+
+def test_an_empty_variable_in_the_environment_is_none():
+    code = "from revgrad_kernels import backend; print(backend.AUTO)"
+    environment = os.environ | {"REVGRAD_KERNELS": ""}
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    assert run.stdout == "auto\n"
 
 
 def test_one_device_for_all():

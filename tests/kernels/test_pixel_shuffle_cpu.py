@@ -4,6 +4,7 @@ import pytest
 import torch
 from revgrad_kernels import backend, pixel_shuffle, pixel_shuffle_concatenate, pixel_shuffle_cpu, pixel_unshuffle
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tests.kernels.cases import LAYOUTS
 from tests.kernels.test_pixel_shuffle import CASES, DTYPES, ORDERS, assert_same, functions, numbered
@@ -87,6 +88,9 @@ def test_others_take_the_reference(uses, monkeypatch):
     with FakeTensorMode() as mode:
         pixel_unshuffle(mode.from_tensor(x), 2)
     torch.func.vmap(lambda t: pixel_unshuffle(t[None], 2))(x)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(torch.randn(2, 1, 4, 4, requires_grad=True), torch.ones(2, 1, 4, 4))
+        assert forward_ad.unpack_dual(pixel_unshuffle(dual, 2)).tangent.sum() == 32
     monkeypatch.setattr(backend, "AUTO", "reference")
     pixel_shuffle(x.expand(1, 4, 4, 4), 2)
     assert not uses

@@ -5,6 +5,7 @@ import torch
 from revgrad_kernels import cell_update, recurrent_cpu
 from revgrad_kernels.backend import BackendError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
 from tests.kernels.cases import arrange, assert_close
 from tests.kernels.test_recurrent import FUNCTIONS, LAYOUTS, assert_same, inputs, results
@@ -144,6 +145,19 @@ def test_transforms_of_functions_and_compilers_take_the_reference(all_sizes, use
     assert_close(found, expected)
     uses.clear()
     torch.compile(loss, backend="eager", fullgraph=True)(gates)
+    assert not uses
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_forward_mode_takes_the_reference(all_sizes, uses, function):
+    tensors = {name: t.cpu() for name, t in inputs(function, (2, 3, 4)).items()}
+    tangents = []
+    for backend in ("auto", "reference"):
+        with forward_ad.dual_level():
+            outputs = function(**{name: forward_ad.make_dual(t, t) for name, t in tensors.items()}, backend=backend)
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            tangents.append([forward_ad.unpack_dual(y).tangent for y in outputs])
+    assert all(map(torch.equal, *tangents))
     assert not uses
 
 
