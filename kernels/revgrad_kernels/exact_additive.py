@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import arithmetic, can_run, converted, fused, on_device, tl, triton
+from revgrad_kernels.backend import (
+    BackendError,
+    arithmetic,
+    can_run,
+    converted,
+    fused,
+    on_device,
+    tl,
+    transformed,
+    triton,
+)
 from revgrad_kernels.layout import canonical, elements, expanded, laid_out_like, size_class, tuned
 
 FRACTION_BITS = {torch.float32: 16, torch.float64: 32}
@@ -48,7 +58,14 @@ def on_grid(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
 
     Raises:
         ValueError: One does not broadcast, or the dtype of `x` has no grid; names the operator.
+        BackendError: Inside of a transform of functions or of forward-mode differentiation, which see no slope where
+            something is rounded.
     """
+    if transformed(x, *tensors.values()):
+        raise BackendError(
+            f"{operator}: neither torch.func (grad, vmap, jvp) nor forward-mode differentiation knows exact "
+            "arithmetic: choose arithmetic='float', or an operator that does not round"
+        )
     if x.dtype not in FRACTION_BITS:
         raise ValueError(f"{operator}: grid values are float32 or float64, not {x.dtype}")
     if all(t.shape == x.shape for t in tensors.values()):

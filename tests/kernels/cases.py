@@ -21,6 +21,11 @@ TOLERANCES = {
 
 SHAPES = [(1, 1), (3, 31), (2, 127, 3), (1, 3, 1, 1), (2, 3, 5, 7), (1, 1025, 1, 2), (2, 4, 3, 5, 2), (0, 3, 4, 4)]
 LAYOUTS = ["contiguous", "channels_last", "strided"]
+TRANSFORMS = {
+    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
+    "vmap": lambda f, x: torch.vmap(f)(x),
+    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
+}
 
 
 def arrange(x, layout):

@@ -8,7 +8,7 @@ from revgrad_kernels import backend, weighted_sum
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 
-from tests.kernels.cases import DEVICE, needs_triton
+from tests.kernels.cases import DEVICE, TRANSFORMS, needs_triton
 
 CPU, META = torch.zeros(2), torch.zeros(2, device="meta")
 
@@ -17,13 +17,6 @@ def test_auto_is_the_reference_away_from_cuda():
     assert not backend.fused("auto", CPU)
     assert not backend.fused("auto", META)
     assert not backend.fused("reference", CPU)
-
-
-TRANSFORMS = {
-    "grad": lambda f, x: torch.func.grad(lambda t: f(t).sum())(x),
-    "vmap": lambda f, x: torch.vmap(f)(x),
-    "jvp": lambda f, x: torch.func.jvp(f, (x,), (x,)),
-}
 
 
 @needs_triton

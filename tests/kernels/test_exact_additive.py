@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from revgrad_kernels import exact_additive, exact_additive_inverse
 from revgrad_kernels.backend import BackendError
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
 
-from tests.kernels.cases import DEVICE, LAYOUTS, SHAPES, arrange, needs_triton
+from tests.kernels.cases import DEVICE, LAYOUTS, SHAPES, TRANSFORMS, arrange, needs_triton
 
 module = importlib.import_module("revgrad_kernels.exact_additive")
 BITS = {torch.float32: 16, torch.float64: 32}
@@ -139,6 +140,22 @@ def test_what_does_not_fit_is_named():
         exact_additive_inverse(x, torch.zeros(2, 4))
     with pytest.raises(BackendError, match="one device, got cpu, meta"):
         exact_additive(x, x.to("meta"))
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_functions_are_refused_instead_of_losing_a_derivative(transform):
+    x = grid_values((2, 3), torch.float32)
+    for function, name in ((exact_additive, "exact_additive"), (exact_additive_inverse, "exact_additive_inverse")):
+        with pytest.raises(BackendError, match=rf"{name}: neither torch\.func .* knows exact arithmetic: choose"):
+            transform(lambda m, f=function: f(x, m), torch.randn(2, 3))
+
+
+def test_forward_mode_is_refused_where_there_is_a_tangent():
+    x, message = grid_values((2, 3), torch.float32), torch.randn(2, 3)
+    with forward_ad.dual_level():
+        assert_same_bits(exact_additive(x, message), exact_additive(x, message, backend="reference"))
+        with pytest.raises(BackendError, match=r"exact_additive: neither .* forward-mode differentiation knows exact"):
+            exact_additive(x, forward_ad.make_dual(message, message))
 
 
 @pytest.mark.parametrize("kernel", [False, pytest.param(True, marks=needs_triton)])

@@ -17,7 +17,7 @@ from revgrad_kernels import (
 from revgrad_kernels.backend import BackendError
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from tests.kernels.cases import DEVICE, LAYOUTS, SHAPES, arrange, assert_close, needs_triton
+from tests.kernels.cases import DEVICE, LAYOUTS, SHAPES, TRANSFORMS, arrange, assert_close, needs_triton
 
 module = importlib.import_module("revgrad_kernels.exact_weighted_sum")
 BITS = 16
@@ -310,6 +310,21 @@ def test_what_does_not_fit_is_named():
         exact_weighted_sum_refill(logits, x, level.view(2, 3), table)
     with pytest.raises(BackendError, match="one device, got cpu, meta"):
         exact_weighted_sum(logits, x, h, reservoir.to("meta"), level, table)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_functions_are_refused_instead_of_losing_a_derivative(transform):
+    logits, x, h, reservoir, level, table = (t.cpu() for t in arguments((2, 3)))
+    functions = {
+        "": lambda t: exact_weighted_sum(t, x, h, reservoir, level, table),
+        "_refill": lambda t: exact_weighted_sum_refill(t, x, level, table),
+        "_inverse": lambda t: exact_weighted_sum_inverse(t, x, h, reservoir, level, level > 0),
+        "_backward": lambda t: exact_weighted_sum_backward(t, x, h, x),
+    }
+    for name, function in functions.items():
+        flat = (lambda f: lambda t: f(t.expand(2, 3)))(function)  # under vmap the shapes fit as well
+        with pytest.raises(BackendError, match=rf"exact_weighted_sum{name}: neither torch\.func .* choose arithmetic="):
+            transform(flat, logits)
 
 
 @pytest.mark.parametrize(
