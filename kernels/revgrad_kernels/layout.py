@@ -76,7 +76,7 @@ class Matrix:
     @property
     def width(self) -> int:
         """Columns of a tile: a power of two, never more than a tile has elements."""
-        return min(triton.next_power_of_2(self.columns), _SMALLEST_TILE)
+        return min(triton.next_power_of_2(max(1, self.columns)), _SMALLEST_TILE)
 
     def grid(self, meta: dict[str, Any]) -> tuple[int]:
         """Number of programs, given the elements of a tile as `TILE`."""

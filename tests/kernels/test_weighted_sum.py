@@ -136,6 +136,14 @@ def test_gradients_of_the_bias_are_the_same_bits_in_every_run():
     assert torch.equal(first, second)
 
 
+@needs_triton
+@pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 0), (0, 3)], ids=str)
+def test_gradients_of_empty_tensors(shape):
+    tensors = [torch.zeros(s, device=DEVICE) for s in (shape, shape, shape, shape[1:2])]
+    found, expected = (with_gradients(weighted_sum, tensors, tensors[0], backend=b) for b in ("triton", "reference"))
+    assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
 def test_inputs_broadcast_and_their_gradients_are_summed(backend):
     a, x, h = torch.randn(3, 1, 4), torch.randn(2, 3, 5, 4), torch.randn(1)
