@@ -125,6 +125,25 @@ def on_device(x: Tensor) -> AbstractContextManager[Any]:
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_OPTIONAL = frozenset({"bias", "memory_bias", "added"})
+
+
+def check_floats(operator: str, **tensors: Tensor | None) -> None:
+    """Check the arguments of an operator that computes with floats, given by their name.
+
+    Raises:
+        TypeError: One is no tensor.
+        ValueError: One has another dtype; names operator and argument.
+    """
+    for name, t in tensors.items():
+        # What has no dtype is told apart afterwards: this runs in every call.
+        if getattr(t, "dtype", None) not in _FLOATS and not (t is None and name in _OPTIONAL):
+            if not isinstance(t, Tensor):
+                raise TypeError(f"{operator}: {name} must be a tensor, not {type(t).__name__}")
+            raise ValueError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, not {t.dtype}")
+
+
 def arithmetic(*tensors: Tensor) -> Any:
     """The dtype that a kernel computes in: float64 if any input is, else float32."""
     return tl.float64 if arithmetic_dtype(*tensors) == torch.float64 else tl.float32

@@ -10,6 +10,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    check_floats,
     converted,
     fused,
     refuse_second_derivative,
@@ -47,9 +48,10 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or a tensor holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("cell_update", gates=gates, cell=cell, bias=bias)
     check_gates("cell_update", 3, cell, bias, gates=gates)
     if recurrent_cpu.takes(backend, gates, cell, bias):
         gates = biased(gates, bias, cell.dtype)

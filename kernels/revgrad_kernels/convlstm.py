@@ -16,6 +16,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    check_floats,
     converted,
     fused,
     refuse_second_derivative,
@@ -63,9 +64,10 @@ def convlstm(
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or a tensor holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("convlstm", gates=gates, cell=cell, peephole=peephole, bias=bias)
     check_gates("convlstm", 4, cell, bias, gates=gates)
     if peephole.shape != cell.shape[1:]:
         raise ValueError(f"convlstm: peephole {tuple(peephole.shape)} does not fit cell {tuple(cell.shape)}")

@@ -15,6 +15,7 @@ from revgrad_kernels.backend import (
     BackendError,
     arithmetic,
     can_run,
+    check_floats,
     converted,
     fused,
     on_device,
@@ -37,14 +38,16 @@ def exact_additive(target: Tensor, message: Tensor, *, backend: str = "auto") ->
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`. The bits are the same in both.
 
     Raises:
-        ValueError: The shapes do not fit, or the target's dtype has no grid.
+        ValueError: The shapes do not fit, the target's dtype has no grid, or the message holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("exact_additive", target=target, message=message)
     return _sum("exact_additive", target, message, False, backend)
 
 
 def exact_additive_inverse(merged: Tensor, message: Tensor, *, backend: str = "auto") -> Tensor:
     """Recover `target`, every bit of it, from `merged = exact_additive(target, message)`; arguments as there."""
+    check_floats("exact_additive_inverse", merged=merged, message=message)
     return _sum("exact_additive_inverse", merged, message, True, backend)
 
 

@@ -13,10 +13,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import arithmetic, can_run, converted, on_device, tl, triton
+from revgrad_kernels.backend import arithmetic, can_run, check_floats, converted, on_device, tl, triton
 from revgrad_kernels.exact_additive import FRACTION_BITS, dispatch, line, nearest_integer, on_grid
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tuned
-from revgrad_kernels.reservoir import FULL, GATE_BITS, pop, push, quantised_rest, refill_of, to_numerator
+from revgrad_kernels.reservoir import (
+    FULL,
+    GATE_BITS,
+    check_reservoirs,
+    pop,
+    push,
+    quantised_rest,
+    refill_of,
+    to_numerator,
+)
 
 _Tensors = TypeVar("_Tensors", bound=tuple[Tensor, ...])
 
@@ -45,10 +54,12 @@ def exact_weighted_sum(
         left it. Gradients reach `logits`, `x` and `h` straight through the rounding.
 
     Raises:
-        ValueError: The shapes do not fit, or the dtype of `x` has no grid.
+        ValueError: The shapes do not fit, or a dtype; that of `x` must have a grid.
         BackendError: The backend cannot compute this.
     """
-    logits, h = _checked("exact_weighted_sum", x, (reservoir, level), logits=logits, h=h)
+    check_floats("exact_weighted_sum", logits=logits, x=x, h=h)
+    check_reservoirs("exact_weighted_sum", x, reservoir=reservoir, level=level, costs=costs)
+    logits, h = on_grid("exact_weighted_sum", x, logits=logits, h=h)
     return dispatch(_exact_weighted_sum, _reference, backend, (logits, x, h, reservoir, level, costs))
 
 
@@ -67,7 +78,9 @@ def exact_weighted_sum_refill(
     Returns:
         The levels before the forward pass, and its `spilled`.
     """
-    (logits,) = _checked("exact_weighted_sum_refill", y, (level,), logits=logits)
+    check_floats("exact_weighted_sum_refill", logits=logits, y=y)
+    check_reservoirs("exact_weighted_sum_refill", y, level=level, costs=costs)
+    (logits,) = on_grid("exact_weighted_sum_refill", y, logits=logits)
     return dispatch(_exact_weighted_sum_refill, _reference_refill, backend, (logits, y, level, costs))
 
 
@@ -89,7 +102,9 @@ def exact_weighted_sum_inverse(
         `x` and the reservoirs before the forward pass. Not differentiable: the engine needs the gradient of the
         forward pass.
     """
-    logits, h = _checked("exact_weighted_sum_inverse", y, (reservoir, word, refill), logits=logits, h=h)
+    check_floats("exact_weighted_sum_inverse", logits=logits, y=y, h=h)
+    check_reservoirs("exact_weighted_sum_inverse", y, reservoir=reservoir, word=word, refill=refill)
+    logits, h = on_grid("exact_weighted_sum_inverse", y, logits=logits, h=h)
     tensors = logits, y, h, reservoir, word, refill
     return dispatch(_exact_weighted_sum_inverse, _reference_inverse, backend, tensors)
 
@@ -109,7 +124,8 @@ def exact_weighted_sum_backward(
         grad: Gradient with respect to the result.
         backend: As in `exact_weighted_sum`.
     """
-    logits, h, grad = _checked("exact_weighted_sum_backward", x, (), logits=logits, h=h, grad=grad)
+    check_floats("exact_weighted_sum_backward", logits=logits, x=x, h=h, grad=grad)
+    logits, h, grad = on_grid("exact_weighted_sum_backward", x, logits=logits, h=h, grad=grad)
     return dispatch(_exact_weighted_sum_backward, _reference_backward, backend, (logits, x, h, grad))
 
 
@@ -380,10 +396,3 @@ def _refuse_gradient(operator: Any, why: str) -> None:
 _exact_weighted_sum.register_autograd(_backward, setup_context=_save)
 _refuse_gradient(_exact_weighted_sum_inverse, "differentiate exact_weighted_sum, or use weighted_sum_inverse")
 _refuse_gradient(_exact_weighted_sum_backward, "rounding has no second derivative; use weighted_sum")
-
-
-def _checked(operator: str, x: Tensor, flat: tuple[Tensor, ...], **tensors: Tensor) -> tuple[Tensor, ...]:
-    if any(t.numel() != x.numel() or t.ndim != 1 for t in flat):
-        shapes = ", ".join(str(tuple(t.shape)) for t in flat)
-        raise ValueError(f"{operator}: needs a reservoir for each element of {tuple(x.shape)}, got {shapes}")
-    return on_grid(operator, x, **tensors)

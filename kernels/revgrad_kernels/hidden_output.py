@@ -10,6 +10,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    check_floats,
     converted,
     fused,
     on_device,
@@ -32,9 +33,10 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`.
 
     Raises:
-        ValueError: The shapes differ.
+        ValueError: The shapes differ, or a tensor holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("hidden_output", output_gate=output_gate, update=update, added=added)
     tensors = (output_gate, update) if added is None else (output_gate, update, added)
     shape = update.shape
     if output_gate.shape != shape or (added is not None and added.shape != shape):

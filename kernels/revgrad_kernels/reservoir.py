@@ -110,3 +110,27 @@ def quantised_rest(gate: Tensor) -> Tensor:
 def to_numerator(rest: Tensor) -> Tensor:
     """Int64; 1 for NaN, which as an integer would be anything, zero included."""
     return rest.nan_to_num(nan=1.0).to(torch.int64)
+
+
+_DTYPES = {
+    "reservoir": torch.int64,
+    "level": torch.int16,
+    "word": torch.int16,
+    "refill": torch.bool,
+    "costs": torch.int16,
+}
+
+
+def check_reservoirs(operator: str, x: Tensor, **tensors: Tensor) -> None:
+    """Check what an operator needs besides floats, given by its name; costs are one table for all elements of `x`.
+
+    Raises:
+        ValueError: A dtype is another one, or there is not one entry for each element.
+    """
+    for name, t in tensors.items():
+        if t.dtype != _DTYPES[name]:
+            raise ValueError(f"{operator}: {name} must be {_DTYPES[name]}, not {t.dtype}")
+    flat = [t for name, t in tensors.items() if name != "costs"]
+    if any(t.numel() != x.numel() or t.ndim != 1 for t in flat):
+        shapes = ", ".join(str(tuple(t.shape)) for t in flat)
+        raise ValueError(f"{operator}: needs a reservoir for each element of {tuple(x.shape)}, got {shapes}")

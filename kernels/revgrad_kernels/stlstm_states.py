@@ -18,6 +18,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    check_floats,
     converted,
     fused,
     refuse_second_derivative,
@@ -75,9 +76,11 @@ def stlstm_states(
         the output gate before activation, `[B, C, ...]` in the dtype of the cell state, the bias added.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or a tensor holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("stlstm_states", gates=gates, memory_gates=memory_gates, cell=cell, memory=memory)
+    check_floats("stlstm_states", bias=bias, memory_bias=memory_bias)
     check_gates("stlstm_states", 4, cell, bias, gates=gates)
     check_gates("stlstm_states", 3, cell, memory_bias, memory_gates=memory_gates)
     if memory.shape != cell.shape:

@@ -14,6 +14,7 @@ from revgrad_kernels.backend import (
     arithmetic,
     arithmetic_dtype,
     can_run,
+    check_floats,
     converted,
     fused,
     on_device,
@@ -52,9 +53,10 @@ def weighted_sum(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None = Non
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`.
 
     Raises:
-        ValueError: The shapes do not fit.
+        ValueError: The shapes do not fit, or a tensor holds no floats.
         BackendError: The backend cannot compute this.
     """
+    check_floats("weighted_sum", logits=logits, x=x, h=h, bias=bias)
     logits, h = _checked("weighted_sum", x, bias, logits=logits, h=h)
     if fused(backend, logits, x, h, *_given(bias), operator="weighted_sum"):
         return _weighted_sum(logits, x, h, bias)
@@ -69,6 +71,7 @@ def weighted_sum_inverse(
     The division by `1 - g` amplifies the rounding error of `y` by `1 / (1 - g)`; written as
     `y + (y - h) * exp(a)`, because `g / (1 - g) = exp(a)` has no cancellation near `g = 1`.
     """
+    check_floats("weighted_sum_inverse", logits=logits, y=y, h=h, bias=bias)
     logits, h = _checked("weighted_sum_inverse", y, bias, logits=logits, h=h)
     if fused(backend, logits, y, h, *_given(bias), operator="weighted_sum_inverse"):
         return _weighted_sum_inverse(logits, y, h, bias)
@@ -87,6 +90,7 @@ def weighted_sum_backward(
         grad: Gradient with respect to the result.
         backend: As in `weighted_sum`.
     """
+    check_floats("weighted_sum_backward", logits=logits, x=x, h=h, grad=grad)
     logits, h, grad = _checked("weighted_sum_backward", x, None, logits=logits, h=h, grad=grad)
     if fused(backend, logits, x, h, grad, operator="weighted_sum_backward"):
         return _weighted_sum_backward(logits, x, h, grad, None)[:3]

@@ -1,8 +1,11 @@
 import os
+import re
 import subprocess
 import sys
+from functools import partial
 
 import pytest
+import revgrad_kernels as kernels
 import torch
 from revgrad_kernels import backend, weighted_sum
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -93,3 +96,40 @@ except backend.BackendError as error:
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "it is not installed" in run.stdout
+
+
+X, GATES = torch.zeros(2, 3), torch.zeros(2, 12)
+FLAT = [torch.zeros(6, dtype=d) for d in (torch.int64, torch.int16)]
+CALLS = {
+    kernels.weighted_sum: {"logits": X, "x": X, "h": X, "bias": X[0]},
+    kernels.weighted_sum_inverse: {"logits": X, "y": X, "h": X, "bias": X[0]},
+    kernels.weighted_sum_backward: {"logits": X, "x": X, "h": X, "grad": X},
+    kernels.cell_update: {"gates": GATES[:, :9], "cell": X, "bias": GATES[0, :9]},
+    kernels.hidden_output: {"output_gate": X, "update": X, "added": X},
+    kernels.convlstm: {"gates": GATES, "cell": X, "peephole": X[0], "bias": GATES[0]},
+    kernels.stlstm_states: {
+        **{"gates": GATES, "memory_gates": GATES[:, :9], "cell": X, "memory": X},
+        **{"bias": GATES[0], "memory_bias": GATES[0, :9]},
+    },
+    kernels.exact_additive: {"target": X, "message": X},
+    kernels.exact_additive_inverse: {"merged": X, "message": X},
+    partial(kernels.exact_weighted_sum, reservoir=FLAT[0], level=FLAT[1], costs=FLAT[1]): {"logits": X, "x": X, "h": X},
+    partial(kernels.exact_weighted_sum_refill, level=FLAT[1], costs=FLAT[1]): {"logits": X, "y": X},
+    partial(kernels.exact_weighted_sum_inverse, reservoir=FLAT[0], word=FLAT[1], refill=FLAT[1] > 0): {
+        **{"logits": X, "y": X, "h": X},
+    },
+    kernels.exact_weighted_sum_backward: {"logits": X, "x": X, "h": X, "grad": X},
+}
+"""All operators that compute with floats, with an argument for each of their tensors of floats."""
+
+
+@pytest.mark.parametrize("function", CALLS, ids=lambda f: getattr(f, "func", f).__name__)
+def test_what_holds_no_floats_is_named(function):
+    name = getattr(function, "func", function).__name__
+    for argument, x in CALLS[function].items():
+        for dtype in (torch.complex64, torch.int64, torch.bool):
+            message = f"{name}: {argument} must be float16, bfloat16, float32 or float64, not {dtype}"
+            with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+                function(**CALLS[function] | {argument: x.to(dtype)})
+        with pytest.raises(TypeError, match=f"^{name}: {argument} must be a tensor, not list$"):
+            function(**CALLS[function] | {argument: x.tolist()})

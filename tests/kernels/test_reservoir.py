@@ -2,7 +2,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from revgrad_kernels import forget, level_costs, recall
+from revgrad_kernels import (
+    exact_weighted_sum,
+    exact_weighted_sum_inverse,
+    exact_weighted_sum_refill,
+    forget,
+    level_costs,
+    recall,
+)
 
 BITS = 16
 
@@ -107,3 +114,20 @@ def test_costs_cover_the_bits_forgotten_and_little_more():
     assert (table[1:] >= 512 * bits).all()
     assert (table[1:] <= 512 * bits + 1.05).all()
     assert (table[1], table[-1]) == (16 * 512, 0)
+
+
+def test_dtypes_of_what_is_forgotten_are_named():
+    x = torch.zeros(2, 3)
+    reservoir, level, word = (torch.zeros(6, dtype=dtype) for dtype in (torch.int64, torch.int16, torch.int16))
+    flat = {"reservoir": reservoir, "level": level, "costs": level_costs(x.device)}
+    for name, t in flat.items():
+        with pytest.raises(ValueError, match=rf"exact_weighted_sum: {name} must be {t.dtype}, not torch\.int32"):
+            exact_weighted_sum(x, x, x, **flat | {name: t.int()})
+    with pytest.raises(ValueError, match=r"exact_weighted_sum_refill: level must be torch\.int16, not torch\.int32"):
+        exact_weighted_sum_refill(x, x, level.int(), flat["costs"])
+    flat = {"reservoir": reservoir, "word": word, "refill": level > 0}
+    for name, t in flat.items():
+        with pytest.raises(
+            ValueError, match=rf"exact_weighted_sum_inverse: {name} must be {t.dtype}, not torch\.int32"
+        ):
+            exact_weighted_sum_inverse(x, x, x, **flat | {name: t.int()})
