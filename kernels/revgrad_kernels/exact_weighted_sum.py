@@ -41,7 +41,8 @@ def exact_weighted_sum(
 
     Args:
         logits: `[...]` or broadcastable to it, any float dtype. Where NaN, so is the result, and `n` is 1.
-        x: `[...]`, grid values in float32 or float64 (see `revgrad_kernels.exact_additive`).
+        x: `[...]`, grid values in float32 or float64 (see `revgrad_kernels.exact_additive`). Where not finite, the
+            result is NaN, which has no inverse.
         h: As `logits`.
         reservoir: int64 `[numel]`, one per element of `x` in row-major order, below `2^(30 + level / 512)`.
         level: int16 `[numel]` in `0 .. FULL - 1`.
@@ -137,6 +138,7 @@ def _reference(
     value = x.flatten().mul(steps).to(torch.int64)
     scaled, *after = push(value, to_numerator(rest).flatten(), reservoir, level, costs)
     y = scaled.to(x.dtype).view(x.shape).add_(_shift(rest, h, steps)).mul_(1 / steps)
+    y.add_(x, alpha=0)  # as in the kernel
     return (y, *after)  # type: ignore[return-value]
 
 
@@ -187,7 +189,9 @@ def _forward_kernel(
     offset, mask = line(numel, TILE)
     rest, numerator = _rest_and_numerator(_sigmoid(logits_ptr, offset, mask, WIDE))
     shift = nearest_integer((_rounded_gate(rest, STEPS) * tl.load(h_ptr + offset, mask, other=0)).to(WIDE))
-    value = (tl.load(x_ptr + offset, mask, other=0) * STEPS).to(tl.int64)
+    x = tl.load(x_ptr + offset, mask, other=0)
+    shift += x - x  # nothing, or NaN where x is not finite, which no integer says
+    value = (x * STEPS).to(tl.int64)
     remaining, digit = _divide(tl.load(reservoir_ptr + offset, mask, other=0), numerator, 1)
     product = value * numerator.to(tl.int64) + digit
     reservoir = (remaining << 16) | (product & 0xFFFF)

@@ -227,6 +227,16 @@ def test_nan_shows_in_the_sum_and_spills_as_a_closed_gate(backend):
     assert_equal((old_level, refill), (level, spilled))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", FRACTION_BITS, ids=str)
+def test_a_stream_that_is_not_finite_shows_in_the_sum(dtype, backend):
+    logits, x, h, *flat = arguments((2, 9), dtype)
+    expected = exact_weighted_sum(logits, x, h, *flat, backend=backend)[0]
+    x[0, ::3] = torch.tensor([math.nan, math.inf, -math.inf])
+    found = exact_weighted_sum(logits, x, h, *flat, backend=backend)[0]
+    assert_equal((found,), (torch.where(x.isfinite(), expected, math.nan),))
+
+
 def test_gates_do_not_depend_on_strides_in_the_reference():
     """A sigmoid on a CPU does: its last bits differ between the vectorised and the plain loop."""
     _, x, h, *flat = (t.cpu() for t in arguments((3, 5, 31, 37)))
