@@ -112,11 +112,17 @@ def samples(x: Tensor) -> Matrix:
 def tile(rows, columns, TILE: tl.constexpr, WIDTH: tl.constexpr):
     """The rows `[TILE / WIDTH, 1]`, columns `[1, WIDTH]` and mask of this program, in 64 bits."""
     HEIGHT: tl.constexpr = TILE // WIDTH
-    across = tl.cdiv(columns, WIDTH)
+    across = tiles_across(columns, WIDTH)
     program = tl.program_id(0).to(tl.int64)
     row = (program // across) * HEIGHT + tl.arange(0, HEIGHT)[:, None]
     column = (program % across) * WIDTH + tl.arange(0, WIDTH)[None, :]
     return row, column, (row < rows) & (column < columns)
+
+
+@triton.jit
+def tiles_across(columns, WIDTH: tl.constexpr):
+    """As `tl.cdiv`, of at least one column, without a sum that 32 bits might not hold."""
+    return (columns - 1) // WIDTH + 1
 
 
 def size_class(numel: int) -> int:

@@ -22,7 +22,15 @@ from torch import Tensor
 from revgrad_kernels import pixel_shuffle_cpu as on_cpu
 from revgrad_kernels import pixel_shuffle_reference as reference
 from revgrad_kernels.backend import can_run, fused, on_device, tl, triton
-from revgrad_kernels.layout import canonical, is_channels_last, laid_out_like, memory_format, size_class, tuned
+from revgrad_kernels.layout import (
+    canonical,
+    is_channels_last,
+    laid_out_like,
+    memory_format,
+    size_class,
+    tiles_across,
+    tuned,
+)
 
 Order = Literal["pytorch", "irevnet"]
 
@@ -131,7 +139,7 @@ def _kernel(
     # next rows of the same tile load what is between them, then from the cache.
     HEIGHT: tl.constexpr = TILE // WIDTH
     BLOCK: tl.constexpr = N * N
-    program, across = tl.program_id(0).to(tl.int64), tl.cdiv(columns, WIDTH)
+    program, across = tl.program_id(0).to(tl.int64), tiles_across(columns, WIDTH)
     row, column = program // across * HEIGHT, program % across * WIDTH
     down, right = tl.arange(0, HEIGHT)[:, None], tl.arange(0, WIDTH)[None, :]
     mask = (row + down < rows) & (column + right < columns)

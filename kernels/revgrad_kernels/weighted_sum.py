@@ -33,6 +33,7 @@ from revgrad_kernels.layout import (
     laid_out_like,
     size_class,
     tile,
+    tiles_across,
     tuned,
 )
 
@@ -163,7 +164,7 @@ def _backward_kernel(
     tl.store(grad_x_ptr + offset, grad - grad_h, mask)
     tl.store(grad_h_ptr + offset, grad_h, mask)
     # A program writes the sums of its own tile, where nobody else writes: the same bits in every run.
-    program, across = tl.program_id(0).to(tl.int64), tl.cdiv(columns, WIDTH)
+    program, across = tl.program_id(0).to(tl.int64), tiles_across(columns, WIDTH)
     if BIAS == 1:
         tl.store(partial_ptr + (program % across) * rows + row, tl.sum(grad_logits, 1)[:, None], row < rows)
     if BIAS == 2:
