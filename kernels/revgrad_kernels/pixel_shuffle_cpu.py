@@ -21,6 +21,9 @@ LARGEST = 2**18
 _KEPT = 32
 """For how many shapes."""
 
+_UNSIGNED = frozenset({torch.uint16, torch.uint32, torch.uint64})
+"""What PyTorch selects from rows alone."""
+
 _Places = tuple[tuple[int, ...], tuple[Tensor, ...]]
 """The shape of a result, and per group of its channels where each element of a sample comes from, in memory."""
 _modes: Callable[[], int] = torch._C._len_torch_dispatch_stack
@@ -127,6 +130,7 @@ def _in_memory(x: Tensor, last: bool) -> Tensor:
 
 def _moved(x: Tensor, places: Tensor, shape: tuple[int, ...], last: bool) -> Tensor:
     rows, batch = _in_memory(x, last), shape[0]
-    # The first of each two does what the second does, without a microsecond or two.
-    rows = rows.reshape(-1).index_select(0, places) if batch == 1 else rows.reshape(batch, -1).index_select(1, places)
+    # The first of each two does what the second does, without a microsecond or two, for all but a few dtypes.
+    alone = batch == 1 and x.dtype not in _UNSIGNED
+    rows = rows.reshape(-1).index_select(0, places) if alone else rows.reshape(batch, -1).index_select(1, places)
     return rows.view(*shape) if not last else rows.view(batch, *shape[2:], shape[1]).movedim(-1, 1)

@@ -17,8 +17,8 @@ ORDERS = ["pytorch", "irevnet"]
 BACKENDS = ["reference", pytest.param("triton", marks=needs_triton)]
 CASES = [((2, 3, 4, 6), 2), ((1, 1, 9, 3), 3), ((2, 2, 5, 7), 1), ((3, 1, 4, 4), 4)]
 DTYPES = [
-    torch.bool, torch.uint8, torch.int16, torch.int32, torch.int64, torch.float8_e4m3fn, torch.float16, torch.bfloat16,
-    torch.float32, torch.float64, torch.complex64, torch.complex128,
+    torch.bool, torch.uint8, torch.uint16, torch.uint32, torch.uint64, torch.int16, torch.int32, torch.int64,
+    torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128,
 ]  # fmt: skip
 
 
