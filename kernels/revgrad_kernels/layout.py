@@ -20,7 +20,10 @@ _SMALLEST_TILE = 1024
 def is_channels_last(x: Tensor) -> bool:
     """Whether a tensor without gaps keeps its channels last, and is not contiguous as well."""
     layout = _CHANNELS_LAST.get(x.ndim)
-    return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+    try:
+        return layout is not None and not x.is_contiguous() and x.is_contiguous(memory_format=layout)
+    except RuntimeError:  # a sample inside vmap, which has no such layout
+        return False
 
 
 def canonical(x: Tensor) -> Tensor:

@@ -201,6 +201,19 @@ def test_the_gradient_is_the_inverse_bit_by_bit(layout, backend):
         assert torch.equal(found, pixel_shuffle(torch.cat([grad[:, :6], 0 * grad[:, :6]], 1), 2, **options))
 
 
+@pytest.mark.parametrize("layout", ["channels_last", "strided"])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("factor", [2, 3])
+def test_samples_of_any_layout_inside_vmap(factor, order, layout):
+    x = arrange(torch.randn(5, 2, 6, 2 * factor, 3 * factor), layout)
+    for function, (*tensors, n), options in functions(x[0], factor, order, "auto"):
+        many = [torch.stack([t * k for k in range(3)], -1) for t in tensors]
+        expected = function(*(t * 2 for t in tensors), n, **options)
+        found = torch.vmap(lambda *t, f=function, n=n, o=options: f(*t, n, **o), in_dims=-1)(*many)
+        for one, other in zip(*((y if isinstance(y, tuple) else (y,)) for y in (found, expected)), strict=True):
+            assert torch.equal(one[2], other)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_dtype_is_kept_under_autocast(backend):
     x = torch.randn(1, 4, 2, 2, device=DEVICE)
