@@ -158,7 +158,7 @@ def _reference_inverse(
 
 
 def _reference_backward(logits: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    gate = _gate(logits, x.dtype)
+    gate, grad = _gate(logits, x.dtype), converted(grad, x.dtype)
     grad_h = torch.rsub(quantised_rest(gate), 1, alpha=2.0**-GATE_BITS).mul_(grad)
     slope = torch.rsub(gate, 1).mul_(gate)
     grad_logits = (converted(h, x.dtype) - x).mul_(grad).mul_(slope)
