@@ -34,7 +34,7 @@ FULL = WORD_BITS * LEVELS_PER_BIT
 """The level that an element spills at."""
 
 
-@cache
+@torch.compiler.assume_constant_result
 def level_costs(device: torch.device) -> Tensor:
     """Levels by which a factor `n / 2^16` raises a reservoir, int16, for n in 0 .. 2^16: never less than
     `log2(2^16 / n)` bits.
@@ -42,12 +42,18 @@ def level_costs(device: torch.device) -> Tensor:
     The 0.05 covers the reservoir's rounding: R' < R (2^16 / n) (1 + n / 2^30) while the reservoir holds 30 bits and
     more.
     """
-    with _disable_current_modes():  # kept for good: not of fake tensors, whoever is the first to ask
-        n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64)
+    return _kept_costs(device)
+
+
+@cache
+def _kept_costs(device: torch.device) -> Tensor:
+    # Kept for good: neither of fake tensors nor of inference, whoever is the first to ask.
+    with _disable_current_modes(), torch.inference_mode(False):
+        n = torch.arange(1, 2**GATE_BITS + 1, dtype=torch.float64, device="cpu")
         cost = torch.ceil((GATE_BITS - torch.log2(n)) * LEVELS_PER_BIT + 0.05)
         cost[0] = FULL  # exact without the 0.05, as nothing is rounded; a spill must always bring the level below FULL
         cost[-1] = 0
-        return torch.cat([torch.zeros(1, dtype=torch.float64), cost]).to(torch.int16).to(device)
+        return torch.cat([torch.zeros_like(n[:1]), cost]).to(torch.int16).to(device)
 
 
 def forget(value: Tensor, numerator: Tensor, reservoir: Tensor, bits: int) -> tuple[Tensor, Tensor]:

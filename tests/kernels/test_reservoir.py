@@ -9,7 +9,9 @@ from revgrad_kernels import (
     forget,
     level_costs,
     recall,
+    reservoir,
 )
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 BITS = 16
 
@@ -114,6 +116,24 @@ def test_costs_cover_the_bits_forgotten_and_little_more():
     assert (table[1:] >= 512 * bits).all()
     assert (table[1:] <= 512 * bits + 1.05).all()
     assert (table[1], table[-1]) == (16 * 512, 0)
+
+
+def test_costs_are_kept_from_whoever_is_the_first_to_ask():
+    expected = level_costs(torch.device("cpu")).clone()
+    for mode in (torch.device("meta"), torch.inference_mode(), FakeTensorMode()):
+        reservoir._kept_costs.cache_clear()
+        with mode:
+            found = level_costs(torch.device("cpu"))
+        assert torch.equal(found, expected)
+        assert not found.is_inference()
+
+
+def test_costs_are_a_constant_of_what_is_compiled():
+    reservoir._kept_costs.cache_clear()
+    compiled = torch.compile(lambda x: x + level_costs(x.device)[1], backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        assert compiled(torch.zeros(1)).item() == 16 * 512
+        assert level_costs(torch.device("cpu")) is level_costs(torch.device("cpu"))
 
 
 def test_dtypes_of_what_is_forgotten_are_named():
