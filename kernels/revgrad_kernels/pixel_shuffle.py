@@ -50,12 +50,14 @@ def pixel_unshuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend
         backend: `auto`, `triton` or `reference`; see `revgrad_kernels.backend`.
 
     Raises:
+        TypeError: The factor is no integer.
         ValueError: Not a 4D or 5D tensor, no such order, or height or width is not a multiple of the factor.
         BackendError: The backend cannot compute this.
     """
+    factor = reference.checked_factor("pixel_unshuffle", factor, order)
     if on_cpu.takes(backend, x):
         return on_cpu.unshuffle("pixel_unshuffle", x, factor, order)[0]
-    reference.check_unshuffle("pixel_unshuffle", x.shape, factor, order)
+    reference.check_unshuffle("pixel_unshuffle", x.shape, factor)
     if fused(backend, x, operator="pixel_unshuffle"):
         return _pixel_unshuffle(x, factor, order)
     return reference.unshuffle(x, factor, order)[0]
@@ -67,12 +69,14 @@ def pixel_shuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend: 
     Arguments as in `pixel_unshuffle`, of which this is the inverse.
 
     Raises:
+        TypeError: The factor is no integer.
         ValueError: Not a 4D or 5D tensor, no such order, or the channels are not a multiple of the squared factor.
         BackendError: The backend cannot compute this.
     """
+    factor = reference.checked_factor("pixel_shuffle", factor, order)
     if on_cpu.takes(backend, x):
         return on_cpu.shuffle("pixel_shuffle", [x], factor, order)
-    reference.check_shuffle("pixel_shuffle", x.shape, factor, order)
+    reference.check_shuffle("pixel_shuffle", x.shape, factor)
     if fused(backend, x, operator="pixel_shuffle"):
         return _pixel_shuffle(x, factor, order)
     return reference.shuffle([x], factor, order)
@@ -89,10 +93,11 @@ def pixel_unshuffle_split(
         ValueError: As there, or the number of folded channels is odd.
         BackendError: The backend cannot compute this.
     """
+    factor = reference.checked_factor("pixel_unshuffle_split", factor, order)
     if on_cpu.takes(backend, x):
         first, second = on_cpu.unshuffle("pixel_unshuffle_split", x, factor, order, groups=2)
         return first, second
-    reference.check_unshuffle("pixel_unshuffle_split", x.shape, factor, order, groups=2)
+    reference.check_unshuffle("pixel_unshuffle_split", x.shape, factor, groups=2)
     if fused(backend, x, operator="pixel_unshuffle_split"):
         return _pixel_unshuffle_split(x, factor, order)
     first, second = reference.unshuffle(x, factor, order, groups=2)
@@ -115,6 +120,7 @@ def pixel_shuffle_concatenate(
         ValueError: As in `pixel_shuffle`, or the two differ in shape or dtype.
         BackendError: The backend cannot compute this.
     """
+    factor = reference.checked_factor("pixel_shuffle_concatenate", factor, order)
     if first.shape != second.shape or first.dtype != second.dtype:
         raise ValueError(
             "pixel_shuffle_concatenate: the two groups must have the same shape and dtype, got "
@@ -123,7 +129,7 @@ def pixel_shuffle_concatenate(
         )
     if on_cpu.takes(backend, first, second):
         return on_cpu.shuffle("pixel_shuffle_concatenate", [first, second], factor, order)
-    reference.check_shuffle("pixel_shuffle_concatenate", first.shape, factor, order, groups=2)
+    reference.check_shuffle("pixel_shuffle_concatenate", first.shape, factor, groups=2)
     if fused(backend, first, second, operator="pixel_shuffle_concatenate"):
         return _pixel_shuffle_concatenate(first, second, factor, order)
     return reference.shuffle([first, second], factor, order)

@@ -100,14 +100,14 @@ def _shuffled(operator: str, parts: Sequence[Tensor], n: int, order: str) -> Ten
 
 @lru_cache(_KEPT)
 def _folding(operator: str, shape: torch.Size, n: int, order: str, groups: int, last: bool) -> _Places:
-    reference.check_unshuffle(operator, shape, n, order, groups)
+    reference.check_unshuffle(operator, shape, n, groups)
     with torch.inference_mode(False):  # the places serve outside as well
         return _places(shape[0], reference.unshuffle(_numbered(shape, last), n, order, groups), last)
 
 
 @lru_cache(_KEPT)
 def _unfolding(operator: str, shape: torch.Size, n: int, order: str, last: bool) -> _Places:
-    reference.check_shuffle(operator, shape, n, order)
+    reference.check_shuffle(operator, shape, n)
     with torch.inference_mode(False):
         return _places(shape[0], [reference.shuffle([_numbered(shape, last)], n, order)], last)
 

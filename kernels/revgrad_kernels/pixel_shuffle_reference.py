@@ -4,6 +4,8 @@ Memory layouts and orders of channels as in `pixel_shuffle`.
 """
 
 from collections.abc import Sequence
+from operator import index
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,16 +87,31 @@ def _of_shape(x: Tensor, shape: tuple[int, ...], channels_last: bool) -> Tensor:
     return x.view(batch, *size, channels).movedim(-1, 1)
 
 
-def _check(operator: str, shape: torch.Size, order: str) -> None:
-    if len(shape) not in (4, 5):
-        raise ValueError(f"{operator}: expected [B, C, H, W] or [B, C, T, H, W], got shape {tuple(shape)}")
+def checked_factor(operator: str, factor: Any, order: str) -> int:
+    """The factor, as an integer.
+
+    Raises:
+        TypeError: It is none, in the operator's name.
+        ValueError: There is no such order.
+    """
     if order not in _ORDERS:
         raise ValueError(f"{operator}: order must be one of {', '.join(_ORDERS)}, got {order!r}")
+    if type(factor) is int:
+        return factor
+    try:
+        return int(index(factor))
+    except TypeError:
+        raise TypeError(f"{operator}: the factor must be an integer, got {factor!r}") from None
 
 
-def check_unshuffle(operator: str, shape: torch.Size, factor: int, order: str, groups: int = 1) -> None:
+def _check(operator: str, shape: torch.Size) -> None:
+    if len(shape) not in (4, 5):
+        raise ValueError(f"{operator}: expected [B, C, H, W] or [B, C, T, H, W], got shape {tuple(shape)}")
+
+
+def check_unshuffle(operator: str, shape: torch.Size, factor: int, groups: int = 1) -> None:
     """Raise ValueError, in the operator's name, unless a tensor of this shape can be folded."""
-    _check(operator, shape, order)
+    _check(operator, shape)
     *_, height, width = shape
     if factor < 1 or height % factor or width % factor:
         raise ValueError(
@@ -109,9 +126,9 @@ def check_unshuffle(operator: str, shape: torch.Size, factor: int, order: str, g
         )
 
 
-def check_shuffle(operator: str, shape: torch.Size, factor: int, order: str, groups: int = 1) -> None:
+def check_shuffle(operator: str, shape: torch.Size, factor: int, groups: int = 1) -> None:
     """Raise ValueError, in the operator's name, unless so many groups of this shape can be unfolded."""
-    _check(operator, shape, order)
+    _check(operator, shape)
     channels = groups * shape[1]
     if factor < 1 or channels % factor**2:
         raise ValueError(f"{operator}: {channels} channels are not a multiple of {factor} x {factor}")

@@ -1,6 +1,7 @@
 import importlib
 import itertools
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given
@@ -320,3 +321,18 @@ def test_arguments_out_of_range(operator):
         operator(torch.zeros(1, 4, 4, 4), 0)
     with pytest.raises(ValueError, match=f"{operator.__name__}: order must be one of pytorch, irevnet, got 'rows'"):
         operator(torch.zeros(1, 4, 4, 4), 2, order="rows")
+
+
+@pytest.mark.parametrize("operator", [pixel_shuffle, pixel_unshuffle, pixel_unshuffle_split])
+def test_the_factor_is_an_integer_whatever_came_before(operator):
+    x = torch.zeros(1, 4, 4, 4)
+    for factor in (2.0, 2, 2.0, "2", (2, 2), None, torch.tensor(2.0)):
+        if factor == 2 and isinstance(factor, int):
+            expected = operator(x, factor)
+            continue
+        with pytest.raises(TypeError, match=rf"^{operator.__name__}: the factor must be an integer, got"):
+            operator(x, factor)
+    for integer in (torch.tensor(2), np.int64(2)):
+        assert_same(operator(x, integer), expected)
+    with pytest.raises(ValueError, match=r"order must be one of pytorch, irevnet, got \['pytorch'\]"):
+        operator(x, 2, order=["pytorch"])
