@@ -17,7 +17,7 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, side_by_side_like, tile, tuned
+from revgrad_kernels.layout import dense, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -86,8 +86,7 @@ class _OnCPU(recurrent_cpu.Operator):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         saved = recurrent_cpu.saved(ctx)
-        grad_gates = side_by_side_like(saved[3], 3)
-        return grad_gates, recurrent_cpu.pull_back(grad_gates.chunk(3, 1), grad, *saved)
+        return recurrent_cpu.pull_back(*recurrent_cpu.room(saved[3], 3, grad), grad, *saved)
 
 
 @triton.jit

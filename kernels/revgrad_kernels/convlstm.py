@@ -23,7 +23,7 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, side_by_side_like, tile, tuned
+from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -124,11 +124,13 @@ class _OnCPU(recurrent_cpu.Operator):
     def backward(ctx: Any, grad_hidden: Tensor, grad_new: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         saved = recurrent_cpu.saved(ctx)
         peephole, new, o, u = saved[4:]
-        grad_gates = side_by_side_like(saved[3], 4)
-        parts = grad_gates.chunk(4, 1)
-        grad_o = recurrent_cpu.sigmoid_backward(grad_hidden * u, o, grad_input=parts[3])
-        grad = tanh_backward(grad_hidden * o, u).add_(grad_new).addcmul_(grad_o, peephole)
-        return grad_gates, recurrent_cpu.pull_back(parts, grad, *saved[:4]), (grad_o * new).sum(0)
+        whole, parts = recurrent_cpu.room(saved[3], 4, grad_hidden, grad_new)
+        grad_o = recurrent_cpu.sigmoid_backward(grad_hidden * u, o, parts[3])
+        grad = tanh_backward(grad_hidden * o, u)
+        grad = grad + grad_new if whole is None else grad.add_(grad_new)
+        grad = grad.addcmul_(grad_o, peephole)
+        grad_gates, grad_cell = recurrent_cpu.pull_back(whole, parts, grad, *saved[:4], grad_o)
+        return grad_gates, grad_cell, (grad_o * new).sum(0)
 
 
 @triton.jit

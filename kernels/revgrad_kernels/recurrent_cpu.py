@@ -11,12 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from revgrad_kernels import recurrent
 from revgrad_kernels.backend import BackendError, left_to_cpu
-
-sigmoid_backward: Any = torch.ops.aten.sigmoid_backward.grad_input
-"""As in `recurrent`, into a given tensor."""
-tanh_backward: Any = torch.ops.aten.tanh_backward.grad_input
-"""As in `recurrent`, into a given tensor."""
+from revgrad_kernels.layout import side_by_side_like
 
 SMALL = 2**13
 """States of fewer elements take plain PyTorch, whose graph needs no Python."""
@@ -81,12 +78,53 @@ def update(cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
     return torch.mul(f, cell).addcmul_(i, g)
 
 
-def pull_back(parts: Sequence[Tensor], grad: Tensor, cell: Tensor, i: Tensor, f: Tensor, g: Tensor) -> Tensor:
-    """From the gradient of a new cell state to that of the old one, `cell`, by way of activated gates.
+Room = tuple[Tensor, Sequence[Tensor]] | tuple[None, Sequence[None]]
+"""For gradients side by side: all of it, and its parts; None where they cannot be written where they belong."""
 
-    The gradients of the gates before activation are written into the first three `parts`.
+
+def room(like: Tensor, groups: int, *grads: Tensor) -> Room:
+    """For gradients of so many groups of gates, each like a tensor, from incoming gradients, which may be batched."""
+    if any(map(torch._C._functorch.is_legacy_batchedtensor, grads)):
+        return None, (None,) * groups
+    whole = side_by_side_like(like, groups)
+    return whole, whole.chunk(groups, 1)
+
+
+def put(part: Tensor | None, grad: Tensor) -> Tensor:
+    """Write a gradient into its part."""
+    return grad if part is None else part.copy_(grad)
+
+
+def sigmoid_backward(grad: Tensor, result: Tensor, part: Tensor | None) -> Tensor:
+    """As in `recurrent`, into its part."""
+    if part is None:
+        return recurrent.sigmoid_backward(grad, result)
+    return torch.ops.aten.sigmoid_backward.grad_input(grad, result, grad_input=part)
+
+
+def tanh_backward(grad: Tensor, result: Tensor, part: Tensor | None) -> Tensor:
+    """As in `recurrent`, into its part."""
+    if part is None:
+        return recurrent.tanh_backward(grad, result)
+    return torch.ops.aten.tanh_backward.grad_input(grad, result, grad_input=part)
+
+
+def pull_back(
+    whole: Tensor | None,
+    parts: Sequence[Tensor | None],
+    grad: Tensor,
+    cell: Tensor,
+    i: Tensor,
+    f: Tensor,
+    g: Tensor,
+    *more: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """From the gradient of a new cell state to those of the gates before activation, in what `room` has made, and of
+    the old state, `cell`, by way of activated gates. `more` are the gradients of further groups, in their parts.
     """
-    sigmoid_backward(grad * g, i, grad_input=parts[0])
-    sigmoid_backward(grad * cell, f, grad_input=parts[1])
-    tanh_backward(grad * i, g, grad_input=parts[2])
-    return grad * f
+    found = [
+        sigmoid_backward(grad * g, i, parts[0]),
+        sigmoid_backward(grad * cell, f, parts[1]),
+        tanh_backward(grad * i, g, parts[2]),
+    ]
+    return torch.cat([*found, *more], 1) if whole is None else whole, grad * f

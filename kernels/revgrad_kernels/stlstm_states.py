@@ -25,7 +25,7 @@ from revgrad_kernels.backend import (
     tl,
     triton,
 )
-from revgrad_kernels.layout import dense, memory_format, side_by_side_like, tile, tuned
+from revgrad_kernels.layout import dense, memory_format, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -153,11 +153,11 @@ class _OnCPU(recurrent_cpu.Operator):
     def backward(ctx: Any, *grads: Tensor) -> _Four:
         saved = recurrent_cpu.saved(ctx)
         of_cell, of_memory = grads[2].chunk(2, 1)
-        grad_gates, grad_memory_gates = (side_by_side_like(saved[k], groups) for k, groups in ((3, 4), (7, 3)))
-        parts = grad_gates.chunk(4, 1)
-        parts[3].copy_(grads[3])
-        grad_cell = recurrent_cpu.pull_back(parts, grads[0] + of_cell, *saved[:4])
-        grad_memory = recurrent_cpu.pull_back(grad_memory_gates.chunk(3, 1), grads[1] + of_memory, *saved[4:])
+        whole, parts = recurrent_cpu.room(saved[3], 4, *grads)
+        grad_o = recurrent_cpu.put(parts[3], grads[3])
+        grad_gates, grad_cell = recurrent_cpu.pull_back(whole, parts, grads[0] + of_cell, *saved[:4], grad_o)
+        whole, parts = recurrent_cpu.room(saved[7], 3, *grads)
+        grad_memory_gates, grad_memory = recurrent_cpu.pull_back(whole, parts, grads[1] + of_memory, *saved[4:])
         return grad_gates, grad_memory_gates, grad_cell, grad_memory
 
 

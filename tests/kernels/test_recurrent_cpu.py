@@ -88,6 +88,22 @@ def test_gradients_of_some_inputs_only(all_sizes, function):
         assert torch.equal(found, grads[wanted]), wanted
 
 
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_batched_gradients(all_sizes, uses, function):
+    leaves = [t.cpu().requires_grad_() for t in inputs(function, (2, 3, 4, 5)).values()]
+    outputs = function(*leaves)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    for some in (outputs, *([y] for y in outputs)):
+        grads = [torch.randn(3, *y.shape) for y in some]
+        options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+        found = torch.autograd.grad(some, leaves, grads, is_grads_batched=True, **options)
+        for k in range(3):
+            expected = torch.autograd.grad(some, leaves, [g[k] for g in grads], **options)
+            for one, other in zip(found, expected, strict=True):
+                assert_close(one[k] if one.ndim > other.ndim else one, other)
+    assert uses
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_tanh_is_off_by_roundings_of_one_at_most(dtype):
     x = torch.cat([torch.linspace(-20, 20, 20001), torch.tensor([0.0, 1e-8, torch.inf, -torch.inf])]).to(dtype)
