@@ -144,15 +144,15 @@ def check_floats(operator: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, not {t.dtype}")
 
 
-def arithmetic(*tensors: Tensor) -> Any:
-    """The dtype that a kernel computes in: float64 if any input is, else float32."""
+def arithmetic(*tensors: Tensor | None) -> Any:
+    """The dtype that a kernel computes in: float64 if any input is, else float32. None is an input that is left out."""
     return tl.float64 if arithmetic_dtype(*tensors) == torch.float64 else tl.float32
 
 
-def arithmetic_dtype(*tensors: Tensor) -> torch.dtype:
+def arithmetic_dtype(*tensors: Tensor | None) -> torch.dtype:
     """As `arithmetic`, for the reference."""
     for t in tensors:
-        if t.dtype == torch.float64:
+        if t is not None and t.dtype == torch.float64:
             return torch.float64
     return torch.float32
 

@@ -63,12 +63,12 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
 
 
 def _reference(gates: Tensor, cell: Tensor, bias: Tensor | None) -> Tensor:
-    wide = arithmetic_dtype(gates, cell)
+    wide = arithmetic_dtype(gates, cell, bias)
     return converted(updated(converted(cell, wide), *split_gates(3, gates, bias, wide)), cell.dtype)
 
 
 def _reference_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
-    wide = arithmetic_dtype(gates, cell)
+    wide = arithmetic_dtype(gates, cell, bias)
     i, f, g = activated(*split_gates(3, gates, bias, wide))
     grad = grad.to(wide)
     return side_by_side(gates, gate_gradients(grad, cell.to(wide), i, f, g)), (grad * f).to(cell.dtype)
@@ -125,7 +125,7 @@ def _cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None) -> Tensor:
     if not can_run(cell.device):
         return aligned(gates, _reference(gates, cell, bias))[1]
     new = torch.empty_like(cell)
-    launch(_forward_tuned, 3, gates, cell, dense(bias), new, wide=arithmetic(gates, cell))
+    launch(_forward_tuned, 3, gates, cell, dense(bias), new, wide=arithmetic(gates, cell, bias))
     return new
 
 
@@ -135,7 +135,7 @@ def _cell_update_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, cell, bias, grad))[1:]
     grads = torch.empty_like(gates), torch.empty_like(cell)
-    launch(_backward_tuned, 3, gates, cell, dense(bias), grad, *grads, wide=arithmetic(gates, cell))
+    launch(_backward_tuned, 3, gates, cell, dense(bias), grad, *grads, wide=arithmetic(gates, cell, bias))
     return grads
 
 
@@ -153,7 +153,7 @@ def _(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[T
 
 def _gradients(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -> tuple[Tensor | None, ...]:
     grad_gates, grad_cell = _cell_update_backward(gates, cell, bias, grad)
-    return grad_gates, grad_cell, bias_gradient(bias, grad_gates, arithmetic_dtype(gates, cell))
+    return grad_gates, grad_cell, bias_gradient(bias, grad_gates, arithmetic_dtype(gates, cell, bias))
 
 
 recompute(_cell_update, _gradients)

@@ -81,7 +81,7 @@ def convlstm(
 
 
 def _reference(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    wide = arithmetic_dtype(gates, cell, peephole)
+    wide = arithmetic_dtype(gates, cell, peephole, bias)
     hidden, new = _plain(biased(gates, bias, wide), converted(cell, wide), converted(peephole, wide))
     return converted(hidden, cell.dtype), converted(new, cell.dtype)
 
@@ -95,7 +95,7 @@ def _plain(gates: Tensor, cell: Tensor, peephole: Tensor) -> tuple[Tensor, Tenso
 def _reference_backward(
     gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None, grad_hidden: Tensor, grad_new: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = arithmetic_dtype(gates, cell, peephole)
+    wide = arithmetic_dtype(gates, cell, peephole, bias)
     *gates_before, o = split_gates(4, gates, bias, wide)
     i, f, g = activated(*gates_before)
     before, peephole, grad_hidden = cell.to(wide), peephole.to(wide), grad_hidden.to(wide)
@@ -189,7 +189,7 @@ def _convlstm(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, cell, peephole, bias))[1:]
     hidden, new = torch.empty_like(cell), torch.empty_like(cell)
-    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole)
+    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole, bias)
     launch(_forward_tuned, 4, gates, cell, peephole, dense(bias), hidden, new, wide=wide, height=_height(gates))
     return hidden, new
 
@@ -201,9 +201,9 @@ def _convlstm_backward(
     gates, cell, grad_hidden, grad_new = aligned(gates, cell, grad_hidden, grad_new)
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, cell, peephole, bias, grad_hidden, grad_new))[1:]
-    grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole))
+    grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole, bias))
     grads = torch.empty_like(gates), torch.empty_like(cell), grad_peephole
-    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole)
+    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole, bias)
     inputs = cell, peephole, dense(bias), grad_hidden, grad_new
     launch(_backward_tuned, 4, gates, *inputs, *grads, wide=wide, height=_height(gates))
     return grads
@@ -220,7 +220,7 @@ def _(
     gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None, grad_hidden: Tensor, grad_new: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     gates, cell = aligned(gates, cell)
-    grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole))
+    grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole, bias))
     return torch.empty_like(gates), torch.empty_like(cell), grad_peephole
 
 
@@ -229,7 +229,7 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     # The gradient of the peephole comes out per sample: tiles of one element lie in different programs.
     grad_gates, grad_cell, grad_peephole = _convlstm_backward(gates, cell, peephole, bias, *grads)
-    grad_bias = bias_gradient(bias, grad_gates, arithmetic_dtype(gates, cell, peephole))
+    grad_bias = bias_gradient(bias, grad_gates, arithmetic_dtype(gates, cell, peephole, bias))
     return grad_gates, grad_cell, grad_peephole.sum(0).to(peephole.dtype), grad_bias
 
 

@@ -97,7 +97,7 @@ def stlstm_states(
 def _reference(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
-    wide = arithmetic_dtype(gates, memory_gates, cell, memory)
+    wide = arithmetic_dtype(gates, memory_gates, cell, memory, bias, memory_bias)
     new_cell, new_memory, both, o = _plain(
         biased(gates, bias, wide),
         biased(memory_gates, memory_bias, wide),
@@ -123,7 +123,7 @@ def _reference_backward(
     memory_bias: Tensor | None,
     *grads: Tensor,
 ) -> _Four:
-    wide = arithmetic_dtype(gates, memory_gates, cell, memory)
+    wide = arithmetic_dtype(gates, memory_gates, cell, memory, bias, memory_bias)
     grad_new_cell, grad_new_memory, grad_both, grad_o = grads
     of_cell, of_memory = grad_both.to(wide).split([cell.shape[1]] * 2, dim=1)
 
@@ -218,7 +218,7 @@ def _stlstm_states(
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, memory_gates, cell, memory, *biases))[1:]
     results = _empty_results(gates, cell, memory)
-    wide = arithmetic(gates, memory_gates, cell, memory)
+    wide = arithmetic(gates, memory_gates, cell, memory, *biases)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)
     return results
 
@@ -242,7 +242,7 @@ def _stlstm_states_backward(
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, memory_gates, cell, memory, *biases, *grads))[1:]
     results = _empty_gradients(gates, memory_gates, cell, memory)
-    wide = arithmetic(gates, memory_gates, cell, memory)
+    wide = arithmetic(gates, memory_gates, cell, memory, *biases)
     launch(_backward_tuned, 4, gates, memory_gates, cell, memory, *biases, *grads, *results, wide=wide)
     return results
 
@@ -285,7 +285,7 @@ def _gradients(
     *grads: Tensor,
 ) -> tuple[Tensor | None, ...]:
     inputs = gates, memory_gates, cell, memory
-    wide = arithmetic_dtype(*inputs)
+    wide = arithmetic_dtype(*inputs, bias, memory_bias)
     results = _stlstm_states_backward(*inputs, bias, memory_bias, *grads)
     return *results, bias_gradient(bias, results[0], wide), bias_gradient(memory_bias, results[1], wide)
 

@@ -99,13 +99,13 @@ def weighted_sum_backward(
 
 
 def _reference(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
-    wide = arithmetic_dtype(logits, x, h)
+    wide = arithmetic_dtype(logits, x, h, bias)
     gate = torch.sigmoid(_biased(logits, bias, wide))
     return converted(torch.lerp(converted(x, wide), converted(h, wide), gate), x.dtype)
 
 
 def _reference_inverse(logits: Tensor, y: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
-    wide = arithmetic_dtype(logits, y, h)
+    wide = arithmetic_dtype(logits, y, h, bias)
     y_wide = converted(y, wide)
     # exp(a) as 2^(a log2(e)), in half the time that torch.exp takes on a CPU; a sum with alpha takes less than a
     # product with a number. The rounding of the exponent puts it off by |a| units in the last place, but y - h is so
@@ -118,7 +118,7 @@ def _reference_inverse(logits: Tensor, y: Tensor, h: Tensor, bias: Tensor | None
 def _reference_backward(
     logits: Tensor, x: Tensor, h: Tensor, grad: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wide = arithmetic_dtype(logits, x, h)
+    wide = arithmetic_dtype(logits, x, h, bias)
     gate = torch.sigmoid(_biased(logits, bias, wide))
     grad_wide = grad.to(wide)
     grad_h = grad_wide * gate
@@ -198,7 +198,7 @@ def _launch_forward(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None, i
         with on_device(x):
             _forward_tuned[matrix.grid](
                 logits, x, h, bias, y, matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                INVERSE=inverse, BIAS=where, WIDE=arithmetic(logits, x, h), WIDTH=matrix.width,
+                INVERSE=inverse, BIAS=where, WIDE=arithmetic(logits, x, h, bias), WIDTH=matrix.width,
             )  # fmt: skip
     return y
 
@@ -211,7 +211,7 @@ def _launch_backward(
     bias = dense(bias)
     grads = torch.empty_like(logits), torch.empty_like(x), torch.empty_like(h)
     matrix, where = _layout(x, bias)
-    wide = arithmetic_dtype(logits, x, h)
+    wide = arithmetic_dtype(logits, x, h, bias)
     across, down = triton.cdiv(matrix.columns, matrix.width), triton.cdiv(matrix.rows, _BIAS_TILE // matrix.width)
     shape = {_NONE: (0,), _PER_ROW: (across, matrix.rows), _PER_COLUMN: (down, matrix.columns)}[where]
     partial = x.new_empty(shape, dtype=wide)
@@ -222,7 +222,7 @@ def _launch_backward(
             kernel[matrix.grid](
                 logits, x, h, bias, grad, *grads, partial,
                 matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                BIAS=where, WIDE=arithmetic(logits, x, h), WIDTH=matrix.width, **meta,
+                BIAS=where, WIDE=arithmetic(logits, x, h, bias), WIDTH=matrix.width, **meta,
             )  # fmt: skip
     if bias is None:
         return (*grads, partial)
@@ -260,7 +260,7 @@ def _weighted_sum_backward(
     like = canonical(x)
     grads = _reference_backward(logits, x, h, grad, bias)
     grad_logits, grad_x, grad_h = (laid_out_like(like, g).clone() for g in grads)
-    return grad_logits, grad_x, grad_h, _bias_grad(grad_logits, bias, arithmetic_dtype(logits, x, h))
+    return grad_logits, grad_x, grad_h, _bias_grad(grad_logits, bias, arithmetic_dtype(logits, x, h, bias))
 
 
 @_weighted_sum.register_fake
@@ -272,7 +272,7 @@ def _(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
 @_weighted_sum_backward.register_fake
 def _(logits: Tensor, x: Tensor, h: Tensor, grad: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = canonical(x)
-    grad_bias = x.new_empty(0, dtype=arithmetic_dtype(logits, x, h)) if bias is None else torch.empty_like(bias)
+    grad_bias = x.new_empty(0, dtype=arithmetic_dtype(logits, x, h, bias)) if bias is None else torch.empty_like(bias)
     grad_logits, grad_x, grad_h = (torch.empty_like(laid_out_like(x, t)) for t in (logits, x, h))
     return grad_logits, grad_x, grad_h, grad_bias
 
@@ -289,7 +289,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, y, h, bias = ctx.saved_tensors
-    wide = arithmetic_dtype(logits, y, h)
+    wide = arithmetic_dtype(logits, y, h, bias)
     grad_h = -grad.to(wide) * torch.exp(_biased(logits, bias, wide))
     grad_logits = (h.to(wide) - y.to(wide)) * grad_h
     grad_bias = None if bias is None else _bias_grad(grad_logits, bias, wide)

@@ -173,6 +173,18 @@ def test_layouts_and_dtypes_may_be_mixed(function):
         assert_close(one, expected[1][name], **({"rtol": 2e-3, "atol": 2e-3} if name in SUMMED else {}))
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("function", [cell_update, convlstm, stlstm_states])
+def test_a_bias_in_float64_counts_as_the_other_inputs_do(function, backend):
+    tensors = inputs(function, (2, 3, 4))
+    tensors |= {name: t.double() + 2**25 for name, t in tensors.items() if name.endswith("bias")}
+    tensors |= {name: t - 2**25 for name, t in tensors.items() if name.endswith("gates")}
+    found = results(function, tensors, backend=backend)[0]
+    expected = results(function, {name: t.double() for name, t in tensors.items()}, backend="reference")[0]
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other.float())
+
+
 @needs_triton
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 2e-14)], ids=str)
 def test_tanh_of_the_kernels_is_exact_relative_to_its_value_also_near_zero(dtype, tolerance):

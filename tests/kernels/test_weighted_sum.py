@@ -136,6 +136,18 @@ def test_gradients_of_the_bias_are_the_same_bits_in_every_run():
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("backend", ["reference", pytest.param("triton", marks=needs_triton)])
+@pytest.mark.parametrize("function", [weighted_sum, weighted_sum_inverse])
+def test_a_bias_in_float64_counts_as_the_other_inputs_do(function, backend):
+    a, x, h = (t.to(DEVICE) for t in inputs((2, 3, 4), torch.float32))
+    a, bias = a - 2**25, torch.full((3,), 2.0**25 + 0.5, dtype=torch.float64, device=DEVICE)
+    grad = torch.randn_like(x)
+    found = with_gradients(function, (a, x, h, bias), grad, backend=backend)
+    expected = with_gradients(function, [t.double() for t in (a, x, h, bias)], grad, backend="reference")
+    for one, other in zip(found[:4], expected[:4], strict=True):
+        assert_close(one, other.float())
+
+
 @needs_triton
 @pytest.mark.parametrize("shape", [(2, 3, 0, 4), (2, 0), (0, 3)], ids=str)
 def test_gradients_of_empty_tensors(shape):
