@@ -1,8 +1,8 @@
 """Which code computes an operator: a Triton kernel or the plain-PyTorch reference. Decided here and nowhere else.
 
-`auto` is Triton for CUDA tensors and the reference for all others; `REVGRAD_KERNELS` in the environment changes what
-`auto` means. With `TRITON_INTERPRET=1`, set before Python starts, Triton's interpreter runs the kernels on the CPU,
-slowly: for tests.
+`auto` is Triton for CUDA tensors and the reference for all others, and where functions are transformed (`torch.func`,
+forward-mode differentiation); `REVGRAD_KERNELS` in the environment changes what `auto` means. With
+`TRITON_INTERPRET=1`, set before Python starts, Triton's interpreter runs the kernels on the CPU, slowly: for tests.
 """
 
 import os
