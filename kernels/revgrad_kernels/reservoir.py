@@ -34,7 +34,6 @@ FULL = WORD_BITS * LEVELS_PER_BIT
 """The level that an element spills at."""
 
 
-@torch.compiler.assume_constant_result
 def level_costs(device: torch.device) -> Tensor:
     """Levels by which a factor `n / 2^16` raises a reservoir, int16, for n in 0 .. 2^16: never less than
     `log2(2^16 / n)` bits.
@@ -43,6 +42,10 @@ def level_costs(device: torch.device) -> Tensor:
     more.
     """
     return _kept_costs(device)
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler: that takes seconds.
+level_costs._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -126,6 +130,11 @@ def test_costs_are_kept_from_whoever_is_the_first_to_ask():
             found = level_costs(torch.device("cpu"))
         assert torch.equal(found, expected)
         assert not found.is_inference()
+
+
+def test_the_compiler_is_not_imported_with_the_operators():
+    code = "import sys, revgrad_kernels; assert 'torch._dynamo' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "0"})
 
 
 def test_costs_are_a_constant_of_what_is_compiled():
