@@ -34,9 +34,9 @@ from crevnet.video_model import VideoConfig
 REVERSIBLE, CHECKPOINT = Variant("reversible"), Variant("checkpoint", "float")
 REPRODUCED = ("ConvLSTM", "VPN", "PredRNN", "CrevNet+ConvLSTM", "CrevNet+ST-LSTM")
 """Whose FLOPs the paper's configuration gives."""
-FRAMES = (5, 20)
+FRAMES = (4, 20)
 TIMES = (1, 2)
-DEPTH_STEPS = 4
+DEPTH_STEPS = 3
 
 NOTES = (
     "GFLOPs of the convolutions that predict one frame of 64 x 64 pixels, one channel, batch 1; FLOPs are twice the "
