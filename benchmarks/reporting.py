@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import subprocess
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from revgrad_kernels.backend import HAS_TRITON, triton
+
+from crevnet.files import written_whole
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -195,13 +196,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def write_file(path: Path, content: bytes) -> Path:
     """Write a file, wholly or not at all; make its folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        part.write_bytes(content)
     return path
 
 

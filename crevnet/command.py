@@ -1,6 +1,5 @@
 """Command lines over typed signatures: what the entry points share."""
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
@@ -13,6 +12,7 @@ from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settin
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.config import TrainConfig
 from crevnet.datasets import DATASETS
+from crevnet.files import written_whole
 from crevnet.models import MODELS
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -100,9 +100,8 @@ def choose(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
 
 def save_config(config: TrainConfig, path: Path) -> None:
     """Write the YAML file that repeats a run with `--config`, whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
-    os.replace(part, path)
+    with written_whole(path) as part:
+        part.write_text(yaml.safe_dump(as_plain(config), sort_keys=False))
 
 
 def load_config(path: Path) -> TrainConfig:

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from torch.export.passes import move_to_device_pass
 
 from crevnet.baselines.vpn import VPNConfig
 from crevnet.command import run_command
+from crevnet.files import written_whole
 from crevnet.model import CrevNetConfig
 from crevnet.packaged import DESCRIPTION, Signature
 from crevnet.run import load_run, select_device
@@ -77,16 +77,11 @@ def save_predictor(
         compiled_for=compile_for.type if compile_for is not None else None,
     )
     description = json.dumps(asdict(signature))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part.pt2")
-    try:
+    with written_whole(path) as part:
         if compile_for is None:
             torch.export.save(program, part, extra_files={DESCRIPTION: description})
         else:
             _compile(move_to_device_pass(program, compile_for), part, description)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def export_predictor(model: VideoModel, observed: int, steps: int) -> ExportedProgram:

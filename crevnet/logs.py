@@ -1,11 +1,12 @@
 """The logs of a run: one CSV file per kind of entry, and TensorBoard. Both go on where an interrupted run stopped."""
 
 import csv
-import os
 from pathlib import Path
 from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
+
+from crevnet.files import written_whole
 
 
 class RunLog:
@@ -54,9 +55,7 @@ class RunLog:
                     for row in list(csv.reader(f))[1:]
                     if len(row) == len(columns) and int(row[0]) < self._first_step
                 ]
-        part = path.with_name(f".{path.name}.part")
-        with part.open("w", newline="") as f:
+        with written_whole(path) as part, part.open("w", newline="") as f:
             csv.writer(f).writerows([columns, *kept])
-        os.replace(part, path)
         # Line-buffered: what was logged survives a killed process.
         return csv.writer(path.open("a", newline="", buffering=1))

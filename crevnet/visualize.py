@@ -9,7 +9,6 @@ temporary name and renamed, so no viewer meets half a picture, and its folder is
 
 import io
 import os
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ import numpy.typing as npt
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from crevnet.files import written_whole
 
 _Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
@@ -319,11 +320,6 @@ def _drawable(
 
 
 def _write(path: Path, data: bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with written_whole(path) as part:
+        part.write_bytes(data)
     return path

@@ -4,10 +4,8 @@ Source: Y. LeCun, C. Cortes, C. J. C. Burges, "The MNIST database of handwritten
 """
 
 import hashlib
-import os
 import shutil
 import urllib.request
-import uuid
 from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
@@ -17,6 +15,7 @@ import numpy as np
 from crevnet.data.digit_images import DigitImages
 from crevnet.data.errors import DataError
 from crevnet.data.idx import parse_idx, read_content
+from crevnet.files import written_whole
 
 Split = Literal["train", "test"]
 
@@ -103,19 +102,14 @@ def _verified_content(path: Path, name: str, fix: str = "delete the file and fet
 def _download(root: Path, name: str, base_url: str, timeout: float) -> Path:
     url = f"{base_url.rstrip('/')}/{name}.gz"
     target = root / f"{name}.gz"
-    # A name of its own per process, so that ranks which download at once do not write into each other's file.
-    partial = root / f".{name}.gz.{uuid.uuid4().hex}.part"
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=timeout) as response, partial.open("wb") as file:
-            shutil.copyfileobj(response, file)
-        _verified_content(partial, name, fix="the server has another file")
-        os.replace(partial, target)
+        with written_whole(target) as partial:
+            with urllib.request.urlopen(url, timeout=timeout) as response, partial.open("wb") as file:
+                shutil.copyfileobj(response, file)
+            _verified_content(partial, name, fix="the server has another file")
     except (OSError, HTTPException, ValueError) as error:
         raise DataError(
             f"{target}: download from {url} failed ({error}); check the network, or, offline, copy {name}.gz "
             f"into {root} by hand, or use root=None for the embedded digits"
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
     return target

@@ -1,8 +1,6 @@
 """Videos read once: decoded and resized frames, shared within a process and, where wanted, kept in files."""
 
 import hashlib
-import os
-import uuid
 from pathlib import Path
 from weakref import WeakValueDictionary
 
@@ -10,6 +8,7 @@ import numpy as np
 
 from crevnet.data.errors import DataError
 from crevnet.data.video_files import load_video
+from crevnet.files import written_whole
 
 _IN_USE: WeakValueDictionary[str, np.ndarray] = WeakValueDictionary()
 
@@ -35,7 +34,8 @@ def cached_video(path: Path, channels: int, size: tuple[int, int], every: int, c
         else:
             file = cache / f"{key}.npy"
             if not file.exists():
-                _write(file, load_video(path, channels, size, every))
+                with written_whole(file) as part:
+                    np.save(part, load_video(path, channels, size, every))
             frames = _mapped(file)
         _IN_USE[key] = frames
     return frames
@@ -46,18 +46,6 @@ def _key(path: Path, channels: int, size: tuple[int, int], every: int) -> str:
     files = sorted(p for p in path.iterdir() if p.is_file()) if path.is_dir() else [path]
     stats = [(file.name, *((s := file.stat()).st_size, s.st_mtime_ns)) for file in files]
     return hashlib.sha256(repr((str(path.resolve()), stats, channels, size, every)).encode()).hexdigest()[:32]
-
-
-def _write(file: Path, frames: np.ndarray) -> None:
-    """Write a file whole or not at all, whatever other processes do."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.stem}.{uuid.uuid4().hex}.part")
-    try:
-        with part.open("wb") as f:
-            np.save(f, frames)
-        os.replace(part, file)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _mapped(file: Path) -> np.ndarray:

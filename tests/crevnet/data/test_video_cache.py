@@ -82,7 +82,7 @@ def test_a_new_image_in_a_folder_is_noticed(tmp_path):
 
 def test_a_write_that_fails_leaves_nothing(video, tmp_path, monkeypatch):
     def out_of_disk(file, frames):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("no space left")
 
     with monkeypatch.context() as patch:
