@@ -30,6 +30,7 @@ from revgrad.layer import (
     Rewound,
     Step,
     Streams,
+    Unchanged,
     add,
     check_closed,
     edge,
@@ -37,7 +38,6 @@ from revgrad.layer import (
     leaf,
     negated,
     per_sample,
-    unchanged,
 )
 from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
@@ -342,9 +342,9 @@ class Coupling(ReversibleLayer):
             if residue is None:
                 message = tuple([converted(m, target.dtype) for m in message])
                 merge = self.unmerge if undo else self.merge
-                if self._noted >= NOTED or torch.compiler.is_compiling():
+                if self._noted >= NOTED:
                     return merge(target, *message)
-                with unchanged((target, *message), self._merge_changed):
+                with Unchanged((target, *message), self._merge_changed):
                     return merge(target, *message)
             if torch.is_grad_enabled():
                 return ExactUpdate.apply(self, undo, residue, target, *message)

@@ -30,7 +30,7 @@ from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, Streams, check_closed, unchanged
+from revgrad.layer import Flow, Grads, Streams, Unchanged, check_closed
 from revgrad.offload import keeper_for
 from revgrad.program import Program, flat
 from revgrad.replay import Snapshot
@@ -187,7 +187,7 @@ class _Outputs(torch.autograd.Function):
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
         use = Use(snapshot.owners, exclusive=False)
-        with use, graphless(), unchanged(conditioning, conditioning_changed):
+        with use, graphless(), Unchanged(conditioning, conditioning_changed):
             outputs, final, tape = _forward(run)
         if list(map(id, program.conditioning())) != list(map(id, conditioning)):
             raise StreamError(

@@ -1,7 +1,7 @@
 """The protocol of a reversible layer: a map on a tuple of streams that can be run, undone and rewound."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from types import MappingProxyType
@@ -328,15 +328,27 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
                 nodes.append(following)
 
 
-@contextmanager
-def unchanged(tensors: Sequence[Tensor], error: Callable[[Tensor], StreamError]) -> Iterator[None]:
-    """Raise if the code inside changes one of these tensors in place."""
-    compiling = torch.compiler.is_compiling()
-    before = [] if compiling else [(x, x._version) for x in tensors if not x.is_inference()]
-    yield
-    for x, version in before:
-        if x._version != version:
-            raise error(x)
+class Unchanged(AbstractContextManager[None]):
+    """Raises if the code inside changes one of these tensors in place.
+
+    Args:
+        tensors: The tensors.
+        error: What to raise, given the first one that was changed.
+    """
+
+    __slots__ = ("_before", "_error")
+
+    def __init__(self, tensors: Sequence[Tensor], error: Callable[[Tensor], StreamError]) -> None:
+        # What is compiled has no versions.
+        known = () if torch.compiler.is_compiling() else tensors
+        self._before = [(x, x._version) for x in known if not x.is_inference()]
+        self._error = error
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is None:
+            for x, version in self._before:
+                if x._version != version:
+                    raise self._error(x)
 
 
 def _undo_changed(name: str, x: Tensor) -> StreamError:
@@ -354,7 +366,7 @@ def _rewind(
     undo: Run, run: Run, run_log_det: RunLogDet, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
 ) -> Rewound:
     """The generic rewind: undo without gradients, then run again with them."""
-    with torch.no_grad(), step.replay(), unchanged(flow.streams, partial(_undo_changed, step.name)):
+    with torch.no_grad(), step.replay(), Unchanged(flow.streams, partial(_undo_changed, step.name)):
         flow.streams[:] = [x.detach() for x in undo(tuple(flow.streams), step)]
     inputs = tuple(map(leaf, flow.streams))
     states = tuple(map(leaf, step.state))

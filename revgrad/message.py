@@ -1,8 +1,8 @@
 """Messages: what a transform returns, checked; and notes of them, which tell whether a second evaluation differs."""
 
+from functools import partial
 from typing import Any
 
-import torch
 from revgrad_kernels.backend import observed
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -12,7 +12,7 @@ from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
 from revgrad.hints import not_given, wrong_number, wrong_shape
-from revgrad.layer import Arguments, Note, Streams, is_differentiable
+from revgrad.layer import Arguments, Note, Streams, Unchanged, is_differentiable
 
 NOTED = 3
 """How many of its first messages a coupling compares with those of the second evaluation."""
@@ -46,30 +46,27 @@ def evaluate(
     Raises:
         StreamError: It changes what it reads in place.
     """
-    read = (*sources, *(state or ()))
-    # Neither can be traced; a compiled graph has no versions.
-    compiling = torch.compiler.is_compiling()
-    versions = [None if compiling or x.is_inference() else x._version for x in read]
     if update is not None:
         arguments = {**arguments, "update": update}
     stateful = state is not None
-    try:
-        out = transform(*sources, *((state,) if stateful else ()), **arguments)
-    except Exception as error:
-        shapes = ", ".join(f"stream {i} of shape {tuple(x.shape)}" for i, x in zip(indices, sources, strict=True))
-        lacks = ""
-        if isinstance(error, TypeError):
-            lacks = not_given(transform, len(sources) + stateful, arguments, stateful=stateful)
-        error.add_note(f"{name}: in its transform, given {shapes}{lacks}")
-        raise
-    changed = [v is not None and x._version != v for x, v in zip(read, versions, strict=True)]
-    if any(changed):
-        which = ("input", "stream") if any(changed[: len(sources)]) else ("state", "caller's")
-        raise StreamError(
-            f"{name}: the transform changed its {which[0]} in place, and with it the {which[1]}; "
-            "make its first operation out of place (ReLU(inplace=False))"
-        )
-    return out
+    with Unchanged((*sources, *(state or ())), partial(_read_changed, name, sources)):
+        try:
+            return transform(*sources, *((state,) if stateful else ()), **arguments)
+        except Exception as error:
+            shapes = ", ".join(f"stream {i} of shape {tuple(x.shape)}" for i, x in zip(indices, sources, strict=True))
+            lacks = ""
+            if isinstance(error, TypeError):
+                lacks = not_given(transform, len(sources) + stateful, arguments, stateful=stateful)
+            error.add_note(f"{name}: in its transform, given {shapes}{lacks}")
+            raise
+
+
+def _read_changed(name: str, sources: Streams, x: Tensor) -> StreamError:
+    which = ("input", "stream") if any(x is source for source in sources) else ("state", "caller's")
+    return StreamError(
+        f"{name}: the transform changed its {which[0]} in place, and with it the {which[1]}; "
+        "make its first operation out of place (ReLU(inplace=False))"
+    )
 
 
 def parted(out: Any, state: Streams, name: str) -> tuple[Any, Streams]:

@@ -1,6 +1,6 @@
 """The modules inside a layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import nn
@@ -35,6 +35,19 @@ def check_materialised(modules: Iterable[nn.Module]) -> None:
                 f"{type(module).__name__} has no parameters yet, it makes them for its first input: call the chain "
                 "once under torch.no_grad() before training it"
             )
+
+
+def switched(modules: Sequence[nn.Module], training: Sequence[bool]) -> list[nn.Module]:
+    """Those modules that are not in these modes, train or eval, which they now are: `switch` puts them back."""
+    found = [module for module, mode in zip(modules, training, strict=True) if module.training != mode]
+    switch(found)
+    return found
+
+
+def switch(modules: Iterable[nn.Module]) -> None:
+    """From train to eval mode and back, each module by itself."""
+    for module in modules:
+        module.training = not module.training
 
 
 @contextmanager

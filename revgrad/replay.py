@@ -18,7 +18,7 @@ from revgrad.attributes import Change, changes_since, check_attributes, kept_ten
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.errors import ReversibilityError
 from revgrad.layer import ReversibleLayer
-from revgrad.modules import check_materialised, frozen, modules_of
+from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
 from revgrad.threads import Use
 
 
@@ -90,11 +90,8 @@ class Snapshot:
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
-        self.slots, self.modules, self.owners = (
-            self._everything.slots,
-            self._everything.modules,
-            self._everything.owners,
-        )
+        everything = self._everything
+        self.slots, self.modules, self.owners = everything.slots, everything.modules, everything.owners
         self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in _plain_buffers(m)]
         self._kept_tensors = kept_tensors(self.modules)
         self._autocast = [
@@ -222,16 +219,12 @@ class Snapshot:
                 "a weight or buffer has changed in place between the forward pass and the recomputation of "
                 "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
             )
-        modes = zip(self.modules, self._everything.training, strict=True)
-        switched = [module for module, training in modes if module.training != training]
+        others = switched(self.modules, self._everything.training)
         try:
-            for module in switched:
-                module.training = not module.training
             with self.frozen_statistics():
                 yield
         finally:
-            for module in switched:
-                module.training = not module.training
+            switch(others)
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
@@ -303,8 +296,7 @@ class _StandingIn(AbstractContextManager[None]):
         scope = self._scope
         self._use.__enter__()
         self._before = [holder[name] for holder, name, _ in scope.slots]
-        modes = zip(scope.modules, scope.training, strict=True)
-        self._switched = [(module, module.training) for module, training in modes if module.training != training]
+        self._switched = switched(scope.modules, scope.training)
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
         # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
         self._caching = parametrize._cache_enabled, torch.is_autocast_cache_enabled()
@@ -312,8 +304,6 @@ class _StandingIn(AbstractContextManager[None]):
         torch.set_autocast_cache_enabled(False)
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        for module, now in self._switched:
-            module.training = not now
         for context in self._norms:
             context.__enter__()
         self._first_node = torch._C._autograd._get_sequence_nr()
@@ -325,8 +315,7 @@ class _StandingIn(AbstractContextManager[None]):
         torch.set_autocast_cache_enabled(self._caching[1])
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
-        for module, now in self._switched:
-            module.training = now
+        switch(self._switched)
         self._use.__exit__(None, None, None)
         if kind is None:
             check_attributes(self._scope.modules, self._first_node)

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensor
 
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import tolerance_of
-from revgrad.layer import ReversibleLayer, Step, Streams, unchanged
+from revgrad.layer import ReversibleLayer, Step, Streams, Unchanged
 
 
 def wrap(
@@ -97,7 +97,7 @@ def _name(f: Callable[..., Any]) -> str:
 
 
 def _streams(f: Callable[..., Any], streams: Streams, step: Step) -> Streams:
-    with unchanged(streams, lambda x: _changed(step.name, f, x)):
+    with Unchanged(streams, lambda x: _changed(step.name, f, x)):
         out = f(*streams)
     out = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     wrong = [type(x).__name__ for x in out if not isinstance(x, Tensor)]

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, StreamError, Swap
-from revgrad.layer import add, gradients, leaf, negated, per_sample, unchanged
+from revgrad.layer import Unchanged, add, gradients, leaf, negated, per_sample
 
 
 class Shear(ReversibleLayer):
@@ -162,13 +162,13 @@ def test_a_change_in_place_is_seen():
     def error(found):
         return StreamError(f"changed: {tuple(found.shape)}")
 
-    with unchanged([x], error):
+    with Unchanged([x], error):
         x + 1
-    with pytest.raises(StreamError, match=r"changed: \(3,\)"), unchanged([x], error):
+    with pytest.raises(StreamError, match=r"changed: \(3,\)"), Unchanged([x], error):
         x.add_(1)
     with torch.inference_mode():
         y = torch.ones(3)
-    with unchanged([y], error):
+    with Unchanged([y], error):
         pass
 
 
