@@ -19,11 +19,12 @@ from crevnet.frame_size import check_foldable
 from crevnet.predictor import reversible_predictor
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import ChainState, Inverse, Residue, unroll
+from revgrad.arithmetic import is_exact
 from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
 from revgrad.program import Program
 from revgrad.replay import Snapshot
-from revgrad.unroll import chain_links, is_exact
+from revgrad.unroll import chain_links
 
 
 @dataclass(kw_only=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from revgrad.arithmetic import is_exact
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState
 from revgrad.conditioning import bind
@@ -15,7 +16,7 @@ from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import Chain, chain_links, checked_state, is_exact
+from revgrad.unroll import Chain, chain_links, checked_state
 
 
 @dataclass(frozen=True)

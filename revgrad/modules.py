@@ -38,14 +38,14 @@ def check_materialised(modules: Iterable[nn.Module]) -> None:
 
 
 def switched(modules: Sequence[nn.Module], training: Sequence[bool]) -> list[nn.Module]:
-    """Those modules that are not in these modes, train or eval, which they now are: `switch` puts them back."""
+    """Put modules into these modes, train or eval; those that were in the other, for `switch` to put back."""
     found = [module for module, mode in zip(modules, training, strict=True) if module.training != mode]
     switch(found)
     return found
 
 
 def switch(modules: Iterable[nn.Module]) -> None:
-    """From train to eval mode and back, each module by itself."""
+    """From train to eval mode or back, each module by itself."""
     for module in modules:
         module.training = not module.training
 

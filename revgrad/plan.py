@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor, FakeTensorMode
 
+from revgrad.arithmetic import is_exact
 from revgrad.budget import choose_stored, parse_budget
 from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
@@ -15,7 +16,7 @@ from revgrad.cost import ChainCost, measure
 from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
 from revgrad.program import Program
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import Chain, chain_links, checked_state, checked_streams, is_exact
+from revgrad.unroll import Chain, chain_links, checked_state, checked_streams
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
+from revgrad.arithmetic import is_exact
 from revgrad.budget import Budget, parse_budget, run_cut, stored_layers
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
@@ -26,7 +27,6 @@ from revgrad.unroll import (
     check_offload,
     checked_state,
     checked_streams,
-    is_exact,
     run_layers_checkpointed,
 )
 

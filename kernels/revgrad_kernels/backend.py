@@ -110,12 +110,11 @@ def can_run(device: torch.device) -> bool:
     return HAS_TRITON and (device.type == "cuda" or (INTERPRETED and device.type == "cpu"))
 
 
-def refuse_second_derivative(operator: Any) -> None:
-    """Make the gradient of a backward operator an error that says what to do."""
+def refuse_gradient(operator: Any, why: str = "for second derivatives choose backend='reference'") -> None:
+    """Make the gradient of an operator, such as a backward one, an error that says what to do."""
 
     def backward(ctx: Any, *grads: Tensor) -> None:
-        name = operator._qualname
-        raise BackendError(f"{name} has no derivative in Triton: for second derivatives choose 'reference'")
+        raise BackendError(f"{operator._qualname} has no gradient: {why}")
 
     operator.register_autograd(backward)
 

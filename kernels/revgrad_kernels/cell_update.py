@@ -13,7 +13,7 @@ from revgrad_kernels.backend import (
     check_floats,
     converted,
     fused,
-    refuse_second_derivative,
+    refuse_gradient,
     tl,
     triton,
 )
@@ -157,4 +157,4 @@ def _gradients(gates: Tensor, cell: Tensor, bias: Tensor | None, grad: Tensor) -
 
 
 recompute(_cell_update, _gradients)
-refuse_second_derivative(_cell_update_backward)
+refuse_gradient(_cell_update_backward)

@@ -19,7 +19,7 @@ from revgrad_kernels.backend import (
     check_floats,
     converted,
     fused,
-    refuse_second_derivative,
+    refuse_gradient,
     tl,
     triton,
 )
@@ -234,4 +234,4 @@ def _gradients(
 
 
 recompute(_convlstm, _gradients)
-refuse_second_derivative(_convlstm_backward)
+refuse_gradient(_convlstm_backward)

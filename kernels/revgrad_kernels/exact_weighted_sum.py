@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import arithmetic, can_run, check_floats, converted, on_device, tl, triton
+from revgrad_kernels.backend import arithmetic, can_run, check_floats, converted, on_device, refuse_gradient, tl, triton
 from revgrad_kernels.exact_additive import FRACTION_BITS, dispatch, line, nearest_integer, on_grid
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tuned
 from revgrad_kernels.reservoir import (
@@ -390,13 +390,6 @@ def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
     return *_exact_weighted_sum_backward(*ctx.saved_tensors, grad, ctx.kernel), None, None, None, None
 
 
-def _refuse_gradient(operator: Any, why: str) -> None:
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(f"{operator._qualname} has no gradient: {why}")
-
-    operator.register_autograd(backward)
-
-
 _exact_weighted_sum.register_autograd(_backward, setup_context=_save)
-_refuse_gradient(_exact_weighted_sum_inverse, "differentiate exact_weighted_sum, or use weighted_sum_inverse")
-_refuse_gradient(_exact_weighted_sum_backward, "rounding has no second derivative; use weighted_sum")
+refuse_gradient(_exact_weighted_sum_inverse, "differentiate exact_weighted_sum, or use weighted_sum_inverse")
+refuse_gradient(_exact_weighted_sum_backward, "rounding has no second derivative; use weighted_sum")

@@ -14,7 +14,7 @@ from revgrad_kernels.backend import (
     converted,
     fused,
     on_device,
-    refuse_second_derivative,
+    refuse_gradient,
     tl,
     triton,
 )
@@ -168,7 +168,7 @@ def _gradients(output_gate: Tensor, update: Tensor, added: Tensor | None, grad: 
 
 
 recompute(_hidden_output, _gradients)
-refuse_second_derivative(_hidden_output_backward)
+refuse_gradient(_hidden_output_backward)
 
 
 def _summed(output_gate: Tensor, update: Tensor, added: Tensor | None) -> Tensor:

@@ -21,7 +21,7 @@ from revgrad_kernels.backend import (
     check_floats,
     converted,
     fused,
-    refuse_second_derivative,
+    refuse_gradient,
     tl,
     triton,
 )
@@ -291,4 +291,4 @@ def _gradients(
 
 
 recompute(_stlstm_states, _gradients)
-refuse_second_derivative(_stlstm_states_backward)
+refuse_gradient(_stlstm_states_backward)

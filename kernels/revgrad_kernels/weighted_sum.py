@@ -18,7 +18,7 @@ from revgrad_kernels.backend import (
     converted,
     fused,
     on_device,
-    refuse_second_derivative,
+    refuse_gradient,
     tl,
     triton,
 )
@@ -298,7 +298,7 @@ def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 _weighted_sum.register_autograd(_backward, setup_context=_save)
 _weighted_sum_inverse.register_autograd(_inverse_backward, setup_context=_save)
-refuse_second_derivative(_weighted_sum_backward)
+refuse_gradient(_weighted_sum_backward)
 
 
 def _biased(logits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

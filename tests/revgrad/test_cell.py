@@ -18,9 +18,10 @@ from revgrad import (
     unroll,
     update_cell,
 )
+from revgrad.arithmetic import is_exact
 from revgrad.cell import Recall
 from revgrad.fingerprint import fingerprint
-from revgrad.unroll import chain_links, is_exact
+from revgrad.unroll import chain_links
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

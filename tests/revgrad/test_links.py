@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from revgrad import (
-    AdditiveCoupling,
     Inverse,
     ReversibleSequential,
     StreamError,
@@ -13,7 +12,7 @@ from revgrad import (
     check_invertible,
     plan,
 )
-from revgrad.unroll import chain_links, describe, is_exact
+from revgrad.unroll import chain_links, describe
 
 
 def test_links_are_flat_and_named(make):
@@ -54,17 +53,3 @@ def test_what_is_no_chain_is_told_where_the_chain_is(make):
     with pytest.raises(StreamError, match="a Linear is no chain of reversible layers: put it inside a coupling"):
         plan(nn.Linear(4, 4), torch.zeros(3, 4))
     assert len(chain_links(nn.ModuleList([chain, chain]))) == 4
-
-
-def test_auto_looks_inside(make):
-    additive, gated = chain_links(make.chain("additive", 2)), chain_links(make.chain("gated", 1))
-    undoing = chain_links(Inverse(make.chain("gated", 1)))
-    assert not is_exact("auto", additive)
-    assert is_exact("exact", additive)
-    assert is_exact("auto", [*additive, *gated])
-    assert not is_exact("float", gated)
-    assert is_exact("auto", [*gated, *additive, *undoing])
-    assert not is_exact("auto", [*undoing, *gated])
-    with pytest.raises(StreamError, match="and no layer before it has forgotten that much"):
-        is_exact("exact", [*additive, *undoing])
-    assert is_exact("auto", chain_links(AdditiveCoupling(make.chain("gated", 1))))

@@ -261,27 +261,6 @@ def test_shared_modules_are_counted_once(make):
     assert len(snapshot.modules) == len(set(map(id, snapshot.modules)))
 
 
-def test_frozen_statistics_come_back_after_an_error():
-    class Layer(ReversibleLayer):
-        def __init__(self):
-            super().__init__()
-            self.norm = nn.BatchNorm1d(2)
-
-    layer = Layer()
-    buffers = dict(layer.norm._buffers)
-
-    def fail():
-        with Snapshot([layer]).frozen_statistics():
-            layer.norm(torch.randn(3, 2))
-            assert layer.norm.num_batches_tracked == 1
-            raise RuntimeError("inside")
-
-    with pytest.raises(RuntimeError, match="inside"):
-        fail()
-    assert all(layer.norm._buffers[k] is b for k, b in buffers.items())
-    assert layer.norm.num_batches_tracked == 0
-
-
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.composes("Modes", "several backward passes, with BatchNorm")
 def test_statistics_stay_in_every_backward_pass(make, check, mode):
