@@ -3,12 +3,15 @@
 Shapes: B sequences, T frames, C channels, H x W pixels.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from crevnet.data.errors import DataError
 from crevnet.data.sequence_set import Indices, SequenceSet
@@ -18,12 +21,22 @@ FEW = 10
 """With fewer videos than this, the end of each is held out; otherwise whole ones."""
 
 
-class Video(NamedTuple):
-    """A video in memory, or mapped to it."""
+class Video:
+    """A video, decoded when its frames are first asked for.
 
-    name: str
-    frames: np.ndarray
-    """[frames, C, H, W], uint8 or float32 in 0 .. 1."""
+    Args:
+        name: what messages call it.
+        frames: the attribute of this name, or a function that returns it.
+    """
+
+    def __init__(self, name: str, frames: np.ndarray | Callable[[], np.ndarray]) -> None:
+        self.name = name
+        self._given = frames
+
+    @cached_property
+    def frames(self) -> np.ndarray:
+        """[frames, C, H, W], uint8 or float32 in 0 .. 1, in memory or mapped to it."""
+        return self._given if isinstance(self._given, np.ndarray) else self._given()
 
 
 class VideoWindows(SequenceSet):
@@ -32,7 +45,7 @@ class VideoWindows(SequenceSet):
     Every sequence is a pure function of its index (and the seed): the same in any batch, worker, rank or order.
 
     Args:
-        videos: the videos; those that are shorter than a window give none.
+        videos: the videos. Those that are shorter than a window give none, which a RuntimeWarning tells.
         frames: T.
         name: whose videos, for messages.
         size: number of sequences. In order they are spread evenly over all windows, and there are at most as many.
@@ -40,17 +53,30 @@ class VideoWindows(SequenceSet):
 
     Raises:
         DataError: no video is long enough.
+        ValueError: `size` is below 1.
     """
 
     def __init__(self, videos: Sequence[Video], frames: int, name: str, *, size: int, seed: int | None = None) -> None:
-        windows = np.array([max(0, len(video.frames) - frames + 1) for video in videos], np.int64)
+        if size < 1:
+            raise ValueError(f"size must be at least 1, got {size}")
+        shown = tqdm(videos, desc=f"read {name}", leave=False, delay=1, file=sys.stderr)
+        lengths = [len(video.frames) for video in shown]
+        windows = np.array([max(0, length - frames + 1) for length in lengths], np.int64)
         self.videos = list(videos)
         self.frames = frames
         self.windows = int(windows.sum())
         if self.windows == 0:
-            longest = max((len(video.frames) for video in videos), default=0)
             raise DataError(
-                f"{name}: no video has the {frames} frames of a sequence, the longest has {longest}; lower data.frames"
+                f"{name}: no video has the {frames} frames of a sequence, the longest has {max(lengths, default=0)}; "
+                "lower data.frames"
+            )
+        short = [video.name for video, n in zip(videos, windows, strict=True) if n == 0]
+        if short:
+            warnings.warn(
+                f"{name}: {len(short)} of {len(videos)} videos have fewer than the {frames} frames of a sequence and "
+                f"are not used, such as {short[0]}",
+                RuntimeWarning,
+                stacklevel=2,
             )
         self.size = size if seed is not None else min(size, self.windows)
         self.seed = seed
@@ -83,8 +109,8 @@ def to_tensor(frames: np.ndarray) -> Tensor:
 def hold_out_videos(videos: Sequence[Video], fraction: float, frames: int) -> tuple[list[Video], list[Video]]:
     """Split videos into those to keep and those to hold out, which share no frame.
 
-    The last ones are held out; where there are fewer than ten, of each its last frames, of one that is long enough for
-    a sequence on both sides.
+    The last ones are held out, and none is decoded for that; where there are fewer than ten, of each its last frames,
+    of one that is long enough for a sequence on both sides.
 
     Args:
         videos: the videos, in order.
@@ -95,9 +121,11 @@ def hold_out_videos(videos: Sequence[Video], fraction: float, frames: int) -> tu
         cut = len(videos) - max(1, round(len(videos) * fraction))
         return list(videos[:cut]), list(videos[cut:])
     kept, held = [], []
-    for name, video in videos:
-        tail = max(frames, round(len(video) * fraction))
-        cut = len(video) - tail if len(video) >= frames + tail else len(video)
-        kept.append(Video(name, video[:cut]))
-        held.append(Video(f"{name}, end", video[cut:]))
-    return kept, [video for video in held if len(video.frames)]
+    for video in videos:
+        length = len(video.frames)
+        tail = max(frames, round(length * fraction))
+        cut = length - tail if length >= frames + tail else length
+        kept.append(Video(video.name, video.frames[:cut]))
+        if cut < length:
+            held.append(Video(f"{video.name}, end", video.frames[cut:]))
+    return kept, held

@@ -1,12 +1,9 @@
 """Configuration of sequences cut from people's own videos, which builds the three sets."""
 
-import sys
-import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
-
-from tqdm import tqdm
 
 from crevnet.data.config import HELD_OUT, TRAIN_SIZE, DataConfig
 from crevnet.data.video_cache import cached_video
@@ -97,15 +94,5 @@ class VideosConfig(DataConfig):
         return videos, self._load(self.validation)
 
     def _load(self, root: Path, every: int | None = None) -> list[Video]:
-        size, every = height_width(self.image_size), every or self.every
-        paths = tqdm(find_videos(root), desc=f"read {root}", leave=False, file=sys.stderr)
-        videos = [Video(str(path), cached_video(path, self.channels, size, every, self.cache)) for path in paths]
-        short = [video.name for video in videos if len(video.frames) < self.frames]
-        if short:
-            warnings.warn(
-                f"{len(short)} of {len(videos)} videos in {root} have fewer than the {self.frames} frames of a "
-                f"sequence and are not used, such as {short[0]}",
-                RuntimeWarning,
-                stacklevel=2,
-            )
-        return videos
+        how = (self.channels, height_width(self.image_size), every or self.every, self.cache)
+        return [Video(str(path), partial(cached_video, path, *how)) for path in find_videos(root)]

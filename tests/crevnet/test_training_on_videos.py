@@ -112,7 +112,6 @@ def test_mistakes_in_options(options, message, run, capsys):
     ("options", "message"),
     [({"data.frames": 31}, "no video has the 31 frames"), ({"data.train": "none"}, "none: no such file or folder")],
 )
-@pytest.mark.filterwarnings("ignore:3 of 3 videos")
 def test_mistakes_in_files(options, message, run, capsys):
     assert run(**options) == 1
     assert message in capsys.readouterr().err

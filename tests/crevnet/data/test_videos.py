@@ -29,6 +29,7 @@ def numbers(sequences):
     return 256 * high + low
 
 
+@pytest.mark.filterwarnings("ignore:some. .* have fewer than")
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=5), st.integers(1, 5))
 def test_in_order_every_window_of_every_video_is_there_once(lengths, frames):
@@ -53,6 +54,7 @@ def test_fewer_sequences_are_spread_evenly(size):
     assert places == [i * 13 // size for i in range(size)]
 
 
+@pytest.mark.filterwarnings("ignore:some. .* have fewer than")
 def test_random_windows_are_equally_likely_and_stay_within_a_video():
     dataset = VideoWindows(videos(4, 2, 6), 3, "some", size=2**40, seed=0)  # 2, 0 and 4 windows
     shown = numbers(dataset.batch(range(6000)))
@@ -120,3 +122,20 @@ def test_of_few_videos_the_end_of_each_that_is_long_enough():
     assert shown(kept) == [list(range(81)), list(range(100, 104)), list(range(200, 207))]
     assert shown(held) == [list(range(81, 90)), list(range(104, 108))]
     assert [v.name for v in held] == ["video 0, end", "video 1, end"]
+
+
+def test_short_videos_are_told_of_and_none_may_be_all():
+    with pytest.warns(RuntimeWarning, match="some: 2 of 3 videos have fewer than the 3 frames .* such as video 1"):
+        VideoWindows(videos(5, 2, 1), 3, "some", size=9)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        VideoWindows(videos(5), 3, "some", size=0)
+
+
+def test_a_video_is_decoded_when_its_frames_are_asked_for_and_once():
+    asked = []
+    video = Video("lazy", lambda: asked.append(1) or np.zeros((3, 1, 2, 2), np.uint8))
+    assert asked == []
+    assert video.frames is video.frames
+    assert asked == [1]
+    kept, held = hold_out_videos([Video(str(i), pytest.fail) for i in range(FEW)], 0.1, 3)
+    assert (len(kept), len(held)) == (FEW - 1, 1)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.data import DataError, VideosConfig
+from crevnet.data import DataError, VideosConfig, load_video, video_cache
 
 
 @pytest.fixture
@@ -44,6 +44,23 @@ def test_of_ten_videos_and_more_whole_ones_are_held_out(folder):
     assert len(levels(made.build_train(), 400)) == 30
 
 
+def test_only_what_a_set_is_made_of_is_decoded(folder, monkeypatch):
+    decoded = []
+
+    def load(path, *how):
+        decoded.append(path.name)
+        return load_video(path, *how)
+
+    monkeypatch.setattr(video_cache, "load_video", load)
+    made = config(folder(*[3] * 12))
+    made.build_test()
+    assert decoded == ["11.npy"]
+    made.build_validation(9)
+    assert decoded == ["11.npy", "10.npy"]
+    made.build_train()
+    assert sorted(decoded[2:]) == [f"{v:02}.npy" for v in range(10)]
+
+
 def test_folders_of_their_own(folder):
     train, validation, test = folder(9), folder(5, name="validation"), folder(4, 4, name="test")
     made = config(train, validation=validation, test=test)
@@ -78,7 +95,7 @@ def test_the_seed_is_that_of_training_alone(folder):
 
 def test_short_videos_are_told_of(folder):
     train = folder(20, 2, 1)
-    with pytest.warns(RuntimeWarning, match=r"2 of 3 videos in .*train have fewer .* such as .*01\.npy"):
+    with pytest.warns(RuntimeWarning, match=r"train \(to train on\): 2 of 3 videos have fewer .* such as .*01\.npy"):
         config(train).build_train()
 
 
@@ -89,13 +106,12 @@ def test_too_little_to_hold_out_names_the_option(folder):
         made.build_test()
     with pytest.raises(DataError, match=r"for want of data\.validation"):
         made.build_validation(4)
+    with pytest.raises(ValueError, match="size must be at least 1, got 0"):
+        made.build_validation(0)
 
 
 def test_too_short_to_train_on(folder):
-    with (
-        pytest.warns(RuntimeWarning, match="1 of 1 videos"),
-        pytest.raises(DataError, match=r"train \(to train on\): no video has the 3 frames"),
-    ):
+    with pytest.raises(DataError, match=r"train \(to train on\): no video has the 3 frames"):
         config(folder(2)).build_train()
 
 
