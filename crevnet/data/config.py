@@ -1,5 +1,6 @@
 """What the configurations of all data sets have in common."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 from crevnet.data.sequence_set import SequenceSet
@@ -13,7 +14,7 @@ TRAIN_SIZE = 2**40
 
 
 @dataclass(kw_only=True)
-class DataConfig:
+class DataConfig(ABC):
     """Names a data set and builds its training, validation and test sequences.
 
     Raises:
@@ -40,26 +41,27 @@ class DataConfig:
         if not 0 <= self.seed < 2**64:
             raise ValueError(f"seed must be 0 to 2**64 - 1, got {self.seed}")
 
+    @abstractmethod
     def frame_channels(self) -> int:
         """Channels of a frame."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how many channels a frame has")
 
+    @abstractmethod
     def source(self) -> str:
         """Where the sequences come from, in a few words."""
-        raise NotImplementedError(f"{type(self).__name__} does not name its source")
 
+    @abstractmethod
     def test_source(self) -> str:
         """What is tested on, for the head of a table."""
-        raise NotImplementedError(f"{type(self).__name__} does not name its test set")
 
+    @abstractmethod
     def build_train(self) -> SequenceSet:
         """Build the training set, in effect without end.
 
         Raises:
             DataError: files are missing or damaged.
         """
-        raise NotImplementedError(f"{type(self).__name__} builds no training set")
 
+    @abstractmethod
     def build_validation(self, size: int) -> SequenceSet:
         """Build the fixed set of at most `size` sequences to validate on during training.
 
@@ -67,12 +69,11 @@ class DataConfig:
             DataError: files are missing or damaged.
             ValueError: `size` is below 1.
         """
-        raise NotImplementedError(f"{type(self).__name__} builds no validation set")
 
+    @abstractmethod
     def build_test(self) -> SequenceSet:
         """Build the fixed test set of at most `test_sequences` sequences.
 
         Raises:
             DataError: files are missing or damaged.
         """
-        raise NotImplementedError(f"{type(self).__name__} builds no test set")

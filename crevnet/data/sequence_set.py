@@ -1,5 +1,6 @@
 """What all data sets here are: numbered sequences of frames, taken in batches."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,7 +10,7 @@ from torch.utils.data import Dataset
 Indices = Sequence[int] | np.ndarray | Tensor
 
 
-class SequenceSet(Dataset[Tensor]):
+class SequenceSet(Dataset[Tensor], ABC):
     """Sequences of frames. Subclasses define `batch`.
 
     Attributes:
@@ -39,6 +40,7 @@ class SequenceSet(Dataset[Tensor]):
         """
         return list(self.batch(indices).unbind(0))
 
+    @abstractmethod
     def batch(self, indices: Indices) -> Tensor:
         """Return the sequences at `indices`, all at once.
 
@@ -51,7 +53,6 @@ class SequenceSet(Dataset[Tensor]):
         Raises:
             IndexError: an index is not an integer in 0..size - 1 (negative ones do not count from the end).
         """
-        raise NotImplementedError(f"{type(self).__name__} does not define batch")
 
     def checked(self, indices: Indices) -> np.ndarray:
         """The indices as int64 [B].

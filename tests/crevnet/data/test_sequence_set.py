@@ -25,5 +25,5 @@ def test_indices_are_checked(indices):
 
 
 def test_batch_must_be_defined():
-    with pytest.raises(NotImplementedError, match="SequenceSet does not define batch"):
-        SequenceSet().batch([0])
+    with pytest.raises(TypeError, match="abstract method batch"):
+        SequenceSet()
