@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from jsonargparse import ArgumentParser, Namespace, auto_cli, set_parsing_settings
@@ -20,13 +20,21 @@ CONFIGS = Path(__file__).parent / "configs"
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 
-CHOICES: dict[str, tuple[dict[str, Any], str, tuple[str, ...]]] = {
-    "model": (MODELS, "crevnet", ("channels", "image_size")),
-    "data": (DATASETS, "moving-mnist", ("image_size", "frames", "test_sequences", "seed")),
+class Choice(NamedTuple):
+    """A section of the configuration that has a name."""
+
+    known: Mapping[str, Any]
+    """What may be chosen, by name."""
+    default: str
+    """What is chosen where nothing is said."""
+    shared: tuple[str, ...]
+    """Options that are taken from a YAML file for another one."""
+
+
+CHOICES = {
+    "model": Choice(MODELS, "crevnet", ("channels", "image_size")),
+    "data": Choice(DATASETS, "moving-mnist", ("image_size", "frames", "test_sequences", "seed")),
 }
-"""Sections with a name of their own: what may be chosen, what is chosen where nothing is said, and which options a
-choice takes from a YAML file for another one.
-"""
 
 
 def train_parser(program: str, description: str, names: Mapping[str, str] | None = None) -> ArgumentParser:
@@ -39,8 +47,8 @@ def train_parser(program: str, description: str, names: Mapping[str, str] | None
     """
     parser = ArgumentParser(prog=program, description=description)
     parser.add_argument("--config", action="config", help="YAML file; options after it override it.")
-    for section, (known, default, _) in CHOICES.items():
-        parser.add_class_arguments(known[(names or {}).get(section, default)], section)
+    for section, choice in CHOICES.items():
+        parser.add_class_arguments(choice.known[(names or {}).get(section, choice.default)], section)
     parser.add_class_arguments(TrainConfig, skip=set(CHOICES))
     return parser
 
@@ -90,8 +98,8 @@ def choose(arguments: list[str]) -> tuple[dict[str, str], list[str]]:
             rest.append("")
         else:
             names[named_by[option]] = given
-    for section, (_, default, _) in CHOICES.items():
-        named = [default, *(_named(section, content) for _, content in files if content.get(section))]
+    for section, choice in CHOICES.items():
+        named = [choice.default, *(_named(section, content) for _, content in files if content.get(section))]
         names[section] = _known(section, names.get(section, named[-1]))
     for place, content in files:
         rest[place] = f"--config={yaml.safe_dump(_for_choices(content, names))}"
@@ -139,11 +147,11 @@ def _read_yaml(path: Path | str) -> dict[str, Any]:
 
 
 def _named(section: str, content: dict[str, Any]) -> str:
-    return str((content.get(section) or {}).get("name", CHOICES[section][1]))
+    return str((content.get(section) or {}).get("name", CHOICES[section].default))
 
 
 def _known(section: str, name: str) -> str:
-    known, _, _ = CHOICES[section]
+    known = CHOICES[section].known
     if name not in known:
         raise ValueError(f"{section} must be one of {', '.join(known)}, got {name!r}")
     return name
@@ -152,10 +160,10 @@ def _known(section: str, name: str) -> str:
 def _for_choices(content: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
     """A YAML file's content with what it says of another model or data set left out."""
     chosen = dict(content)
-    for section, (_, _, shared) in CHOICES.items():
+    for section, choice in CHOICES.items():
         options = content.get(section) or {}
         if _named(section, content) != names[section]:
-            options = {k: options[k] for k in shared if k in options}
+            options = {k: options[k] for k in choice.shared if k in options}
         chosen[section] = {**options, "name": names[section]}
     return chosen
 
