@@ -1,5 +1,6 @@
 """Where no graph is recorded for now, but will be: nothing may be kept or computed that would be otherwise with one."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,23 +13,46 @@ def uncached() -> Iterator[None]:
     """Autocast and `parametrize.cached` must not cache casts and weights made here without a graph: stored layers in
     the same region would use them.
     """
-    before = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
+    autocast, regions = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
     torch.set_autocast_cache_enabled(False)
-    parametrize._cache_enabled = 0
+    parametrize._cache_enabled -= regions  # counts the regions of all threads: taken away and given back, never set
     try:
         yield
     finally:
-        torch.set_autocast_cache_enabled(before[0])
-        parametrize._cache_enabled = before[1]
+        torch.set_autocast_cache_enabled(autocast)
+        parametrize._cache_enabled += regions
+
+
+class _NoFastPath:
+    """No transformer takes its fast path, a setting of the whole process: the first thread that enters switches it off,
+    the last that leaves puts back what the first found. Each putting back what it found itself would leave the path off
+    for good where two threads overlap.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.within = 0
+        self.before = True
+
+    def __enter__(self) -> None:
+        with self.lock:
+            if not self.within:
+                self.before = torch.backends.mha.get_fastpath_enabled()
+            torch.backends.mha.set_fastpath_enabled(False)
+            self.within += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self.lock:
+            self.within -= 1
+            if not self.within:
+                torch.backends.mha.set_fastpath_enabled(self.before)
+
+
+_NO_FAST_PATH = _NoFastPath()
 
 
 @contextmanager
 def graphless() -> Iterator[None]:
     """`uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with uncached():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+    with _NO_FAST_PATH, uncached():
+        yield

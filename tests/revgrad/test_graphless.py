@@ -1,6 +1,10 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from revgrad import AdditiveCoupling, ReversibleSequential
 from revgrad.graphless import graphless
@@ -44,3 +48,29 @@ def test_the_settings_come_back_after_an_error():
         fail()
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.is_autocast_cache_enabled()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_threads_that_overlap_leave_the_settings_as_they_were(enabled):
+    """The first to enter leaves first, so that the second found what the first had set."""
+    entered, left = threading.Event(), threading.Event()
+
+    def second():
+        with graphless():
+            entered.set()
+            assert left.wait(timeout=10)
+            assert not torch.backends.mha.get_fastpath_enabled()
+
+    torch.backends.mha.set_fastpath_enabled(enabled)
+    try:
+        with parametrize.cached(), ThreadPoolExecutor() as pool:
+            with graphless():
+                future = pool.submit(second)
+                assert entered.wait(timeout=10)
+            left.set()
+            future.result()
+            assert torch.backends.mha.get_fastpath_enabled() == enabled
+            assert parametrize._cache_enabled == 1
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    assert parametrize._cache_enabled == 0
