@@ -12,11 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.utils import parametrize
 
 from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.errors import ReversibilityError
+from revgrad.graphless import uncached
 from revgrad.layer import ReversibleLayer
 from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
 from revgrad.threads import Use
@@ -282,37 +282,34 @@ class _Recording(AbstractContextManager[None]):
 class _StandingIn(AbstractContextManager[None]):
     """See `Snapshot.standing_in`."""
 
-    __slots__ = ("_before", "_caching", "_first_node", "_norms", "_parameters", "_scope", "_switched", "_use")
+    __slots__ = ("_before", "_contexts", "_first_node", "_parameters", "_scope", "_switched", "_use")
 
     def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
         self._scope = scope
         self._parameters = parameters
-        self._norms: list[AbstractContextManager[None]] = [frozen(scope.norms)] if scope.norms else []
+        # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
+        # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
+        self._contexts: list[AbstractContextManager[None]] = [uncached()]
         self._use = Use(scope.owners, exclusive=True)
+        if scope.norms:
+            self._contexts.append(frozen(scope.norms))
         if kept is not None:
-            self._norms.append(reusing(scope.measured, kept))
+            self._contexts.append(reusing(scope.measured, kept))
 
     def __enter__(self) -> None:
         scope = self._scope
         self._use.__enter__()
         self._before = [holder[name] for holder, name, _ in scope.slots]
         self._switched = switched(scope.modules, scope.training)
-        # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
-        # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
-        self._caching = parametrize._cache_enabled, torch.is_autocast_cache_enabled()
-        parametrize._cache_enabled = 0
-        torch.set_autocast_cache_enabled(False)
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        for context in self._norms:
+        for context in self._contexts:
             context.__enter__()
         self._first_node = torch._C._autograd._get_sequence_nr()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for context in reversed(self._norms):
+        for context in reversed(self._contexts):
             context.__exit__(None, None, None)
-        parametrize._cache_enabled = self._caching[0]
-        torch.set_autocast_cache_enabled(self._caching[1])
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
         switch(self._switched)
