@@ -6,6 +6,10 @@ import os
 from types import SimpleNamespace
 
 import pytest
+
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # before torch is imported: workers, and what they start, share the cores
+    threads = (os.cpu_count() or 1) // int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, threads)))
 import torch
 
 if not torch.cuda.is_available():
