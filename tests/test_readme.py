@@ -35,7 +35,7 @@ def test_the_two_commands_install_all_they_need():
         assert shlex.split(make) == ["python3", "-m", "venv", ".venv"]
         assert shlex.split(install) == [".venv/bin/pip", "install", "-q", "-c", "constraints.txt", "-e", extra]
     assert train.endswith(".venv/bin/python -m crevnet.train")
-    assert test.endswith(".venv/bin/python -m pytest -q -n auto")
+    assert test.endswith(".venv/bin/python -m pytest -q -n auto --dist worksteal")
 
 
 def test_the_checks_run_the_test_command():
