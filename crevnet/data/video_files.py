@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageSequence
+from PIL import Image, ImageOps, ImageSequence
 
 from crevnet.data.errors import DataError
 from crevnet.data.resizing import crop_and_resize
@@ -63,7 +63,7 @@ def load_video(path: Path, channels: int, size: tuple[int, int], every: int = 1)
         path: A `.npy` or `.npz` file (its only array, or the one called `frames`) of shape `[T, H, W]`,
             `[T, C, H, W]` or `[T, H, W, C]`, uint8 or floats in 0 .. 1; a `.gif`; a film, which PyAV decodes; or a
             folder of images in the order of their names.
-        channels: C; images and films are converted to grey (1) or RGB (3).
+        channels: C; images and films are converted to grey (1) or RGB (3), and turned upright where they say how.
         size: Height and width of the frames returned.
         every: Keep the first of so many frames.
 
@@ -161,7 +161,7 @@ def _read_images(folder: Path, channels: int) -> Iterator[np.ndarray]:
 def _read_image(file: Path, mode: str) -> np.ndarray:
     try:
         with Image.open(file) as image:  # of an animation, the first frame
-            return np.asarray(image.convert(mode))
+            return np.asarray(ImageOps.exif_transpose(image).convert(mode))
     except Exception as error:  # damage makes the decoders raise almost anything
         raise DataError(f"{file}: not a readable image: {error}") from error
 
@@ -183,10 +183,15 @@ def _read_film(path: Path, channels: int) -> Iterator[np.ndarray]:
         with av.open(str(path)) as film:
             if not film.streams.video:
                 raise ValueError("it has no pictures")
-            frames = (frame.to_ndarray(format=pixels) for frame in film.decode(video=0))
+            frames = (_upright(frame.to_ndarray(format=pixels), frame.rotation) for frame in film.decode(video=0))
             yield from map(_channels_first, _pieces(frames))
     except Exception as error:  # damage makes the decoders raise almost anything
         raise DataError(f"{path}: not a readable film: {error}") from error
+
+
+def _upright(image: np.ndarray, rotation: int) -> np.ndarray:
+    """Phones film as they are held and write down how far to turn the frames, in degrees against the clock."""
+    return np.rot90(image, round(rotation / 90))
 
 
 def _pyav(path: Path) -> Any:

@@ -1,5 +1,7 @@
+import math
 import random
 import re
+import struct
 import sys
 import wave
 import zipfile
@@ -33,7 +35,7 @@ def save_gif(path, frames, mode="L"):
 
 
 def save_film(path, colours):
-    """One frame of 32 x 48 pixels per colour, `[T, 3]`."""
+    """One frame of 32 x 48 pixels per colour, `[T, 3]`, or image, `[T, 32, 48, 3]`."""
     with av.open(str(path), "w") as film:
         stream = film.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 48, 32, "yuv420p", 4_000_000
@@ -153,6 +155,41 @@ def test_a_film(tmp_path):
     grey = read(path, 1, 16)
     luma = torch.from_numpy(colours @ np.array([0.299, 0.587, 0.114]))
     assert (grey.mean((1, 2, 3)) * 255 - luma).abs().max() < 22  # of a film grey is its luma, 16 .. 235
+
+
+def corners(degrees):
+    """`[32, 48, 3]` with a colour for each quarter, and the colours of the quarters when it is turned clockwise."""
+    quarters = np.array([[[250, 30, 30], [30, 250, 30]], [[30, 30, 250], [250, 250, 250]]], np.uint8)
+    return quarters.repeat(16, 0).repeat(24, 1), np.rot90(quarters, -degrees // 90)
+
+
+def quarters_of(found):
+    """The colours of the quarters of the first of `[T, 3, H, W]`."""
+    return found[0].unflatten(2, (2, -1)).unflatten(1, (2, -1)).mean((2, 4)).permute(1, 2, 0) * 255
+
+
+@pytest.mark.parametrize("degrees", [0, 90, 180, 270])
+def test_a_film_of_a_phone_is_turned_upright(degrees, tmp_path):
+    """Its track's matrix, 16.16 fixed point, says how far to turn the frames clockwise."""
+    path = tmp_path / "a.mp4"
+    image, turned = corners(degrees)
+    save_film(path, [image] * 2)
+    data = bytearray(path.read_bytes())
+    cosine, sine = round(math.cos(math.radians(degrees))), round(math.sin(math.radians(degrees)))
+    matrix = [x << 16 for x in (cosine, sine, 0, -sine, cosine)]
+    start = data.index(b"tkhd") + 44
+    data[start : start + 20] = struct.pack(">5i", *matrix)
+    path.write_bytes(data)
+    assert (quarters_of(read(path, 3, 16)) - torch.from_numpy(turned.copy())).abs().max() < 30
+
+
+@pytest.mark.parametrize(("orientation", "degrees"), [(1, 0), (6, 90), (3, 180), (8, 270)])
+def test_photographs_are_turned_upright(orientation, degrees, tmp_path):
+    image, turned = corners(degrees)
+    exif = Image.Exif()
+    exif[274] = orientation
+    Image.fromarray(image).save(tmp_path / "0.png", exif=exif)
+    assert (quarters_of(read(tmp_path, 3, 16)) - torch.from_numpy(turned.copy())).abs().max() < 30
 
 
 @pytest.mark.parametrize("shape", [(16, 24), (24, 16), (40, 41), (8, 12)])
