@@ -24,6 +24,12 @@ settings.register_profile("repository", deadline=None, derandomize=True, max_exa
 settings.load_profile("repository")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """What `-n auto` means: a worker takes about a gigabyte, too much for one on each core of a large machine."""
+    return min(8, os.cpu_count() or 1)
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
