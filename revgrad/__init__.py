@@ -5,7 +5,6 @@ with depth.
 from revgrad.actnorm import ActNorm
 from revgrad.additive import AdditiveCoupling
 from revgrad.affine import AffineCoupling
-from revgrad.bijection import Bijection, Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.cell import CellUpdate, update_cell
 from revgrad.chain import ChainState
 from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
@@ -20,6 +19,7 @@ from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
 from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.plan import Plan, Way, plan
+from revgrad.rearrangement import Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import unroll
@@ -29,7 +29,6 @@ __all__ = [
     "ActNorm",
     "AdditiveCoupling",
     "AffineCoupling",
-    "Bijection",
     "CellUpdate",
     "ChainState",
     "Concatenate",

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from revgrad.adapter import Adapter
 from revgrad.additive import AdditiveCoupling
-from revgrad.bijection import Concatenate, Split
 from revgrad.errors import StreamError
 from revgrad.layer import ReversibleLayer
 from revgrad.momentum import MomentumStep
+from revgrad.rearrangement import Concatenate, Split
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import Arithmetic, Mode
 

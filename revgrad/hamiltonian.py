@@ -12,10 +12,10 @@ from torch.nn import functional
 
 from revgrad.adapter import Adapter
 from revgrad.additive import AdditiveCoupling
-from revgrad.bijection import Swap
 from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
 from revgrad.layer import Grads
+from revgrad.rearrangement import Swap
 from revgrad.residue import Residue
 from revgrad.sequential import ReversibleSequential
 

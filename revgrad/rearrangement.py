@@ -1,0 +1,307 @@
+"""Layers that move values between places and streams and never change one."""
+
+from collections.abc import Sequence
+
+import torch
+from revgrad_kernels import pixel_shuffle, pixel_unshuffle
+from revgrad_kernels.pixel_shuffle import Order
+from revgrad_kernels.pixel_shuffle_reference import checked_factor
+from torch import Tensor
+
+from revgrad.errors import StreamError
+from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Run, Step, Streams
+
+
+class Rearrangement(ReversibleLayer):
+    """A permutation of values without parameters. Its Jacobian is orthogonal: gradients go back by the inverse itself.
+
+    Args:
+        target: Index of the only stream that is rearranged; None for all of them.
+    """
+
+    evaluations_in_rewind = 0
+
+    def __init__(self, target: int | None = None) -> None:
+        super().__init__()
+        if target is not None and target < 0:
+            raise StreamError(f"{type(self).__name__}: streams are counted from 0; got target={target}")
+        self.target = target
+
+    def has_exact_form(self) -> bool:
+        """No value changes."""
+        return True
+
+    def log_det(self, streams: Streams, step: Step) -> None:
+        """Zero.
+
+        Raises:
+            StreamError: Values move between samples, so that what later layers add would be another sample's.
+        """
+        if any(getattr(self, "dim", 1) in (0, -x.dim()) for x in streams):
+            raise StreamError(
+                f"{step.name}: moves values along the first dimension, which log_det takes for the samples"
+            )
+
+    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        """Undo streams and gradients alike; nothing is evaluated twice."""
+        return _rearrange(self.undo, flow, step, wrt)
+
+    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        """As `rewind`, in the other direction."""
+        return _rearrange(self.run, flow, step, wrt)
+
+    def targets(self, streams: Streams, step: Step) -> range:
+        """Which streams are rearranged.
+
+        Raises:
+            StreamError: There is no stream `target`.
+        """
+        if self.target is None:
+            return range(len(streams))
+        if self.target >= len(streams):
+            raise StreamError(
+                f"{step.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
+            )
+        return range(self.target, self.target + 1)
+
+    def extra_repr(self) -> str:
+        """The target, where there is one."""
+        return "" if self.target is None else f"target={self.target}"
+
+    def _with_target(self, *parts: str) -> str:
+        return ", ".join([*parts, *([] if self.target is None else [Rearrangement.extra_repr(self)])])
+
+
+def _rearrange(move: Run, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
+    step.log_det_grad = None  # the log-determinant is constant
+    grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
+    flow.streams[:] = move(tuple(flow.streams), step)
+    flow.grads[:] = move(grads, step)
+    return Rewound((), (None,) * len(wrt))
+
+
+class PixelUnshuffle(Rearrangement):
+    """Fold space into channels: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1), and of signals
+    `[B, C, L]` to `[B, C n, L / n]`.
+
+    Args:
+        factor: n.
+        order: Of the output channels, `pytorch` or `irevnet`; see `revgrad_kernels.pixel_shuffle`.
+        target: Index of the only stream that is folded; None for all of them.
+    """
+
+    def __init__(self, factor: int = 2, order: Order = "pytorch", target: int | None = None) -> None:
+        super().__init__(target)
+        self.factor = checked_factor(type(self).__name__, factor, order)
+        if self.factor < 1:
+            raise StreamError(f"{type(self).__name__}: factor={factor} must be at least 1")
+        self.order = order
+
+    def updates(self) -> int | None:
+        """The target."""
+        return self.target
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Space to channels."""
+        return self._each(streams, step, fold=True)
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """Channels to space."""
+        return self._each(streams, step, fold=False)
+
+    def _each(self, streams: Streams, step: Step, *, fold: bool) -> Streams:
+        chosen = self.targets(streams, step)
+        image, signal = (pixel_unshuffle, _fold_signal) if fold else (pixel_shuffle, _unfold_signal)
+        try:
+            return tuple(
+                x if i not in chosen else (signal if x.dim() == 3 else image)(x, self.factor, order=self.order)
+                for i, x in enumerate(streams)
+            )
+        except ValueError as error:
+            shapes = ", ".join(str(tuple(streams[i].shape)) for i in chosen)
+            error.add_note(f"{step.name}: given streams of shape {shapes}")
+            raise
+
+    def extra_repr(self) -> str:
+        """Factor, order and target."""
+        return self._with_target(f"factor={self.factor}", f"order={self.order!r}")
+
+
+def _fold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
+    """`[B, C, L]` to `[B, C n, L / n]`."""
+    if x.shape[2] % n:
+        raise ValueError(f"a signal of length {x.shape[2]} cannot be folded by {n}")
+    parts = x.unflatten(2, (-1, n)).movedim(3, 2 if order == "pytorch" else 1)
+    return parts.flatten(1, 2)
+
+
+def _unfold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
+    """`[B, C n, L]` to `[B, C, L n]`."""
+    if x.shape[1] % n:
+        raise ValueError(f"{x.shape[1]} channels are not a multiple of {n}")
+    parts = x.unflatten(1, (-1, n) if order == "pytorch" else (n, -1)).movedim(2 if order == "pytorch" else 1, 3)
+    return parts.flatten(2, 3)
+
+
+class PixelShuffle(PixelUnshuffle):
+    """Unfold channels into space: the inverse of `PixelUnshuffle` with the same arguments."""
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Channels to space."""
+        return super().undo(streams, step)
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """Space to channels."""
+        return super().run(streams, step)
+
+
+class Split(Rearrangement):
+    """Cut a stream into several along a dimension.
+
+    Args:
+        sizes: Number of equal parts, or the sizes of the parts.
+        dim: Dimension to cut.
+        target: Index of the stream, which its parts replace; None for the only one.
+    """
+
+    def __init__(self, sizes: int | Sequence[int] = 2, dim: int = 1, target: int | None = None) -> None:
+        super().__init__(target)
+        if isinstance(sizes, int) and sizes < 1:
+            raise StreamError(f"{type(self).__name__}: sizes={sizes} must be at least 1, or the sizes of the parts")
+        self.sizes = sizes
+        self.dim = dim
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """One stream to several."""
+        if self.target is None and len(streams) != 1:
+            raise StreamError(
+                f"{step.name}: {type(self).__name__} takes one stream, got {len(streams)}; target= says which"
+            )
+        (at,) = self.targets(streams, step)
+        return (*streams[:at], *self._parts(streams[at], step), *streams[at + 1 :])
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """Several streams to one."""
+        count = self.sizes if isinstance(self.sizes, int) else len(self.sizes)
+        at = self.target or 0
+        found = len(streams) - at
+        if found < count or (self.target is None and found > count):
+            raise StreamError(
+                f"{step.name}: joins {count} streams{f', from stream {at} on' if at else ''}, got {max(found, 0)}; "
+                "the first argument says how many, or gives their sizes"
+            )
+        parts = streams[at : at + count]
+        self._check_parts(parts, step)
+        return (*streams[:at], torch.cat(parts, self.dim), *streams[at + count :])
+
+    def _parts(self, x: Tensor, step: Step) -> Streams:
+        width = x.shape[self.dim]
+        if isinstance(self.sizes, int):
+            if width % self.sizes:
+                raise StreamError(
+                    f"{step.name}: dimension {self.dim} of size {width} cannot be cut into {self.sizes} equal "
+                    f"parts; give the sizes"
+                )
+            return x.chunk(self.sizes, self.dim)
+        if sum(self.sizes) != width:
+            raise StreamError(
+                f"{step.name}: sizes {tuple(self.sizes)} do not add up to dimension {self.dim} of size {width}"
+            )
+        return x.split(list(self.sizes), self.dim)
+
+    def _check_parts(self, parts: Streams, step: Step) -> None:
+        """Raise unless cutting gives these parts again."""
+        widths = tuple(x.shape[self.dim] for x in parts)
+        if isinstance(self.sizes, int):
+            if len(set(widths)) > 1:
+                raise StreamError(
+                    f"{step.name}: joins equal streams, got sizes {widths} along dimension {self.dim}; give these sizes"
+                )
+        elif widths != tuple(self.sizes):
+            raise StreamError(
+                f"{step.name}: joins streams of sizes {tuple(self.sizes)} along dimension {self.dim}, got {widths}"
+            )
+
+    def extra_repr(self) -> str:
+        """Sizes, dimension and target."""
+        return self._with_target(f"sizes={self.sizes}", f"dim={self.dim}")
+
+
+class Concatenate(Split):
+    """Join streams along a dimension: the inverse of `Split` with the same arguments.
+
+    Args:
+        sizes: Number of streams, equal ones, or their sizes.
+        dim: Dimension along which they are joined.
+        target: Index of the first of them, which the result replaces; None where there are no others.
+    """
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Several streams to one."""
+        return super().undo(streams, step)
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """One stream to several."""
+        return super().run(streams, step)
+
+
+class Permute(Rearrangement):
+    """Reorder the channels: output channel `i` is input channel `order[i]`. The order is saved with the weights.
+
+    Args:
+        order: A permutation of `0 .. C - 1`.
+        dim: Dimension of the channels.
+        target: Index of the only stream that is reordered; None for all of them.
+
+    Raises:
+        StreamError: `order` is not a permutation, or a stream has another number of channels.
+    """
+
+    order: Tensor
+
+    def __init__(self, order: Sequence[int] | Tensor, dim: int = 1, target: int | None = None) -> None:
+        super().__init__(target)
+        places = order.tolist() if isinstance(order, Tensor) else list(order)
+        if sorted(places) != list(range(len(places))):
+            raise StreamError(f"Permute: {places} is not a permutation of 0 .. {len(places) - 1}")
+        self.dim = dim
+        self.register_buffer("order", torch.tensor(places, dtype=torch.int64))
+
+    def updates(self) -> int | None:
+        """The target."""
+        return self.target
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Reorder."""
+        return self._select(streams, self.order, step)
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """Restore the order."""
+        return self._select(streams, self.order.argsort(), step)
+
+    def _select(self, streams: Streams, order: Tensor, step: Step) -> Streams:
+        chosen = self.targets(streams, step)
+        for i in chosen:
+            channels = streams[i].shape[self.dim]
+            if channels != len(order):
+                raise StreamError(f"{step.name}: {channels} channels, but the permutation orders {len(order)}")
+        return tuple(x.index_select(self.dim, order) if i in chosen else x for i, x in enumerate(streams))
+
+    def extra_repr(self) -> str:
+        """Dimension and target."""
+        return self._with_target(f"dim={self.dim}")
+
+
+class Swap(Rearrangement):
+    """Reverse the order of the streams."""
+
+    def __init__(self) -> None:
+        super().__init__()
+
+    def run(self, streams: Streams, step: Step) -> Streams:
+        """Last stream first."""
+        return streams[::-1]
+
+    def undo(self, streams: Streams, step: Step) -> Streams:
+        """First stream last again."""
+        return streams[::-1]
