@@ -5,12 +5,17 @@ from collections.abc import Sequence
 from torch import nn
 
 from revgrad.chain import Link
+from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
 from revgrad.layer import Inverse, ReversibleLayer
 
 
 def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
-    """Resolve `auto`."""
+    """Resolve `auto`.
+
+    Raises:
+        StreamError: There is no such arithmetic, or a layer cannot be run in it.
+    """
     if arithmetic not in ("auto", "exact", "float"):
         raise StreamError(f"arithmetic must be 'auto', 'exact' or 'float', got {arithmetic!r}")
     recalling = _recalling(links)
@@ -19,9 +24,20 @@ def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
             f"{recalling}: undoes a layer that forgets (it is gated or has a momentum), and no layer before it has "
             "forgotten that much: exact arithmetic has nothing to recall it from; choose arithmetic='float'"
         )
-    if arithmetic != "auto":
-        return arithmetic == "exact"
-    return recalling is None and any(forgets(layer) for _, layer in links)
+    forgetting = next((name for name, layer in links if forgets(layer)), None)
+    exact = arithmetic == "exact" or (arithmetic == "auto" and recalling is None and forgetting is not None)
+    without = next((name for name, layer in links if exact and _is_coupling_in_floats(layer)), None)
+    if without is not None:
+        chosen = "" if arithmetic == "exact" else f", which arithmetic='auto' has chosen because {forgetting} forgets"
+        raise StreamError(f"{without} has no exact form{chosen}; choose arithmetic='float'")
+    return exact
+
+
+def _is_coupling_in_floats(layer: ReversibleLayer) -> bool:
+    """Other layers say themselves what they cannot do, and those of users need not say that they can."""
+    while isinstance(layer, Inverse):
+        layer = layer.layer
+    return isinstance(layer, Coupling) and not layer.has_exact_form()
 
 
 def _only_forgets(module: nn.Module) -> bool:

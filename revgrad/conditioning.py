@@ -7,7 +7,7 @@ layers read it, and puts stand-ins in for the backward pass.
 from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from revgrad.chain import Link
@@ -42,6 +42,8 @@ def bind(
     for name in common:
         if not any(layer.accepts(name) for _, layer in links):
             fix = "give the forward method of a transform a parameter of this name"
+            if any(isinstance(m, nn.Sequential) for _, layer in links for m in layer.modules()):
+                fix += " (an nn.Sequential hands nothing on to what is in it: write a module that does)"
             if not any(map(_may_accept, links)):
                 fix = (
                     "none takes any, for they have no transforms (a wrapped function is given the streams alone); make "

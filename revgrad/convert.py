@@ -14,7 +14,6 @@ from revgrad.layer import ReversibleLayer
 from revgrad.momentum import MomentumStep
 from revgrad.rearrangement import Concatenate, Split
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import Arithmetic, Mode
 
 
 def from_pairs(
@@ -79,34 +78,29 @@ def from_groups(
     return ReversibleSequential(*layers, **options)
 
 
+def _of_chain(option: str) -> Any:
+    """The option of the chain inside; may be changed at any time."""
+    return property(lambda self: getattr(self.chain, option), lambda self, value: setattr(self.chain, option, value))
+
+
 class MomentumNetwork(nn.Module):
     """A stack of residual blocks with a momentum: one tensor in, one of the same shape out.
 
     The velocity starts at zero and is dropped at the end, so that the network has no inverse; `chain`, the
-    `ReversibleSequential` inside, has: of the pair of output and velocity.
+    `ReversibleSequential` inside, has: of the pair of output and velocity. The options of the chain are attributes here
+    as well.
     """
 
     def __init__(self, chain: ReversibleSequential) -> None:
         super().__init__()
         self.chain = chain
 
-    @property
-    def mode(self) -> Mode:
-        """That of the chain; may be changed at any time."""
-        return self.chain.mode
-
-    @mode.setter
-    def mode(self, mode: Mode) -> None:
-        self.chain.mode = mode
-
-    @property
-    def arithmetic(self) -> Arithmetic:
-        """That of the chain; may be changed at any time."""
-        return self.chain.arithmetic
-
-    @arithmetic.setter
-    def arithmetic(self, arithmetic: Arithmetic) -> None:
-        self.chain.arithmetic = arithmetic
+    mode = _of_chain("mode")
+    arithmetic = _of_chain("arithmetic")
+    anchor_every = _of_chain("anchor_every")
+    drift_guard = _of_chain("drift_guard")
+    memory_budget = _of_chain("memory_budget")
+    offload = _of_chain("offload")
 
     def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
         """`[B, ...]` to the same shape. Conditioning goes to the blocks that take it by its name."""

@@ -99,6 +99,11 @@ class Coupling(ReversibleLayer):
     ) -> None:
         super().__init__()
         name = type(self).__name__
+        if not isinstance(transform, nn.Module):
+            raise StreamError(
+                f"{name}: the transform must be a module, whose parameters the chain knows; got a "
+                f"{type(transform).__name__}: write a module that calls it"
+            )
         sources = (source,) if isinstance(source, int) else tuple(source)
         if len(set(sources)) != len(sources) or not sources:
             raise StreamError(f"{name}: source={source} must name one stream or several, each once")

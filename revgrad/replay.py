@@ -146,8 +146,8 @@ class Snapshot:
             if buffer._version != version or module._buffers.get(name) is not buffer:
                 raise ReversibilityError(
                     f"{type(module).__name__} changed its buffer '{name}' during the forward pass, so the "
-                    f"recomputation in backward would see "
-                    "another value: put it in eval mode, or choose mode='stored'"
+                    f"recomputation in backward would see another value: put it in eval mode if it keeps statistics, "
+                    "keep what grows or counts in a plain attribute instead, or choose mode='stored'"
                 )
         self.check_attributes("during the forward pass")
 

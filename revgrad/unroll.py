@@ -242,25 +242,49 @@ def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState)
     return streams, ChainState(tuple(own), carry)
 
 
-def chain_links(chain: Chain, prefix: str = "") -> tuple[Link, ...]:
-    """Flatten layers, sequences of layers and inverses of sequences into links with names for errors."""
+def chain_links(chain: Chain, prefix: str = "", outermost: ReversibleLayer | None = None) -> tuple[Link, ...]:
+    """Flatten layers, sequences of layers and inverses of sequences into links with names for errors.
+
+    Args:
+        chain: What to flatten.
+        prefix: Its place in the outermost chain; empty for that itself.
+        outermost: That chain, where it has options.
+
+    Raises:
+        StreamError: Something in it is no reversible layer; or a chain in it has options that are not the outermost's.
+    """
     if isinstance(chain, Inverse) and isinstance(chain.layer, Inverse):
-        return chain_links(chain.layer.layer, prefix)
+        return chain_links(chain.layer.layer, prefix, outermost)
     if isinstance(chain, Inverse) and is_sequence(chain.layer):
-        inner = chain_links(chain.layer, prefix)
+        inner = chain_links(chain.layer, prefix, outermost)
         return tuple(Link(f"inverse of {name}", Inverse(layer)) for name, layer in reversed(inner))
     if isinstance(chain, ReversibleLayer) and not is_sequence(chain):
         return (Link(f"layer {prefix or '0'} ({describe(chain)})", chain),)
     if not isinstance(chain, Iterable):
         raise StreamError(f"a {type(chain).__name__} is no chain of reversible layers: {_advice(chain, chain)}")
+    if isinstance(chain, ReversibleLayer):
+        if not prefix:
+            outermost = chain
+        elif outermost is not None:
+            _check_options(chain, prefix, outermost)
     links: list[Link] = []
     for i, layer in enumerate(chain):
         if not isinstance(layer, ReversibleLayer):
             raise StreamError(
                 f"layer {prefix}{i} is a {type(layer).__name__}, not a reversible layer: {_advice(chain, layer)}"
             )
-        links += chain_links(layer, f"{prefix}.{i}" if prefix else f"{i}")
+        links += chain_links(layer, f"{prefix}.{i}" if prefix else f"{i}", outermost)
     return tuple(links)
+
+
+def _check_options(chain: ReversibleLayer, place: str, outermost: ReversibleLayer) -> None:
+    """Raise for options of a chain inside another that would be ignored."""
+    for name, value in chain.chosen_options().items():
+        if getattr(outermost, name, None) != value:
+            raise StreamError(
+                f"layer {place} is a chain with {name}={value!r}, which would be ignored, since the outermost chain's "
+                "options count: set it there, or take it off this one"
+            )
 
 
 def _advice(chain: Any, wrong: Any) -> str:

@@ -98,7 +98,12 @@ def _name(f: Callable[..., Any]) -> str:
 
 def _streams(f: Callable[..., Any], streams: Streams, step: Step) -> Streams:
     with Unchanged(streams, lambda x: _changed(step.name, f, x)):
-        out = f(*streams)
+        try:
+            out = f(*streams)
+        except Exception as error:
+            shapes = ", ".join(str(tuple(x.shape)) for x in streams)
+            error.add_note(f"{step.name}: in {_name(f)}, given {len(streams)} stream(s) of shape {shapes}")
+            raise
     out = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     wrong = [type(x).__name__ for x in out if not isinstance(x, Tensor)]
     if wrong or not out:

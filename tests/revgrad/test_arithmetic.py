@@ -29,3 +29,14 @@ def test_what_forgets_is_found_inside(make):
 def test_an_unknown_arithmetic_is_named():
     with pytest.raises(StreamError, match="arithmetic must be 'auto', 'exact' or 'float', got 'int'"):
         is_exact("int", [])
+
+
+def test_auto_says_why_it_is_exact_where_a_coupling_cannot_be(make):
+    links = chain_links([make.coupling("affine"), make.coupling("gated", i=1)])
+    with pytest.raises(
+        StreamError,
+        match=r"layer 0 \(AffineCoupling\) has no exact form, which arithmetic='auto' has chosen because layer 1 "
+        r"\(GatedCoupling\) forgets; choose arithmetic='float'",
+    ):
+        is_exact("auto", links)
+    assert not is_exact("float", links)

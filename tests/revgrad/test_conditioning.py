@@ -52,6 +52,14 @@ def test_layers_that_take_no_arguments_at_all_say_so(layer):
             bind(chain_links([layer, coupling]), {"x": 1})
 
 
+def test_a_sequential_that_hides_what_takes_an_argument_is_pointed_out():
+    inside = AdditiveCoupling(nn.Sequential(nn.Linear(4, 4), Told()))
+    with pytest.raises(
+        StreamError, match=r"a parameter of this name \(an nn.Sequential hands nothing on to what is in it"
+    ):
+        bind(chain_links([inside]), {"scale": 1})
+
+
 def test_tensors_are_taken_out_once_and_put_back():
     a, b = torch.ones(1), torch.ones(2)
     arguments = ({"context": (a, [b, "text"]), "scale": None}, {}, {"mask": a})

@@ -50,11 +50,22 @@ def test_pairs_take_the_options_of_a_chain(make):
         from_pairs(pairs(make), anchor_evry=2)
 
 
-def test_mode_and_arithmetic_of_a_momentum_network_are_its_chains(make):
+def test_options_of_a_momentum_network_are_its_chains(make):
     network = momentum_from([make.net(4)], skip_inside=False, mode="stored")
     assert (network.mode, network.arithmetic) == ("stored", "auto")
-    network.mode, network.arithmetic = "checkpoint", "float"
-    assert (network.chain.mode, network.chain.arithmetic) == ("checkpoint", "float")
+    changed = {
+        "mode": "reversible",
+        "arithmetic": "float",
+        "anchor_every": 2,
+        "drift_guard": 3,
+        "memory_budget": "1 MiB",
+        "offload": True,
+    }
+    for name, value in changed.items():
+        setattr(network, name, value)
+        assert getattr(network, name) == value
+    del changed["mode"]  # the default
+    assert network.chain.chosen_options() == changed
     with pytest.raises(StreamError, match="mode must be"):
         network.mode = "stord"
 

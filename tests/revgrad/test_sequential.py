@@ -194,6 +194,22 @@ def test_empty_chain_is_the_identity(mode):
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.ones(2, 8))
 
 
+@pytest.mark.parametrize("inverted", [False, True])
+@pytest.mark.parametrize(
+    ("option", "value"), [("mode", "stored"), ("arithmetic", "exact"), ("anchor_every", 2), ("memory_budget", "1 MiB")]
+)
+def test_options_of_a_chain_inside_another_are_not_ignored(make, option, value, inverted):
+    inner = make.chain("additive", 2)
+    chain = ReversibleSequential(make.coupling("additive"), Inverse(inner) if inverted else inner)
+    setattr(inner, option, value)
+    with pytest.raises(StreamError, match=rf"layer 1 is a chain with {option}='?{value}'?, which would be ignored"):
+        chain(*make.streams())
+    setattr(chain, option, value)
+    chain(*make.streams())
+    inner.mode = "reversible"  # a default says nothing
+    chain(*make.streams())
+
+
 @pytest.mark.parametrize("arithmetic", ["exact", "float"])
 def test_nested_chains_are_the_flat_chain(make, check, arithmetic):
     a, b, c, d = (make.coupling("additive", 4, i) for i in range(4))

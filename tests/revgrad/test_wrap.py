@@ -210,3 +210,12 @@ def test_an_inverse_in_place_raises():
     chain = ReversibleSequential(wrap(lambda a: a.mul_(2), lambda b: b / 2))
     with pytest.raises(StreamError, match="changed its input in place, a stream of shape"):
         chain(x)
+
+
+def test_an_error_in_a_function_names_the_layer_and_what_it_was_given():
+    chain = ReversibleSequential(wrap(lambda x: 2 * x, lambda x: x / 2))
+    with pytest.raises(TypeError) as error:
+        chain(torch.zeros(2, 3), torch.zeros(2, 4))
+    note = error.value.__notes__[0]
+    assert "layer 0 (Wrapped): in " in note
+    assert note.endswith("given 2 stream(s) of shape (2, 3), (2, 4)")
