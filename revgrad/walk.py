@@ -207,7 +207,7 @@ def _input_differs(
     exact: bool,
 ) -> ReversibilityError:
     by = f"by {float(error):.2g} of its size"
-    changed = "what a transform reads has changed since the forward pass"
+    changed = "a transform depends on what has changed since the forward pass, or on random numbers that are not PyTorch's"
     why = f"an inverse does not invert, or not precisely enough, or {changed}"
     if not bool(found.isfinite().all()):
         by = "and is not finite"
