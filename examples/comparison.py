@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
+from torch.nn import functional
 
 from revgrad import LiveMemory, ReversibleSequential
 
@@ -40,6 +41,27 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[300:]], y[order[300:]], x[order[:300]], y[order[:300]]
 
 
+def compare_classifiers(build: Callable[[], nn.Module], argv: list[str] | None) -> dict[str, Training]:
+    """Train a classifier of digits in both modes, and print the accuracy on digits that were not trained on.
+
+    Args:
+        build: Makes a model that maps images to logits.
+        argv: The command line.
+    """
+    x, y, x_test, y_test = digits()
+
+    def loss(model: nn.Module, step: int) -> Tensor:
+        batch = torch.randint(len(x), (64,))
+        return functional.cross_entropy(model(x[batch]), y[batch])
+
+    runs = compare(build, loss, arguments(argv, steps=150).steps)
+    for mode, run in runs.items():
+        with torch.no_grad():
+            right = run.model.eval()(x_test).argmax(1) == y_test
+        print(f"{mode}: {right.float().mean():.1%} of the test digits right")
+    return runs
+
+
 def compare(
     build: Callable[[], nn.Module],
     loss_of: Callable[[nn.Module, int], Tensor],
@@ -59,7 +81,7 @@ def compare(
     runs = {mode: _train(build, loss_of, steps, learning_rate, mode) for mode in modes}
     print(f"{'':12}{'memory of a step':>18}{'time of a step':>16}{'first loss':>12}{'last loss':>11}")
     for mode, run in runs.items():
-        cost = f"{run.peak / 2**20:15.2f} MB{1e3 * run.seconds:13.1f} ms"
+        cost = f"{run.peak / 2**20:14.2f} MiB{1e3 * run.seconds:13.1f} ms"
         print(f"{mode:12}{cost}{run.losses[0]:12.4f}{run.losses[-1]:11.4f}")
     return runs
 

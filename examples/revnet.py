@@ -3,14 +3,12 @@
 python examples/revnet.py --steps 150
 """
 
-import torch
-from comparison import Training, arguments, compare, digits
-from torch import Tensor, nn
-from torch.nn import functional
+from comparison import Training, compare_classifiers
+from torch import nn
 
 from revgrad import from_pairs
 
-WIDTH, DEPTH, BATCH = 32, 12, 64
+WIDTH, DEPTH = 32, 12
 
 
 def residual(channels: int) -> nn.Module:
@@ -33,18 +31,7 @@ def classifier() -> nn.Module:
 
 def main(argv: list[str] | None = None) -> dict[str, Training]:
     """Train both ways and print the accuracy on digits that were not trained on."""
-    x, y, x_test, y_test = digits()
-
-    def loss(model: nn.Module, step: int) -> Tensor:
-        batch = torch.randint(len(x), (BATCH,))
-        return functional.cross_entropy(model(x[batch]), y[batch])
-
-    runs = compare(classifier, loss, arguments(argv, steps=150).steps)
-    for mode, run in runs.items():
-        with torch.no_grad():
-            right = run.model.eval()(x_test).argmax(1) == y_test
-        print(f"{mode}: {right.float().mean():.1%} of the test digits right")
-    return runs
+    return compare_classifiers(classifier, argv)
 
 
 if __name__ == "__main__":

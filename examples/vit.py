@@ -4,13 +4,12 @@ python examples/vit.py --steps 150
 """
 
 import torch
-from comparison import Training, arguments, compare, digits
+from comparison import Training, compare_classifiers
 from torch import Tensor, nn
-from torch.nn import functional
 
 from revgrad import AdditiveCoupling, ReversibleSequential
 
-WIDTH, HEADS, DEPTH, BATCH = 48, 4, 8, 64
+WIDTH, HEADS, DEPTH = 48, 4, 8
 
 
 class Attention(nn.Module):
@@ -51,18 +50,7 @@ class VisionTransformer(nn.Module):
 
 def main(argv: list[str] | None = None) -> dict[str, Training]:
     """Train both ways and print the accuracy on digits that were not trained on."""
-    x, y, x_test, y_test = digits()
-
-    def loss(model: nn.Module, step: int) -> Tensor:
-        batch = torch.randint(len(x), (BATCH,))
-        return functional.cross_entropy(model(x[batch]), y[batch])
-
-    runs = compare(VisionTransformer, loss, arguments(argv, steps=150).steps)
-    for mode, run in runs.items():
-        with torch.no_grad():
-            right = run.model.eval()(x_test).argmax(1) == y_test
-        print(f"{mode}: {right.float().mean():.1%} of the test digits right")
-    return runs
+    return compare_classifiers(VisionTransformer, argv)
 
 
 if __name__ == "__main__":

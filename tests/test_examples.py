@@ -29,14 +29,14 @@ def test_example(name, capsys):
         assert reversible.losses == stored.losses
     assert reversible.losses[:4] == pytest.approx(stored.losses[:4], rel=2e-3)
     assert reversible.peak < stored.peak / 2
-    told = re.search(rf"/{name}\.py\).* ([\d.]+) MB \| ([\d.]+) MB \|$", PAGE, re.MULTILINE)
+    told = re.search(rf"/{name}\.py\).* ([\d.]+) MiB \| ([\d.]+) MiB \|$", PAGE, re.MULTILINE)
     assert told, f"docs/examples.md lacks {name}.py"
     assert [run.peak / 2**20 for run in (stored, reversible)] == pytest.approx(
         [float(x) for x in told.groups()], rel=0.1
     )
     printed = capsys.readouterr().out
     assert "memory of a step" in printed
-    assert all(f"{run.peak / 2**20:.2f} MB" in printed for run in (stored, reversible))
+    assert all(f"{run.peak / 2**20:.2f} MiB" in printed for run in (stored, reversible))
 
 
 @pytest.mark.parametrize("name", NAMES)
