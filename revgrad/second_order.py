@@ -14,7 +14,7 @@ from revgrad.chain import run_chain, undo_chain
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Grads, Streams, check_closed
 from revgrad.offload import Stowed
-from revgrad.program import Program
+from revgrad.program import CORE, Program
 from revgrad.replay import Snapshot
 from revgrad.tape import Tape
 
@@ -57,17 +57,17 @@ class DifferentiableGradients:
                 "second derivatives (create_graph=True) are not available with offload=True, which keeps the values "
                 "of states and not their graph: choose offload=False"
             )
-        links, read = program.core, [r.state for r in tape.read.get((0, 1), ())]
+        links, read = program.core, [r.state for r in tape.read.get((0, CORE), ())]
         with snapshot.standing_in(parameters):
-            streams = undo_chain(links, outputs, read, None, snapshot.replaying, program.arguments[1])
-        compare(program.recovered(0, streams), tape.fingerprints[0, 1, 0])
+            streams = undo_chain(links, outputs, read, None, snapshot.replaying, program.arguments.core)
+        compare(program.recovered(0, streams), tape.fingerprints[0, CORE, 0])
         # The second run reads aliases, so that gradients end where it begins.
         streams, states = _aliases(streams), segment.state.replace(_aliases(segment.state.tensors()))
         aliases = _aliases(parameters)
         conditioned = program.emptied().filled(aliases[len(snapshot.parameters) :])
         with snapshot.standing_in(aliases):
             again, final = run_chain(
-                links, streams, states, None, snapshot.replaying, arguments=conditioned.arguments[1]
+                links, streams, states, None, snapshot.replaying, arguments=conditioned.arguments.core
             )
         results = (*again, *final.tensors())
         known = (*streams, *states.tensors(), *aliases)

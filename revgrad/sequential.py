@@ -16,7 +16,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.log_det import start, with_log_det
-from revgrad.program import Program
+from revgrad.program import PartArguments, Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
 from revgrad.unroll import (
@@ -257,10 +257,10 @@ class ReversibleSequential(ReversibleLayer):
         ]
         if not log_det:
             return _result(
-                undo_chain(program.core, streams, read, bits, arguments=program.arguments[1], new_state=after)
+                undo_chain(program.core, streams, read, bits, arguments=program.arguments.core, new_state=after)
             )
         links, streams = with_log_det(program).core[1:], (*streams, start(streams))
-        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments[1], new_state=after)
+        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
         return _result(tuple(out)), total
 
     def accepts(self, name: str) -> bool:
@@ -289,7 +289,7 @@ class ReversibleSequential(ReversibleLayer):
             exit=(),
             fed=(True,),
             exact=is_exact(self.arithmetic, links),
-            arguments=((), bind(links, common, per_layer), ()),
+            arguments=PartArguments(core=bind(links, common, per_layer)),
             anchor_every=self.anchor_every,
             guarded=guarded,
             offload=self.offload,
