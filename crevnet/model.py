@@ -256,4 +256,5 @@ class CrevNet(VideoModel):
 
     def _program(self) -> Program:
         entry, core, leave = map(chain_links, (self.autoencoder, self.predictor, Inverse(self.autoencoder)))
-        return Program(entry, core, leave, (True,), is_exact(self.config.arithmetic, core))
+        exact = is_exact(self.config.arithmetic, core)
+        return Program(entry=entry, core=core, exit=leave, fed=(True,), exact=exact)

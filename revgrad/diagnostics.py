@@ -106,7 +106,7 @@ def check_invertible(
         tolerance = 0.0 if exact else coarsest
     residue = Residue() if exact else None
     snapshot = Snapshot(layer for _, layer in links)
-    state = Program((), links, (), (True,), exact).enter_state(checked_state(links, states))
+    state = Program.of_chain(links, exact=exact).enter_state(checked_state(links, states))
     arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
     carry = state.carry
     inputs_of: list[Streams] = []

@@ -14,7 +14,7 @@ from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
 from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
-from revgrad.program import PartArguments, Program
+from revgrad.program import Program
 from revgrad.sequential import ReversibleSequential
 from revgrad.unroll import Chain, chain_links, checked_state, checked_streams
 
@@ -109,9 +109,9 @@ def plan(
     own = model if isinstance(model, ReversibleSequential) else ReversibleSequential()
     streams = checked_streams("plan", (inputs,) if isinstance(inputs, Tensor) else inputs)
     state = checked_state(links, states)
-    arguments = PartArguments(core=bind(links, conditioning))
+    arguments = bind(links, conditioning)
     exact = is_exact(own.arithmetic, links)
-    program = Program((), links, (), (True,), exact, arguments=arguments, anchor_every=own.anchor_every)
+    program = Program.of_chain(links, exact=exact, arguments=arguments, anchor_every=own.anchor_every)
     device = _device(links, streams)
     with _fake_mode(streams) as mode:
 

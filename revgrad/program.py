@@ -69,6 +69,34 @@ class Program:
     offload: bool = False
     """Whether states and anchors wait on the host for the backward pass."""
 
+    @classmethod
+    def of_chain(
+        cls,
+        links: tuple[Link, ...],
+        *,
+        exact: bool,
+        arguments: tuple[Arguments, ...] = (),
+        anchor_every: int | None = None,
+        guarded: bool = False,
+        offload: bool = False,
+    ) -> "Program":
+        """One time step of a chain, without entry and exit; `arguments` are those of its layers.
+
+        Raises:
+            StreamError: `anchor_every` is not a whole number from 1 on.
+        """
+        return cls(
+            entry=(),
+            core=links,
+            exit=(),
+            fed=(True,),
+            exact=exact,
+            arguments=PartArguments(core=arguments),
+            anchor_every=anchor_every,
+            guarded=guarded,
+            offload=offload,
+        )
+
     def __post_init__(self) -> None:
         for name in ("keep_states_every", "anchor_every"):
             value = getattr(self, name)

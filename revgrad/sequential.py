@@ -16,7 +16,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.log_det import start, with_log_det
-from revgrad.program import PartArguments, Program
+from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
 from revgrad.unroll import (
@@ -283,13 +283,10 @@ class ReversibleSequential(ReversibleLayer):
         self, common: Arguments, per_layer: Sequence[Arguments | None] | None, *, guarded: bool = False
     ) -> Program:
         links = chain_links(self)
-        return Program(
-            entry=(),
-            core=links,
-            exit=(),
-            fed=(True,),
+        return Program.of_chain(
+            links,
             exact=is_exact(self.arithmetic, links),
-            arguments=PartArguments(core=bind(links, common, per_layer)),
+            arguments=bind(links, common, per_layer),
             anchor_every=self.anchor_every,
             guarded=guarded,
             offload=self.offload,

@@ -219,8 +219,7 @@ def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState)
     if residue is not None:
         residue.check_range()
     for i, (link, layer_state) in enumerate(zip(whole.core, state.layers, strict=True)):
-        arguments = PartArguments(core=whole.arguments.core[i : i + 1])
-        program = Program((), (link,), (), (True,), whole.exact, arguments=arguments)
+        program = Program.of_chain((link,), exact=whole.exact, arguments=whole.arguments.core[i : i + 1])
         snapshot = Snapshot([link.layer])
         start = residue.clone(words=False) if residue is not None else None
 

@@ -48,7 +48,7 @@ def logit_mean(gate):
 def test_forty_modules_over_twenty_steps_invert_bit_for_bit(mean_gate, record_property):
     modules = [Module(logit_mean(mean_gate)) for _ in range(MODULES)]
     layers = [GatedCoupling(m, i % 2, 1 - i % 2, stateful=True) for i, m in enumerate(modules)]
-    program = Program((), chain_links(layers), (), (True,), exact=True)
+    program = Program.of_chain(chain_links(layers), exact=True)
     zero = torch.zeros(BATCH, WIDTH)
     state, residue = ChainState(((zero,),) * MODULES), Residue()
     tape, halfway = [], None
@@ -136,7 +136,7 @@ def test_contexts_are_entered_around_every_layer_in_order(make):
 
 def test_enter_snaps_in_exact_arithmetic_only(make):
     x = make.streams()
-    program = Program((), (), (), (True,), exact=True)
+    program = Program.of_chain((), exact=True)
     assert program.enter(x, None) is x
     assert all(map(torch.equal, program.enter(x, Residue()), map(snap, x)))
 
