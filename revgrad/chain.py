@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams, add
+from revgrad.gradients import add
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams
 from revgrad.residue import Residue
 
 

@@ -21,28 +21,13 @@ from revgrad.adapter import takes
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.exact_update import ExactUpdate
-from revgrad.layer import (
-    NO_ARGUMENTS,
-    Arguments,
-    Flow,
-    Grads,
-    ReversibleLayer,
-    Rewound,
-    Step,
-    Streams,
-    Unchanged,
-    add,
-    check_closed,
-    edge,
-    gradients,
-    leaf,
-    negated,
-    per_sample,
-)
+from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, per_sample
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
 from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
+from revgrad.unchanged import Unchanged
 
 Message = Tensor | tuple[Tensor, ...]
 

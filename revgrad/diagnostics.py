@@ -11,7 +11,8 @@ from revgrad.arithmetic import is_exact
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState
 from revgrad.conditioning import bind
-from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams, is_differentiable
+from revgrad.gradients import is_differentiable
+from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue

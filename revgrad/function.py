@@ -29,8 +29,9 @@ from revgrad.conditioning import conditioning_changed
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
+from revgrad.gradients import check_closed
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, Streams, Unchanged, check_closed
+from revgrad.layer import Flow, Grads, Streams
 from revgrad.offload import keeper_for
 from revgrad.program import CORE, ENTRY, EXIT, Part, Program, flat
 from revgrad.replay import Snapshot
@@ -39,6 +40,7 @@ from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
 from revgrad.threads import Use
 from revgrad.tracing import check_recording, check_surroundings, untraced
+from revgrad.unchanged import Unchanged
 from revgrad.walk import Walk
 
 

@@ -13,7 +13,8 @@ from revgrad.cell import replaced_at
 from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain
 from revgrad.conditioning import Place, replaced, tensors_in
 from revgrad.errors import StreamError
-from revgrad.layer import Arguments, ReversibleLayer, Streams, is_differentiable
+from revgrad.gradients import is_differentiable
+from revgrad.layer import Arguments, ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
 
 

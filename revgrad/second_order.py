@@ -12,7 +12,8 @@ from torch import Tensor
 
 from revgrad.chain import run_chain, undo_chain
 from revgrad.errors import ReversibilityError
-from revgrad.layer import Grads, Streams, check_closed
+from revgrad.gradients import check_closed
+from revgrad.layer import Grads, Streams
 from revgrad.offload import Stowed
 from revgrad.program import CORE, Program
 from revgrad.replay import Snapshot

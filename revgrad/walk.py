@@ -9,8 +9,9 @@ from torch import Tensor
 from revgrad.chain import ChainGradients, ChainState, cells_of, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
+from revgrad.gradients import is_differentiable
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, ReversibleLayer, Streams, is_differentiable
+from revgrad.layer import Flow, Grads, ReversibleLayer, Streams
 from revgrad.program import CORE, ENTRY, EXIT, Part, Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
