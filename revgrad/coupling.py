@@ -30,8 +30,6 @@ from revgrad.message import NOTED, check_message, compare_with, evaluate, note_o
 from revgrad.residue import Residue
 from revgrad.unchanged import Unchanged
 
-Message = Tensor | tuple[Tensor, ...]
-
 
 class Coupling(ReversibleLayer):
     """A coupling of streams. Subclasses define `merge` and `unmerge`, and may define `log_derivative` and exact forms.

@@ -20,9 +20,23 @@ def leaf(x: Tensor) -> Tensor:
 
 
 def gradients(
-    outputs: Sequence[Tensor | GradientEdge | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
+    outputs: Sequence[Tensor | GradientEdge | None],
+    grads: Sequence[Tensor | None],
+    inputs: Sequence[Tensor],
+    *,
+    create_graph: bool = False,
 ) -> tuple[Tensor | None, ...]:
-    """`torch.autograd.grad` that takes None for a zero gradient, and ignores outputs that depend on no input."""
+    """`torch.autograd.grad` that takes None for a zero gradient, and ignores outputs that depend on no input.
+
+    Args:
+        outputs: What is differentiated, or where its graph ends; None for what has none.
+        grads: Gradients with respect to the outputs, in their shapes.
+        inputs: What to differentiate with respect to.
+        create_graph: Whether the gradients get a graph of their own; that of the outputs is then kept.
+
+    Returns:
+        One gradient per input; None where it is zero.
+    """
     roots: list[Tensor | GradientEdge] = []
     values: list[Tensor] = []
     for y, g in zip(outputs, grads, strict=True):
@@ -34,7 +48,9 @@ def gradients(
         return (None,) * len(inputs)
     # What torch.autograd.grad does after checking in Python what the engine checks anyway, at a third of its time.
     found = iter(
-        _engine_run_backward(tuple(roots), tuple(values), False, False, tuple(wanted), True, accumulate_grad=False)
+        _engine_run_backward(
+            tuple(roots), tuple(values), create_graph, create_graph, tuple(wanted), True, accumulate_grad=False
+        )
     )
     return tuple([next(found) if x.requires_grad else None for x in inputs])
 

@@ -114,9 +114,14 @@ class Program:
         """The layers by part."""
         return self.entry, self.core, self.exit
 
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All layers in the order in which they run."""
+        return (*self.entry, *self.core, *self.exit)
+
     def layers(self) -> Iterator[ReversibleLayer]:
         """All layers, each place once."""
-        return (layer for _, layer in (*self.entry, *self.core, *self.exit))
+        return (layer for _, layer in self.links)
 
     def conditioning(self) -> list[Tensor]:
         """The tensors in the arguments, each once."""
@@ -164,8 +169,7 @@ class Program:
 
     def name_of(self, application: int) -> str:
         """How errors call the layer of this application."""
-        links = (*self.entry, *self.core, *self.exit)
-        return links[application % len(links)].name
+        return self.links[application % len(self.links)].name
 
     def around(self, t: int, part: Part, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
         """The context of one part of a step, by position."""

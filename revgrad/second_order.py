@@ -7,12 +7,11 @@ the memory of stored mode, until the graph is freed.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from revgrad.chain import run_chain, undo_chain
 from revgrad.errors import ReversibilityError
-from revgrad.gradients import check_closed
+from revgrad.gradients import check_closed, gradients
 from revgrad.layer import Grads, Streams
 from revgrad.offload import Stowed
 from revgrad.program import CORE, Program
@@ -73,7 +72,7 @@ class DifferentiableGradients:
         results = (*again, *final.tensors())
         known = (*streams, *states.tensors(), *aliases)
         check_closed("the chain", results, known)
-        found = iter(_differentiable(results, grads, known))
+        found = iter(gradients(results, grads, known, create_graph=True))
         self._inputs = tuple(next(found) for _ in streams)
         self._states = tuple(next(found) for _ in states.tensors())
         self._parameters = tuple(found)
@@ -99,14 +98,3 @@ class DifferentiableGradients:
 
 def _aliases(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.view_as(x) for x in tensors)
-
-
-def _differentiable(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Grads:
-    """`torch.autograd.grad` with a graph, that takes None for a zero gradient."""
-    roots = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    wanted = [x for x in inputs if x.requires_grad]
-    if not roots or not wanted:
-        return (None,) * len(inputs)
-    ys, gs = zip(*roots, strict=True)
-    found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)

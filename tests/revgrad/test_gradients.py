@@ -25,6 +25,14 @@ def test_gradients_take_none_for_zero():
     assert found[1:] == (None, None)
 
 
+def test_gradients_get_a_graph_on_demand():
+    x = torch.tensor([3.0], requires_grad=True)
+    y, ones = x**3, torch.ones(1)
+    (first,) = gradients((y,), (ones,), (x,), create_graph=True)
+    assert gradients((first,), (ones,), (x,))[0].item() == 18
+    assert not gradients((x**3,), (ones,), (x,))[0].requires_grad
+
+
 def test_add_takes_none_for_zero():
     x = torch.ones(2)
     assert add(None, None) is None
