@@ -22,7 +22,7 @@ from revgrad import ChainState, Inverse, Residue, unroll
 from revgrad.arithmetic import is_exact
 from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
-from revgrad.program import Program
+from revgrad.program import CORE, Part, Program
 from revgrad.replay import Snapshot
 from revgrad.unroll import chain_links
 
@@ -224,8 +224,8 @@ class CrevNet(VideoModel):
         chain = states.chain if states is not None else self.initial_state(clip)  # type: ignore[arg-type]
         read: list[State] = []
 
-        def keep(part: int, what: Read) -> None:
-            if part == 1:
+        def keep(part: Part, what: Read) -> None:
+            if part is CORE:
                 read.append(what.state)
 
         given = None if clip is None else program.enter((clip,), residue)
@@ -256,4 +256,5 @@ class CrevNet(VideoModel):
 
     def _program(self) -> Program:
         entry, core, leave = map(chain_links, (self.autoencoder, self.predictor, Inverse(self.autoencoder)))
-        return Program(entry, core, leave, (True,), is_exact(self.config.arithmetic, core))
+        exact = is_exact(self.config.arithmetic, core)
+        return Program(entry=entry, core=core, exit=leave, fed=(True,), exact=exact)

@@ -21,7 +21,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
 from revgrad.modules import modules_of
-from revgrad.program import Program
+from revgrad.program import PartArguments, Program
 from revgrad.residue import Residue
 from revgrad.tracing import untraced
 
@@ -217,13 +217,13 @@ def run_cut(
     own: list[State] = []
     carry = state.carry
     for first, last, is_stored in runs_of(stored):
-        arguments = ((), program.arguments[1][first:last], ())
+        arguments = PartArguments(core=program.arguments.core[first:last])
         part = replace(program, core=program.core[first:last], arguments=arguments, on_grid=first > 0)
         carries = any(layer.carries for _, layer in part.core)
         before = ChainState(state.layers[first:last], carry if carries else ())
         if is_stored or not part.wants_gradients([streams], before):
             streams = part.enter(streams, residue)
-            streams, after = run_chain(part.core, streams, before, residue, arguments=part.arguments[1])
+            streams, after = run_chain(part.core, streams, before, residue, arguments=part.arguments.core)
         else:
             streams, after = run_reversible(part, [streams], before, stacked=False, residue=residue)
         own += after.layers

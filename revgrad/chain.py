@@ -11,7 +11,8 @@ from torch.utils._pytree import tree_leaves
 
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams, add
+from revgrad.gradients import add
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams
 from revgrad.residue import Residue
 
 
@@ -112,7 +113,7 @@ def run_chain(
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.noting = keep is not None
         if layer.stateful:
-            step.state = _joined(name, layer, state.layers[i], carry)
+            step.state = joined(name, layer, state.layers[i], carry)
         if entering is not None:
             entering(i, streams)
         with around(i):
@@ -120,7 +121,7 @@ def run_chain(
         if keep is not None:
             read = without(step.state, position_of(layer.inverted_cell, residue is not None))
             keep(Read(read, step.strides, step.note))
-        own, carry = _parted(layer, step.new_state, carry)
+        own, carry = parted(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
 
@@ -272,7 +273,12 @@ def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:
             flow.grads[s] = add(joining[s], flow.grads[s])
 
 
-def _joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
+def joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
+    """What a stateful layer reads: its own state, and the carry if it takes one.
+
+    Raises:
+        StreamError: It takes a carry of another number of tensors.
+    """
     if layer.carries not in (0, len(carry)):
         raise StreamError(
             f"{name}: takes a carry of {layer.carries} tensor(s), but the chain's state carries {len(carry)}"
@@ -280,7 +286,8 @@ def _joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> Stat
     return (*own, *carry) if layer.carries else own
 
 
-def _parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
+def parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
+    """Of the new state of a layer that was given this carry, its own part and the carry for the next layer."""
     if not layer.stateful:
         return (), carry
     cut = len(state) - layer.carries

@@ -146,7 +146,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         state: Conditioning states.
     """
     modules = list(dict.fromkeys(m for layer in program.layers() for m in layer.modules()))
-    arguments = program.arguments[1] or (NO_ARGUMENTS,) * len(program.core)
+    arguments = program.arguments.core or (NO_ARGUMENTS,) * len(program.core)
     device = streams[0].device
     with (
         torch.random.fork_rng([device] if device.type == "cuda" else []),

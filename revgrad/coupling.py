@@ -16,35 +16,19 @@ from typing import Any
 import torch
 from revgrad_kernels.backend import converted
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge
 
 from revgrad.adapter import takes
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.exact_update import ExactUpdate
-from revgrad.layer import (
-    NO_ARGUMENTS,
-    Arguments,
-    Flow,
-    Grads,
-    ReversibleLayer,
-    Rewound,
-    Step,
-    Streams,
-    Unchanged,
-    add,
-    check_closed,
-    edge,
-    gradients,
-    leaf,
-    negated,
-    per_sample,
-)
+from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, per_sample
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
 from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
-
-Message = Tensor | tuple[Tensor, ...]
+from revgrad.unchanged import Unchanged
 
 
 class Coupling(ReversibleLayer):
@@ -222,7 +206,42 @@ class Coupling(ReversibleLayer):
         return _replace(streams, self.target, updated), message
 
     def _rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool) -> Rewound:
-        streams, grads = flow.streams, flow.grads
+        """Evaluate the transform again, restore the target, pull the gradients back: through merge, then transform."""
+        sources, states, outputs, message, update = self._evaluated_again(flow.streams, step, wrt)
+        log_det_grad, step.log_det_grad = step.log_det_grad, None
+        # The log-determinant is taken where the merge reads its target: at what `undo` put out, or at what is restored.
+        if undo:
+            log_det_grads = self._pull_log_det(flow, negated(log_det_grad), message, wrt)
+        self._restore(flow.streams, step, message, update, undo=undo)
+        del update
+        merge_grads = self._pull_merge(flow, step, message, wrt, undo=undo)
+        if not undo:
+            log_det_grads = self._pull_log_det(flow, log_det_grad, message, wrt)
+        message_grads = tuple(map(add, merge_grads[0], log_det_grads[0]))
+        wrt_grads = tuple(map(add, merge_grads[1], log_det_grads[1]))
+        # Only the sums go on: nothing else waits beside the graph while it is differentiated.
+        del message, merge_grads, log_det_grads
+        grads = flow.grads
+        # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
+        found = gradients(
+            (*outputs, *sources),
+            (*message_grads, *state_grads, *(grads[i] for i in self._sources)),
+            (*sources, *states, *wrt),
+        )
+        n, m = len(sources), len(states)
+        for i, grad in zip(self._sources, found, strict=False):
+            grads[i] = grad
+        return Rewound(found[n : n + m], tuple(map(add, found[n + m :], wrt_grads)))
+
+    def _evaluated_again(
+        self, streams: list[Tensor], step: Step, wrt: Sequence[Tensor]
+    ) -> tuple[Streams, Streams, tuple[GradientEdge | None, ...], Streams, Merge | Recall | None]:
+        """Evaluate the transform with a graph, on what the forward pass gave it.
+
+        Returns:
+            The leaves that it read as sources and as states, where the graph ends in message and new states, the
+            values of the message, and what has updated an inverted cell.
+        """
         # A copy in the layout of the forward pass takes the stream's place: there are never both.
         for i, strides in zip(self._sources, step.strides or (), strict=step.strides is not None):
             streams[i] = laid_out(streams[i], strides)
@@ -239,48 +258,33 @@ class Coupling(ReversibleLayer):
         del message, new_state
         if step.note is not None:
             compare_with(step.note, values, tuple(x.detach() for x in sources), step.name)
-        log_det_grad, step.log_det_grad = step.log_det_grad, None
-        message_grads: Grads = (None,) * len(values)
-        # What the merge itself reads of them.
-        wrt_grads: Grads = (None,) * len(wrt)
-        if undo:
-            message_grads, wrt_grads = self._pull_log_det(flow, negated(log_det_grad), values, message_grads, wrt)
+        return sources, states, outputs, values, update
+
+    def _restore(
+        self, streams: list[Tensor], step: Step, message: Streams, update: Merge | Recall | None, *, undo: bool
+    ) -> None:
+        """Put back what the application found as target, and as inverted cell."""
         with torch.no_grad():
-            streams[self.target] = self._updated(streams[self.target], values, step.residue, undo=not undo)
+            streams[self.target] = self._updated(streams[self.target], message, step.residue, undo=not undo)
         if isinstance(update, Recall):
             step.cell = update.recover()
-        del update
-        grad = grads[self.target]
-        if grad is not None:
-            with no_autocast(grad):
-                (grads[self.target], *rest), own = self._pulled(
-                    grad, step, streams[self.target], values, wrt, undo=undo
-                )
-            message_grads, wrt_grads = tuple(map(add, rest, message_grads)), tuple(map(add, wrt_grads, own))
-        if not undo:
-            message_grads, own = self._pull_log_det(flow, log_det_grad, values, message_grads, wrt)
-            wrt_grads = tuple(map(add, wrt_grads, own))
-        del values, grad
-        # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
-        found = gradients(
-            (*outputs, *sources),
-            (*message_grads, *state_grads, *(grads[i] for i in self._sources)),
-            (*sources, *states, *wrt),
-        )
-        n, m = len(sources), len(states)
-        for i, grad in zip(self._sources, found, strict=False):
-            grads[i] = grad
-        return Rewound(found[n : n + m], tuple(map(add, found[n + m :], wrt_grads)))
 
-    def _pulled(
-        self, grad: Tensor, step: Step, target: Tensor, message: Streams, wrt: Sequence[Tensor], *, undo: bool
+    def _pull_merge(
+        self, flow: Flow, step: Step, message: Streams, wrt: Sequence[Tensor], *, undo: bool
     ) -> tuple[Grads, Grads]:
-        """Gradients of the merge with respect to target and message, and to `wrt`."""
-        kind = type(self)
-        if (kind.unmerge_vjp is Coupling.unmerge_vjp) if undo else (kind.merge_vjp is Coupling.merge_vjp):
-            return self._vjp(self.unmerge if undo else self.merge, grad, target, *message, wrt=wrt)
-        vjp = self.unmerge_vjp if undo else self.merge_vjp
-        return vjp(grad, step.residue is not None, target, *message), (None,) * len(wrt)
+        """Take the target's gradient back through the merge; gradients of the message, and of `wrt`."""
+        grad = flow.grads[self.target]
+        if grad is None:
+            return (None,) * len(message), (None,) * len(wrt)
+        kind, target = type(self), flow.streams[self.target]
+        with no_autocast(grad):
+            if (kind.unmerge_vjp is Coupling.unmerge_vjp) if undo else (kind.merge_vjp is Coupling.merge_vjp):
+                found, own = self._vjp(self.unmerge if undo else self.merge, grad, target, *message, wrt=wrt)
+            else:
+                vjp = self.unmerge_vjp if undo else self.merge_vjp
+                found, own = vjp(grad, step.residue is not None, target, *message), (None,) * len(wrt)
+        flow.grads[self.target], *rest = found
+        return tuple(rest), own
 
     def _vjp(
         self, merge: Callable[..., Tensor], grad: Tensor, *inputs: Tensor, wrt: Sequence[Tensor] = ()
@@ -306,11 +310,11 @@ class Coupling(ReversibleLayer):
         return per_sample(derivative)
 
     def _pull_log_det(
-        self, flow: Flow, grad: Tensor | None, message: Streams, message_grads: Grads, wrt: Sequence[Tensor]
+        self, flow: Flow, grad: Tensor | None, message: Streams, wrt: Sequence[Tensor]
     ) -> tuple[Grads, Grads]:
-        """Add what the log-determinant contributes to the gradients of target and message; and that of `wrt`."""
+        """Add what the log-determinant contributes to the target's gradient; gradients of the message, and of `wrt`."""
         if grad is None:
-            return message_grads, (None,) * len(wrt)
+            return (None,) * len(message), (None,) * len(wrt)
         with torch.enable_grad():
             target, *leaves = map(leaf, (flow.streams[self.target], *message))
             log_det = self._log_det(target, tuple(leaves))
@@ -318,7 +322,7 @@ class Coupling(ReversibleLayer):
             check_closed(type(self).__name__, (log_det,), (target, *leaves, *wrt))
         own, *rest = gradients((log_det,), (grad,), (target, *leaves, *wrt))
         flow.grads[self.target] = add(flow.grads[self.target], own)
-        return tuple(map(add, message_grads, rest)), tuple(rest[len(leaves) :])
+        return tuple(rest[: len(leaves)]), tuple(rest[len(leaves) :])
 
     def _message(
         self,

@@ -3,15 +3,17 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from revgrad.arithmetic import is_exact
 from revgrad.cell import position_of, without
-from revgrad.chain import ChainState
+from revgrad.chain import ChainState, Link, joined, parted
 from revgrad.conditioning import bind
-from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams, is_differentiable
+from revgrad.gradients import is_differentiable
+from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -106,47 +108,81 @@ def check_invertible(
         tolerance = 0.0 if exact else coarsest
     residue = Residue() if exact else None
     snapshot = Snapshot(layer for _, layer in links)
-    state = Program((), links, (), (True,), exact).enter_state(checked_state(links, states))
+    state = Program.of_chain(links, exact=exact).enter_state(checked_state(links, states))
     arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
-    carry = state.carry
-    inputs_of: list[Streams] = []
-    read: list[State] = []
-    left: list[State] = []
-    bits: list[float] = []
-    residues: list[Residue | None] = []
     with snapshot.frozen_statistics():
-        for i, (name, layer) in enumerate(links):
-            step = Step(name=name, arguments=arguments[i], residue=residue)
-            if layer.stateful:
-                step.state = (*state.layers[i], *carry) if layer.carries else state.layers[i]
-            inputs_of.append(streams)
-            read.append(step.state)
-            before = residue.used_bits if residue is not None else 0.0
-            with snapshot.recording(i, streams[0].device):
-                streams = layer.run(streams, step)
-            left.append(step.new_state)
-            residues.append(residue.clone() if residue is not None else None)
-            updated = sum(y.numel() for x, y in zip(inputs_of[i], streams, strict=False) if x is not y)
-            bits.append((residue.used_bits - before) / max(1, updated) if residue is not None else 0.0)
-            if layer.carries:
-                carry = step.new_state[len(step.new_state) - layer.carries :]
-        reports: list[LayerReport] = []
-        recovered = streams
-        for i in reversed(range(len(links))):
-            name, layer = links[i]
-            outputs = inputs_of[i + 1] if i + 1 < len(links) else streams
-            position = position_of(layer.inverted_cell, exact)
-            errors: list[float] = []
-            for given, bits_left in ((outputs, residues[i]), (recovered, residue)):
-                step = Step(name, without(read[i], position), arguments=arguments[i], residue=bits_left)
-                expected = inputs_of[i]
-                if position is not None:
-                    step.cell, expected = left[i][position], (*expected, read[i][position])
-                with snapshot.replaying(i):
-                    found = recovered = layer.undo(given, step)
-                errors.append(_error(found if step.cell is None else (*found, step.cell), expected))
-            reports.append(LayerReport(name, errors[0], errors[1], bits[i]))
-    return InvertibilityReport(tuple(reversed(reports)), exact, tolerance)
+        applications = _run(links, streams, state, arguments, residue, snapshot)
+        reports = _undo(applications, residue, snapshot)
+    return InvertibilityReport(tuple(reports), exact, tolerance)
+
+
+class _Application(NamedTuple):
+    """What one layer was given in the forward pass, and what it left."""
+
+    link: Link
+    inputs: Streams
+    outputs: Streams
+    state: State
+    new_state: State
+    arguments: Arguments
+    residue: Residue | None
+    """A copy, from behind the layer."""
+    bits: float
+    """Per element of the updated stream."""
+
+
+def _run(
+    links: tuple[Link, ...],
+    streams: Streams,
+    state: ChainState,
+    arguments: tuple[Arguments, ...],
+    residue: Residue | None,
+    snapshot: Snapshot,
+) -> list[_Application]:
+    """Run all layers in order, and keep everything."""
+    applications: list[_Application] = []
+    carry = state.carry
+    for i, (link, own, given) in enumerate(zip(links, state.layers, arguments, strict=True)):
+        name, layer = link
+        step = Step(name=name, arguments=given, residue=residue)
+        if layer.stateful:
+            step.state = joined(name, layer, own, carry)
+        before = residue.used_bits if residue is not None else 0.0
+        with snapshot.recording(i, streams[0].device):
+            outputs = layer.run(streams, step)
+        _, carry = parted(layer, step.new_state, carry)
+        updated = sum(y.numel() for x, y in zip(streams, outputs, strict=False) if x is not y)
+        bits = (residue.used_bits - before) / max(1, updated) if residue is not None else 0.0
+        behind = residue.clone() if residue is not None else None
+        applications.append(_Application(link, streams, outputs, step.state, step.new_state, given, behind, bits))
+        streams = outputs
+    return applications
+
+
+def _undo(applications: list[_Application], residue: Residue | None, snapshot: Snapshot) -> list[LayerReport]:
+    """Undo every layer from its true output, and from what the layers behind it have recovered; reports in chain order.
+
+    Args:
+        applications: The forward pass.
+        residue: What it has left; is used up. None in float arithmetic.
+        snapshot: Its random numbers.
+    """
+    reports: list[LayerReport] = []
+    recovered = applications[-1].outputs if applications else ()
+    for i, (link, inputs, outputs, state, new_state, arguments, behind, bits) in reversed([*enumerate(applications)]):
+        name, layer = link
+        position = position_of(layer.inverted_cell, residue is not None)
+        errors: list[float] = []
+        for given, bits_left in ((outputs, behind), (recovered, residue)):
+            step = Step(name, without(state, position), arguments=arguments, residue=bits_left)
+            expected = inputs
+            if position is not None:
+                step.cell, expected = new_state[position], (*expected, state[position])
+            with snapshot.replaying(i):
+                found = recovered = layer.undo(given, step)
+            errors.append(_error(found if step.cell is None else (*found, step.cell), expected))
+        reports.append(LayerReport(name, errors[0], errors[1], bits))
+    return reports[::-1]
 
 
 _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-9}

@@ -29,16 +29,18 @@ from revgrad.conditioning import conditioning_changed
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
+from revgrad.gradients import check_closed
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, Streams, Unchanged, check_closed
+from revgrad.layer import Flow, Grads, Streams
 from revgrad.offload import keeper_for
-from revgrad.program import Program, flat
+from revgrad.program import CORE, ENTRY, EXIT, Part, Program, flat
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
 from revgrad.threads import Use
 from revgrad.tracing import check_recording, check_surroundings, untraced
+from revgrad.unchanged import Unchanged
 from revgrad.walk import Walk
 
 
@@ -117,7 +119,7 @@ def _order_of_release(
     waiting: list[int] = []
     seen: set[int] = set()
     room = 0
-    for part, links in enumerate((program.entry, program.core, program.exit)):
+    for part, links in zip(Part, program.parts, strict=True):
         for position, (_, layer) in enumerate(links):
             full = room <= 0
             for i in snapshot.indices_of(layer):
@@ -308,17 +310,17 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
         if entered is not None:
             entered = program.enter(entered, residue)
             if program.entry:
-                tape.fingerprints[t, 0, 0] = fingerprint(entered, program.exact)
+                tape.fingerprints[t, ENTRY, 0] = fingerprint(entered, program.exact)
 
         def entering(position: int, streams: Streams, t: int = t) -> None:
             if idle and position == 0:
                 check_closed("the entry", streams, ())
             if position == 0 or program.guarded:
-                tape.fingerprints[t, 1, position] = fingerprint(program.recovered(position, streams), program.exact)
+                tape.fingerprints[t, CORE, position] = fingerprint(program.recovered(position, streams), program.exact)
             if program.anchored(position):
                 tape.anchor(t, position, streams)
 
-        keep = partial(tape.keep, t, parts=(0, 2) if recompute else (0, 1, 2))
+        keep = partial(tape.keep, t, parts=(ENTRY, EXIT) if recompute else tuple(Part))
         features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
         y = program.run_exit(t, features, residue, recording, keep)
         tape.keeper.settle()

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, _engine_run_backward, get_gradient_edge
 
-from revgrad.errors import ReversibilityError, StreamError
+from revgrad.errors import StreamError
+from revgrad.gradients import check_closed, gradients, leaf, negated
 from revgrad.leftovers import Leftovers
 from revgrad.residue import Residue
+from revgrad.unchanged import Unchanged
 
 Streams = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
@@ -242,113 +243,6 @@ class Inverse(ReversibleLayer):
     def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Rewind the inner layer's `run`."""
         return self.layer.rewind(flow, step, state_grads, wrt)
-
-
-def is_differentiable(x: Tensor) -> bool:
-    """Whether a tensor can have a gradient: integers are read and compared alone."""
-    return x.is_floating_point() or x.is_complex()
-
-
-def leaf(x: Tensor) -> Tensor:
-    """A stand-in for `x` whose gradient can be asked for (integer tensors have none and pass through)."""
-    return x.detach().requires_grad_(is_differentiable(x))
-
-
-def gradients(
-    outputs: Sequence[Tensor | GradientEdge | None], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]
-) -> Grads:
-    """`torch.autograd.grad` that takes None for a zero gradient, and ignores outputs that depend on no input."""
-    roots: list[Tensor | GradientEdge] = []
-    values: list[Tensor] = []
-    for y, g in zip(outputs, grads, strict=True):
-        if y is not None and g is not None and (isinstance(y, GradientEdge) or y.requires_grad):
-            roots.append(y)
-            values.append(g)
-    wanted = [x for x in inputs if x.requires_grad]
-    if not roots or not wanted:
-        return (None,) * len(inputs)
-    # What torch.autograd.grad does after checking in Python what the engine checks anyway, at a third of its time.
-    found = iter(
-        _engine_run_backward(tuple(roots), tuple(values), False, False, tuple(wanted), True, accumulate_grad=False)
-    )
-    return tuple([next(found) if x.requires_grad else None for x in inputs])
-
-
-def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """The sum of two gradients, None being zero."""
-    if a is None or b is None:
-        return a if b is None else b
-    return a + b
-
-
-def negated(x: Tensor | None) -> Tensor | None:
-    """`-x`, None being zero."""
-    return None if x is None else -x
-
-
-def per_sample(x: Tensor) -> Tensor:
-    """The sum of all elements of each sample, `[B, ...]` to `[B]`, in float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32)).reshape(len(x), -1 if x.numel() else 0).sum(1)
-
-
-def edge(x: Tensor) -> GradientEdge | None:
-    """Where the gradient of a tensor goes, which does not keep its values alive; None where it goes nowhere."""
-    return get_gradient_edge(x) if x.requires_grad else None
-
-
-def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
-    """Raise if what a layer has computed depends on a tensor that would get no gradient.
-
-    Args:
-        name: How the error calls the layer.
-        outputs: What was computed, with its graph.
-        known: The tensors that are differentiated with respect to. What they come from is not looked at.
-
-    Raises:
-        ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state, argument or
-            parameter.
-    """
-    expected = {id(x) for x in known}
-    seen = {x.grad_fn for x in known}
-    nodes = [y.grad_fn for y in outputs if y.grad_fn is not None and y.grad_fn not in seen]
-    seen.update(nodes)
-    while nodes:
-        node = nodes.pop()
-        variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in expected:
-            raise ReversibilityError(
-                f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
-                "is neither its input nor its state nor a conditioning argument nor a parameter of its module, so that "
-                "its gradient would be lost: pass it as an argument (chain(x, name=tensor)), make it a parameter, or "
-                "detach it"
-            )
-        for following, _ in node.next_functions:
-            if following is not None and following not in seen:
-                seen.add(following)
-                nodes.append(following)
-
-
-class Unchanged(AbstractContextManager[None]):
-    """Raises if the code inside changes one of these tensors in place.
-
-    Args:
-        tensors: The tensors.
-        error: What to raise, given the first one that was changed.
-    """
-
-    __slots__ = ("_before", "_error")
-
-    def __init__(self, tensors: Sequence[Tensor], error: Callable[[Tensor], StreamError]) -> None:
-        # What is compiled has no versions.
-        known = () if torch.compiler.is_compiling() else tensors
-        self._before = [(x, x._version) for x in known if not x.is_inference()]
-        self._error = error
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            for x, version in self._before:
-                if x._version != version:
-                    raise self._error(x)
 
 
 def _undo_changed(name: str, x: Tensor) -> StreamError:

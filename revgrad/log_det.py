@@ -22,8 +22,9 @@ def with_log_det(program: Program) -> Program:
     The first dimension of every stream is taken for the samples.
     """
     links = (Link("log-determinant", _Start()), *(Link(name, _Counted(layer)) for name, layer in program.core))
-    entry, core, exit_ = program.arguments
-    return replace(program, core=links, arguments=(entry, (NO_ARGUMENTS, *core) if core else core, exit_))
+    core = program.arguments.core
+    arguments = program.arguments._replace(core=(NO_ARGUMENTS, *core) if core else core)
+    return replace(program, core=links, arguments=arguments)
 
 
 def start(streams: Streams) -> Tensor:

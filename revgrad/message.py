@@ -11,8 +11,10 @@ from revgrad.cell import Merge, Recall
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
+from revgrad.gradients import is_differentiable
 from revgrad.hints import not_given, wrong_number, wrong_shape
-from revgrad.layer import Arguments, Note, Streams, Unchanged, is_differentiable
+from revgrad.layer import Arguments, Note, Streams
+from revgrad.unchanged import Unchanged
 
 NOTED = 3
 """How many of its first messages a coupling compares with those of the second evaluation."""

@@ -109,9 +109,9 @@ def plan(
     own = model if isinstance(model, ReversibleSequential) else ReversibleSequential()
     streams = checked_streams("plan", (inputs,) if isinstance(inputs, Tensor) else inputs)
     state = checked_state(links, states)
-    arguments = ((), bind(links, conditioning), ())
+    arguments = bind(links, conditioning)
     exact = is_exact(own.arithmetic, links)
-    program = Program((), links, (), (True,), exact, arguments=arguments, anchor_every=own.anchor_every)
+    program = Program.of_chain(links, exact=exact, arguments=arguments, anchor_every=own.anchor_every)
     device = _device(links, streams)
     with _fake_mode(streams) as mode:
 

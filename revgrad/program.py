@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from enum import IntEnum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,11 +13,33 @@ from revgrad.cell import replaced_at
 from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain
 from revgrad.conditioning import Place, replaced, tensors_in
 from revgrad.errors import StreamError
-from revgrad.layer import Arguments, ReversibleLayer, Streams, is_differentiable
+from revgrad.gradients import is_differentiable
+from revgrad.layer import Arguments, ReversibleLayer, Streams
 from revgrad.residue import Residue, snap
 
-Keep = Callable[[int, Read], None]
-"""Takes the part (0 entry, 1 core, 2 exit) and what a layer of it has read."""
+
+class Part(IntEnum):
+    """The chains of a time step, in the order in which they run."""
+
+    ENTRY = 0
+    CORE = 1
+    EXIT = 2
+
+
+# Inner loops use them: a name of a module is found faster than a member of an enumeration.
+ENTRY, CORE, EXIT = Part
+
+Keep = Callable[[Part, Read], None]
+"""Takes the part and what a layer of it has read."""
+
+
+class PartArguments(NamedTuple):
+    """Conditioning of each layer by part; a part without any is empty."""
+
+    # By name and not by `Part`: torch.compile cannot index with a member of an enumeration.
+    entry: tuple[Arguments, ...] = ()
+    core: tuple[Arguments, ...] = ()
+    exit: tuple[Arguments, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -35,8 +59,8 @@ class Program:
     exact: bool
     keep_states_every: int = 1
     """States are kept at every n-th step and recomputed in between."""
-    arguments: tuple[tuple[Arguments, ...], ...] = ((), (), ())
-    """Conditioning by part (0 entry, 1 core, 2 exit) and layer; a part without any is empty."""
+    arguments: PartArguments = field(default_factory=PartArguments)
+    """Conditioning."""
     anchor_every: int | None = None
     """The input of every n-th layer of the core is kept, where what has been recovered is replaced by it."""
     guarded: bool = False
@@ -45,6 +69,34 @@ class Program:
     """Whether given inputs are on the grid already, where exact."""
     offload: bool = False
     """Whether states and anchors wait on the host for the backward pass."""
+
+    @classmethod
+    def of_chain(
+        cls,
+        links: tuple[Link, ...],
+        *,
+        exact: bool,
+        arguments: tuple[Arguments, ...] = (),
+        anchor_every: int | None = None,
+        guarded: bool = False,
+        offload: bool = False,
+    ) -> "Program":
+        """One time step of a chain, without entry and exit; `arguments` are those of its layers.
+
+        Raises:
+            StreamError: `anchor_every` is not a whole number from 1 on.
+        """
+        return cls(
+            entry=(),
+            core=links,
+            exit=(),
+            fed=(True,),
+            exact=exact,
+            arguments=PartArguments(core=arguments),
+            anchor_every=anchor_every,
+            guarded=guarded,
+            offload=offload,
+        )
 
     def __post_init__(self) -> None:
         for name in ("keep_states_every", "anchor_every"):
@@ -57,9 +109,19 @@ class Program:
         """Number of time steps."""
         return len(self.fed)
 
+    @property
+    def parts(self) -> tuple[tuple[Link, ...], ...]:
+        """The layers by part."""
+        return self.entry, self.core, self.exit
+
+    @property
+    def links(self) -> tuple[Link, ...]:
+        """All layers in the order in which they run."""
+        return (*self.entry, *self.core, *self.exit)
+
     def layers(self) -> Iterator[ReversibleLayer]:
         """All layers, each place once."""
-        return (layer for _, layer in (*self.entry, *self.core, *self.exit))
+        return (layer for _, layer in self.links)
 
     def conditioning(self) -> list[Tensor]:
         """The tensors in the arguments, each once."""
@@ -81,7 +143,7 @@ class Program:
         """Whether anything that the entry reads requires a gradient, as far as the program knows."""
         inputs = (x for streams in given if streams is not None for x in streams)
         parameters = (p for _, layer in self.entry for p in layer.parameters())
-        return any(x.requires_grad for x in (*inputs, *parameters, *tensors_in(self.arguments[0])))
+        return any(x.requires_grad for x in (*inputs, *parameters, *tensors_in(self.arguments.entry)))
 
     def emptied(self) -> "Program":
         """The same program with places in its arguments instead of tensors."""
@@ -96,21 +158,20 @@ class Program:
             return self
         return replace(self, arguments=replaced(self.arguments, tensors_in(self.arguments, Place), tensors))
 
-    def application(self, t: int, part: int, position: int) -> int:
-        """A number for every application of a layer. Parts: 0 entry, 1 core, 2 exit."""
+    def application(self, t: int, part: Part, position: int) -> int:
+        """A number for every application of a layer."""
         before = (0, len(self.entry), len(self.entry) + len(self.core))[part]
         return t * (len(self.entry) + len(self.core) + len(self.exit)) + before + position
 
     def is_entry(self, application: int) -> bool:
         """Whether an application is one of a layer of the entry."""
-        return application % self.application(1, 0, 0) < len(self.entry)
+        return application % self.application(1, ENTRY, 0) < len(self.entry)
 
     def name_of(self, application: int) -> str:
         """How errors call the layer of this application."""
-        links = (*self.entry, *self.core, *self.exit)
-        return links[application % len(links)].name
+        return self.links[application % len(self.links)].name
 
-    def around(self, t: int, part: int, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
+    def around(self, t: int, part: Part, context: Callable[[int], AbstractContextManager[object]] | None) -> Around:
         """The context of one part of a step, by position."""
         if context is None:
             return no_context
@@ -173,13 +234,12 @@ class Program:
         each layer of the core, of an empty core once.
         """
         if given is not None:
-            features, _ = run_chain(
-                self.entry, given, _NO_STATE, residue, self.around(t, 0, context), _part(keep, 0), self.arguments[0]
-            )
+            around, arguments = self.around(t, ENTRY, context), self.arguments.entry
+            features, _ = run_chain(self.entry, given, _NO_STATE, residue, around, _part(keep, ENTRY), arguments)
         if entering is not None and not self.core:
             entering(0, features)
-        around, arguments = self.around(t, 1, context), self.arguments[1]
-        return run_chain(self.core, features, state, residue, around, _part(keep, 1), arguments, entering)
+        around, arguments = self.around(t, CORE, context), self.arguments.core
+        return run_chain(self.core, features, state, residue, around, _part(keep, CORE), arguments, entering)
 
     def run_exit(
         self,
@@ -190,9 +250,8 @@ class Program:
         keep: Keep | None = None,
     ) -> Streams:
         """The output of a time step from the core's output."""
-        return run_chain(
-            self.exit, features, _NO_STATE, residue, self.around(t, 2, context), _part(keep, 2), self.arguments[2]
-        )[0]
+        around, arguments = self.around(t, EXIT, context), self.arguments.exit
+        return run_chain(self.exit, features, _NO_STATE, residue, around, _part(keep, EXIT), arguments)[0]
 
 
 def put_on_grid(streams: Streams) -> Streams:
@@ -205,7 +264,7 @@ def _refuse_transforms() -> None:
         raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
 
 
-def _part(keep: Keep | None, part: int) -> Callable[[Read], None] | None:
+def _part(keep: Keep | None, part: Part) -> Callable[[Read], None] | None:
     return None if keep is None else lambda read: keep(part, read)
 
 

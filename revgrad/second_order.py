@@ -7,14 +7,14 @@ the memory of stored mode, until the graph is freed.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from revgrad.chain import run_chain, undo_chain
 from revgrad.errors import ReversibilityError
-from revgrad.layer import Grads, Streams, check_closed
+from revgrad.gradients import check_closed, gradients
+from revgrad.layer import Grads, Streams
 from revgrad.offload import Stowed
-from revgrad.program import Program
+from revgrad.program import CORE, Program
 from revgrad.replay import Snapshot
 from revgrad.tape import Tape
 
@@ -57,22 +57,22 @@ class DifferentiableGradients:
                 "second derivatives (create_graph=True) are not available with offload=True, which keeps the values "
                 "of states and not their graph: choose offload=False"
             )
-        links, read = program.core, [r.state for r in tape.read.get((0, 1), ())]
+        links, read = program.core, [r.state for r in tape.read.get((0, CORE), ())]
         with snapshot.standing_in(parameters):
-            streams = undo_chain(links, outputs, read, None, snapshot.replaying, program.arguments[1])
-        compare(program.recovered(0, streams), tape.fingerprints[0, 1, 0])
+            streams = undo_chain(links, outputs, read, None, snapshot.replaying, program.arguments.core)
+        compare(program.recovered(0, streams), tape.fingerprints[0, CORE, 0])
         # The second run reads aliases, so that gradients end where it begins.
         streams, states = _aliases(streams), segment.state.replace(_aliases(segment.state.tensors()))
         aliases = _aliases(parameters)
         conditioned = program.emptied().filled(aliases[len(snapshot.parameters) :])
         with snapshot.standing_in(aliases):
             again, final = run_chain(
-                links, streams, states, None, snapshot.replaying, arguments=conditioned.arguments[1]
+                links, streams, states, None, snapshot.replaying, arguments=conditioned.arguments.core
             )
         results = (*again, *final.tensors())
         known = (*streams, *states.tensors(), *aliases)
         check_closed("the chain", results, known)
-        found = iter(_differentiable(results, grads, known))
+        found = iter(gradients(results, grads, known, create_graph=True))
         self._inputs = tuple(next(found) for _ in streams)
         self._states = tuple(next(found) for _ in states.tensors())
         self._parameters = tuple(found)
@@ -98,14 +98,3 @@ class DifferentiableGradients:
 
 def _aliases(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.view_as(x) for x in tensors)
-
-
-def _differentiable(outputs: Sequence[Tensor], grads: Sequence[Tensor | None], inputs: Sequence[Tensor]) -> Grads:
-    """`torch.autograd.grad` with a graph, that takes None for a zero gradient."""
-    roots = [(y, g) for y, g in zip(outputs, grads, strict=True) if g is not None and y.requires_grad]
-    wanted = [x for x in inputs if x.requires_grad]
-    if not roots or not wanted:
-        return (None,) * len(inputs)
-    ys, gs = zip(*roots, strict=True)
-    found = iter(torch.autograd.grad(ys, wanted, gs, create_graph=True, allow_unused=True))
-    return tuple(next(found) if x.requires_grad else None for x in inputs)

@@ -257,10 +257,10 @@ class ReversibleSequential(ReversibleLayer):
         ]
         if not log_det:
             return _result(
-                undo_chain(program.core, streams, read, bits, arguments=program.arguments[1], new_state=after)
+                undo_chain(program.core, streams, read, bits, arguments=program.arguments.core, new_state=after)
             )
         links, streams = with_log_det(program).core[1:], (*streams, start(streams))
-        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments[1], new_state=after)
+        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
         return _result(tuple(out)), total
 
     def accepts(self, name: str) -> bool:
@@ -283,13 +283,10 @@ class ReversibleSequential(ReversibleLayer):
         self, common: Arguments, per_layer: Sequence[Arguments | None] | None, *, guarded: bool = False
     ) -> Program:
         links = chain_links(self)
-        return Program(
-            entry=(),
-            core=links,
-            exit=(),
-            fed=(True,),
+        return Program.of_chain(
+            links,
             exact=is_exact(self.arithmetic, links),
-            arguments=((), bind(links, common, per_layer), ()),
+            arguments=bind(links, common, per_layer),
             anchor_every=self.anchor_every,
             guarded=guarded,
             offload=self.offload,

@@ -10,6 +10,7 @@ from revgrad.chain import ChainState, Read
 from revgrad.deferred import Checks, current_checks
 from revgrad.layer import Streams
 from revgrad.offload import Keeper, Stowed
+from revgrad.program import CORE, Part
 from revgrad.residue import Residue
 
 
@@ -32,11 +33,11 @@ class Tape:
     """What the forward pass leaves for the backward pass, besides outputs and parameters."""
 
     segments: list[Segment] = field(default_factory=list)
-    read: dict[tuple[int, int], list[Read]] = field(default_factory=dict)
-    """Per time step and part (0 entry, 1 core, 2 exit), what each layer has read."""
+    read: dict[tuple[int, Part], list[Read]] = field(default_factory=dict)
+    """Per time step and part, what each layer has read."""
     residue: Residue | None = None
-    fingerprints: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)
-    """Per time step, part (0 entry, 1 core) and position of a layer, what its recovered input is compared with."""
+    fingerprints: dict[tuple[int, Part, int], Tensor] = field(default_factory=dict)
+    """Per time step, part and position of a layer, what its recovered input is compared with."""
     anchors: dict[tuple[int, int], Streams] = field(default_factory=dict)
     """Per time step and position in the core, the layer's input."""
     keeper: Keeper = field(default_factory=Keeper)
@@ -46,7 +47,7 @@ class Tape:
     checks: Checks = field(default_factory=current_checks)
     """Those of the forward pass, for the backward pass as well."""
 
-    def keep(self, t: int, part: int, read: Read, parts: tuple[int, ...] = (0, 1, 2)) -> None:
+    def keep(self, t: int, part: Part, read: Read, parts: tuple[Part, ...] = tuple(Part)) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
             self.read.setdefault((t, part), []).append(replace(read, state=self.keeper.out(read.state)))
@@ -64,7 +65,7 @@ class Tape:
     def _out(self, state: ChainState) -> ChainState:
         return state.replace(self.keeper.out(state.tensors()))
 
-    def take_read(self, t: int, part: int) -> list[Read]:
+    def take_read(self, t: int, part: Part) -> list[Read]:
         """What each layer of a part has read, which the tape then forgets."""
         reads = self.read.pop((t, part), [])
         states = iter(self.keeper.back([x for read in reads for x in read.state]))
@@ -91,7 +92,7 @@ class Tape:
 
     def _look_ahead(self) -> None:
         """What was noted last is wanted next. Only the core has states."""
-        step = next((key for key in reversed(self.read) if key[1] == 1), None)
+        step = next((key for key in reversed(self.read) if key[1] is CORE), None)
         if step is not None:
             self.keeper.prefetch(x for read in self.read[step] for x in read.state)
         self.keeper.prefetch(next(reversed(self.anchors.values()), ()))

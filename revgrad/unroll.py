@@ -16,7 +16,7 @@ from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Streams
-from revgrad.program import Program, stack
+from revgrad.program import PartArguments, Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
@@ -103,7 +103,7 @@ def unroll(
         fed=tuple(x is not None for x in given),
         exact=is_exact(arithmetic, everything),
         keep_states_every=_segment_length(keep_states_every, len(given)),
-        arguments=(bound[:first], bound[first:last], bound[last:]),
+        arguments=PartArguments(bound[:first], bound[first:last], bound[last:]),
         anchor_every=anchor_every,
         offload=offload,
     )
@@ -219,7 +219,7 @@ def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState)
     if residue is not None:
         residue.check_range()
     for i, (link, layer_state) in enumerate(zip(whole.core, state.layers, strict=True)):
-        program = Program((), (link,), (), (True,), whole.exact, arguments=((), whole.arguments[1][i : i + 1], ()))
+        program = Program.of_chain((link,), exact=whole.exact, arguments=whole.arguments.core[i : i + 1])
         snapshot = Snapshot([link.layer])
         start = residue.clone(words=False) if residue is not None else None
 

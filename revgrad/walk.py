@@ -9,9 +9,10 @@ from torch import Tensor
 from revgrad.chain import ChainGradients, ChainState, cells_of, first_updates, rewind_chain
 from revgrad.errors import ReversibilityError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
+from revgrad.gradients import is_differentiable
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, ReversibleLayer, Streams, is_differentiable
-from revgrad.program import Program
+from revgrad.layer import Flow, Grads, ReversibleLayer, Streams
+from revgrad.program import CORE, ENTRY, EXIT, Part, Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
@@ -54,7 +55,7 @@ class Walk:
         self.given = given
         self.inputs_wanted = inputs_wanted
         entry = [i for _, layer in program.entry for i in snapshot.indices_of(layer)]
-        entry += [i for given in program.arguments[0] for i in gradients.conditioning(given)]
+        entry += [i for given in program.arguments.entry for i in gradients.conditioning(given)]
         self.entry_wanted = inputs_wanted or any(gradients.parameters[i].requires_grad for i in entry)
         self._input_grads: list[Grads] = []
         self._cells, tape.cells = tape.cells, []
@@ -107,13 +108,13 @@ class Walk:
             earlier: Gradients of the core's input that come from the output of the step before.
             residue: None in float arithmetic.
         """
-        yield from self._rewind(t, 2, flow, None, feedback)
-        yield from self._rewind(t, 1, flow, residue, earlier)
+        yield from self._rewind(t, EXIT, flow, None, feedback)
+        yield from self._rewind(t, CORE, flow, residue, earlier)
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
-            yield from self._rewind(t, 0, flow, None)
+            yield from self._rewind(t, ENTRY, flow, None)
 
-    def _rewind(self, t: int, part: int, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
-        links = (self.program.entry, self.program.core, self.program.exit)[part]
+    def _rewind(self, t: int, part: Part, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
+        links = self.program.parts[part]
         if self.program.exact and residue is None:
             residue = Residue()
         positions = rewind_chain(
@@ -129,7 +130,7 @@ class Walk:
             self.gradients,
             joining,
             self.program.arguments[part],
-            self._cells if part == 1 else None,
+            self._cells if part is CORE else None,
         )
         for i in positions:
             self._arrive(t, part, i, flow, links[i].name)
@@ -149,7 +150,7 @@ class Walk:
                 entered = self.given[t]
                 if entered is not None:
                     entered = self.program.enter(entered, residue)
-                keep = partial(self.tape.keep, t, parts=(1,))
+                keep = partial(self.tape.keep, t, parts=(CORE,))
                 features, state = self.program.run_core(
                     t, entered, features, state, residue, self.snapshot.replaying, keep
                 )
@@ -169,16 +170,16 @@ class Walk:
             if expected is not None:
                 self.tape.checks.equal(found, expected, partial(_cell_differs, name))  # type: ignore[arg-type]
 
-    def _arrive(self, t: int, part: int, position: int, flow: Flow, name: str) -> None:
+    def _arrive(self, t: int, part: Part, position: int, flow: Flow, name: str) -> None:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
         expected = self.tape.fingerprints.get((t, part, position))
-        anchor = self.tape.take_anchor(t, position) if part == 1 else None
+        anchor = self.tape.take_anchor(t, position) if part is CORE else None
         if anchor is not None and expected is None:
             expected = fingerprint(self.program.recovered(position, anchor), self.program.exact)
         if expected is not None:
-            of_layer = f"of {name} " if name and part == 1 and self.program.guarded else ""
+            of_layer = f"of {name} " if name and part is CORE and self.program.guarded else ""
             found = tuple(flow.streams)
-            self.compare(self.program.recovered(position, found) if part == 1 else found, expected, of_layer)
+            self.compare(self.program.recovered(position, found) if part is CORE else found, expected, of_layer)
         if anchor is not None:
             flow.streams[:] = [x.detach() for x in anchor]
 

@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensor
 
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import tolerance_of
-from revgrad.layer import ReversibleLayer, Step, Streams, Unchanged
+from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.unchanged import Unchanged
 
 
 def wrap(

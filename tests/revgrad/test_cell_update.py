@@ -14,7 +14,7 @@ from revgrad import (
     update_cell,
 )
 from revgrad.cell import Merge, Recall
-from revgrad.layer import gradients
+from revgrad.gradients import gradients
 from revgrad.residue import entropy_bits
 
 pytestmark = pytest.mark.usefixtures("single_thread")

@@ -153,6 +153,13 @@ def test_states(make, carries):
         check_invertible(chain, make.streams())
 
 
+def test_a_carry_of_the_wrong_size_is_named(make):
+    chain = make.recurrent("gated", 2, states=1, carries=1)
+    state = make.state(chain)
+    with pytest.raises(StreamError, match=r"layer 0 \(GatedCoupling\): takes a carry of 1 tensor.* carries 2"):
+        check_invertible(chain, make.streams(), state._replace(carry=state.carry * 2))
+
+
 def test_random_numbers_are_replayed_and_statistics_left_alone(make):
     def inner():
         return nn.Sequential(nn.BatchNorm1d(8), nn.Dropout(0.5))

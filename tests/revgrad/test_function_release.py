@@ -62,7 +62,7 @@ def test_gradients_are_released_layer_by_layer_last_first(make, check):
 def test_gradients_wait_until_they_are_a_portion(make, layers, expected):
     chain = with_gradients(make.chain("additive", 6))
     size = sum(p.numel() * p.element_size() for p in chain[0].parameters())
-    program = Program((), chain_links(chain), (), (True,), False)
+    program = Program.of_chain(chain_links(chain), exact=False)
     stages, waiting = _order_of_release(program, Snapshot(chain), int(layers * size))
     assert [application for application, _ in stages] == expected
     assert sorted(i for _, indices in stages for i in indices) == list(range(24))

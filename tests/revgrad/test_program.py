@@ -8,9 +8,9 @@ from torch import nn
 
 from revgrad import ChainState, GatedCoupling, Inverse, Residue, Swap, snap
 from revgrad.chain import undo_chain
-from revgrad.program import Program, flat, stack
+from revgrad.program import CORE, ENTRY, Part, Program, flat, stack
 from revgrad.residue import entropy_bits, quantise_gate
-from revgrad.unroll import chain_links
+from revgrad.unroll import chain_links, unroll
 
 MODULES, STEPS, BATCH, WIDTH = 40, 20, 4, 16
 
@@ -48,7 +48,7 @@ def logit_mean(gate):
 def test_forty_modules_over_twenty_steps_invert_bit_for_bit(mean_gate, record_property):
     modules = [Module(logit_mean(mean_gate)) for _ in range(MODULES)]
     layers = [GatedCoupling(m, i % 2, 1 - i % 2, stateful=True) for i, m in enumerate(modules)]
-    program = Program((), chain_links(layers), (), (True,), exact=True)
+    program = Program.of_chain(chain_links(layers), exact=True)
     zero = torch.zeros(BATCH, WIDTH)
     state, residue = ChainState(((zero,),) * MODULES), Residue()
     tape, halfway = [], None
@@ -94,8 +94,8 @@ def test_entry_core_and_exit_undo_one_another(make):
             t, given, features, state, residue, keep=lambda part, r, read=read: read.append((part, r.state))
         )
         y = program.run_exit(t, features, residue)
-        tape.append((given, before, features, y, [s for part, s in read if part == 1]))
-        assert [part for part, _ in read] == [0] * (3 if fed else 0) + [1] * 4
+        tape.append((given, before, features, y, [s for part, s in read if part is CORE]))
+        assert [part for part, _ in read] == [ENTRY] * (3 if fed else 0) + [CORE] * 4
     for given, before, features, y, read in reversed(tape):
         streams = undo_chain(program.exit, y, [()] * 3, residue)
         assert all(map(torch.equal, streams, features))
@@ -110,7 +110,7 @@ def test_entry_core_and_exit_undo_one_another(make):
 def test_every_application_has_a_number_of_its_own(make):
     layers = chain_links([Swap(), Swap()]), chain_links([Swap()] * 3), chain_links([Swap()])
     program = Program(*layers, (True,) * 4, exact=False)
-    numbers = [program.application(t, part, i) for t in range(4) for part in range(3) for i in range(len(layers[part]))]
+    numbers = [program.application(t, part, i) for t in range(4) for part in Part for i in range(len(layers[part]))]
     assert numbers == list(range(4 * 6))
     assert program.steps == 4
     assert len(list(program.layers())) == 6
@@ -136,7 +136,7 @@ def test_contexts_are_entered_around_every_layer_in_order(make):
 
 def test_enter_snaps_in_exact_arithmetic_only(make):
     x = make.streams()
-    program = Program((), (), (), (True,), exact=True)
+    program = Program.of_chain((), exact=True)
     assert program.enter(x, None) is x
     assert all(map(torch.equal, program.enter(x, Residue()), map(snap, x)))
 
@@ -150,6 +150,18 @@ def test_core_input_is_reported(make):
     )
     assert [position for position, _ in seen] == [0]
     assert all(map(torch.equal, seen[0][1], features[::-1]))
+
+
+@torch.no_grad()
+def test_every_part_is_traced_without_a_break(make):
+    entry, core = make.chain("additive", 2), make.chain("additive", 3)
+
+    def run(*x):
+        return unroll(core, [x, None], entry=entry, exit=Swap())[0]
+
+    x = make.streams()
+    torch.compiler.reset()
+    assert all(map(torch.equal, torch.compile(run, backend="eager", fullgraph=True)(*x), run(*x)))
 
 
 def test_stack_and_flat():

@@ -2,6 +2,7 @@ import torch
 
 from revgrad import ChainState, Residue
 from revgrad.chain import Read
+from revgrad.program import CORE, ENTRY, EXIT
 from revgrad.tape import Segment, Tape, pack, unpack
 
 
@@ -10,11 +11,12 @@ def tape():
     residue.scale(torch.ones(3), torch.full((3,), 2**15))
     h, c, x = torch.randn(3, 2).unbind()
     segments = [Segment(0, 1, ChainState(((h,), ()), (c,)), (x,), residue)]
-    return Tape(segments, {(0, 1): [Read((h, c), (1,)), Read((), None)]}, residue, {(0, 1): torch.ones(3)})
+    reads = {(0, CORE): [Read((h, c), (1,)), Read((), None)]}
+    return Tape(segments, reads, residue, {(0, CORE, 0): torch.ones(3)})
 
 
 def tensors_of(tape):
-    return [*tape.segments[0].state.tensors(), *tape.segments[0].features, *tape.read[0, 1][0].state]
+    return [*tape.segments[0].state.tensors(), *tape.segments[0].features, *tape.read[0, CORE][0].state]
 
 
 def test_what_was_packed_comes_back():
@@ -24,7 +26,7 @@ def test_what_was_packed_comes_back():
         assert all(a is b for a, b in zip(tensors_of(again), tensors_of(before), strict=True))
         assert again.segments[0].state._fields == before.segments[0].state._fields
         assert (again.segments[0].first, again.segments[0].last) == (0, 1)
-        assert again.read[0, 1][0].strides == (1,)
+        assert again.read[0, CORE][0].strides == (1,)
         assert again.residue.bits == before.residue.bits
         assert again.fingerprints is before.fingerprints
 
@@ -38,17 +40,17 @@ def test_a_layout_holds_no_tensors_but_fingerprints():
 def test_using_up_an_unpacked_tape_leaves_the_layout():
     layout, tensors = pack(tape())
     first = unpack(layout, tuple(tensors))
-    first.read[0, 1].pop()
+    first.read[0, CORE].pop()
     first.segments.pop()
     again = unpack(layout, tuple(tensors))
-    assert len(again.read[0, 1]) == 2
+    assert len(again.read[0, CORE]) == 2
     assert len(again.segments) == 1
 
 
 def test_keep_notes_what_is_asked_for():
     made = Tape()
     read = Read((), None)
-    made.keep(3, 1, read)
-    made.keep(3, 1, read, parts=(0, 2))
-    made.keep(4, 2, read, parts=(0, 2))
-    assert made.read == {(3, 1): [read], (4, 2): [read]}
+    made.keep(3, CORE, read)
+    made.keep(3, CORE, read, parts=(ENTRY, EXIT))
+    made.keep(4, EXIT, read, parts=(ENTRY, EXIT))
+    assert made.read == {(3, CORE): [read], (4, EXIT): [read]}
