@@ -6,7 +6,7 @@ import torch
 
 from revgrad import unroll
 from revgrad.layer import Streams
-from revgrad.unroll import Chain
+from revgrad.links import Chain
 
 
 def apply_at_once(chain: Chain, streams: Streams, together: int, **how: Any) -> Streams:

@@ -22,9 +22,9 @@ from revgrad import ChainState, Inverse, Residue, unroll
 from revgrad.arithmetic import is_exact
 from revgrad.chain import Read, undo_chain
 from revgrad.layer import State, Streams
+from revgrad.links import chain_links
 from revgrad.program import CORE, Part, Program
 from revgrad.replay import Snapshot
-from revgrad.unroll import chain_links
 
 
 @dataclass(kw_only=True)

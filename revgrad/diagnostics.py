@@ -14,11 +14,11 @@ from revgrad.chain import ChainState, Link, joined, parted
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
+from revgrad.links import Chain, chain_links, checked_state
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import Chain, chain_links, checked_state
 
 
 @dataclass(frozen=True)

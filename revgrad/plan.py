@@ -14,9 +14,9 @@ from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
 from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
+from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.program import Program
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import Chain, chain_links, checked_state, checked_streams
 
 
 @dataclass(frozen=True)

@@ -11,24 +11,16 @@ from revgrad.arithmetic import is_exact
 from revgrad.budget import Budget, parse_budget, run_cut, stored_layers
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
+from revgrad.checkpointed import run_layers_checkpointed
 from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
+from revgrad.links import Arithmetic, Mode, chain_links, check_mode, check_offload, checked_state, checked_streams
 from revgrad.log_det import start, with_log_det
 from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
-from revgrad.unroll import (
-    Arithmetic,
-    Mode,
-    chain_links,
-    check_mode,
-    check_offload,
-    checked_state,
-    checked_streams,
-    run_layers_checkpointed,
-)
 
 Result = Tensor | Streams
 

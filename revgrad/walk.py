@@ -208,7 +208,9 @@ def _input_differs(
     exact: bool,
 ) -> ReversibilityError:
     by = f"by {float(error):.2g} of its size"
-    changed = "a transform depends on what has changed since the forward pass, or on random numbers that are not PyTorch's"
+    changed = (
+        "a transform depends on what has changed since the forward pass, or on random numbers that are not PyTorch's"
+    )
     why = f"an inverse does not invert, or not precisely enough, or {changed}"
     if not bool(found.isfinite().all()):
         by = "and is not finite"

@@ -7,7 +7,7 @@ from crevnet.cells import CELLS
 from crevnet.predictor import PredictiveTransform, reversible_predictor
 from revgrad import ChainState, Residue, ReversibleSequential, check_invertible
 from revgrad.chain import undo_chain
-from revgrad.unroll import chain_links
+from revgrad.links import chain_links
 
 MODULES, CHANNELS = 4, 3
 CELL_NAMES = ["convlstm", "stlstm"]

@@ -3,7 +3,7 @@ from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, StreamError
 from revgrad.arithmetic import forgets, is_exact
-from revgrad.unroll import chain_links
+from revgrad.links import chain_links
 
 
 def test_auto_looks_inside(make):

@@ -21,7 +21,7 @@ from revgrad import (
 from revgrad.arithmetic import is_exact
 from revgrad.cell import Recall
 from revgrad.fingerprint import fingerprint
-from revgrad.unroll import chain_links
+from revgrad.links import chain_links
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 

@@ -10,7 +10,7 @@ from revgrad.chain import (
     stateless,
     undo_chain,
 )
-from revgrad.unroll import chain_links
+from revgrad.links import chain_links
 
 
 def test_state_keeps_its_structure_with_other_tensors():

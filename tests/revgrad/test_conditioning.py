@@ -6,7 +6,7 @@ from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, StreamError, Swap, wrap
 from revgrad.conditioning import Place, bind, replaced, tensors_in
-from revgrad.unroll import chain_links
+from revgrad.links import chain_links
 
 
 class Told(nn.Module):
@@ -54,9 +54,7 @@ def test_layers_that_take_no_arguments_at_all_say_so(layer):
 
 def test_a_sequential_that_hides_what_takes_an_argument_is_pointed_out():
     inside = AdditiveCoupling(nn.Sequential(nn.Linear(4, 4), Told()))
-    with pytest.raises(
-        StreamError, match=r"of this name \(an nn.Sequential hands nothing on to what is in it"
-    ):
+    with pytest.raises(StreamError, match=r"of this name \(an nn.Sequential hands nothing on to what is in it"):
         bind(chain_links([inside]), {"scale": 1})
 
 

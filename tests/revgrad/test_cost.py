@@ -21,7 +21,7 @@ from revgrad import (
     Swap,
 )
 from revgrad.cost import Run, measure, runs_of
-from revgrad.unroll import checked_state
+from revgrad.links import checked_state
 
 pytestmark = pytest.mark.usefixtures("single_thread", "warm")
 

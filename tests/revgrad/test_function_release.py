@@ -8,9 +8,9 @@ from revgrad import (
     ReversibleSequential,
 )
 from revgrad.function import _order_of_release
+from revgrad.links import chain_links
 from revgrad.program import Program
 from revgrad.replay import Snapshot
-from revgrad.unroll import chain_links
 from tests.revgrad.test_function import KINDS, backward
 from tests.revgrad.test_function_checks import Scale
 

@@ -12,7 +12,7 @@ from revgrad import (
     check_invertible,
     plan,
 )
-from revgrad.unroll import chain_links, describe
+from revgrad.links import chain_links, describe
 
 
 def test_links_are_flat_and_named(make):

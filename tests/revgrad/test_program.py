@@ -8,9 +8,10 @@ from torch import nn
 
 from revgrad import ChainState, GatedCoupling, Inverse, Residue, Swap, snap
 from revgrad.chain import undo_chain
+from revgrad.links import chain_links
 from revgrad.program import CORE, ENTRY, Part, Program, flat, stack
 from revgrad.residue import entropy_bits, quantise_gate
-from revgrad.unroll import chain_links, unroll
+from revgrad.unroll import unroll
 
 MODULES, STEPS, BATCH, WIDTH = 40, 20, 4, 16
 

@@ -1,0 +1,29 @@
+import pytest
+import torch
+
+from revgrad import unroll
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+def test_every_layer_is_run_twice_and_computes_what_it_does_stored(make, check, kind, arithmetic):
+    chain, x = make.chain(kind, 3, arithmetic=arithmetic), make.streams()
+    check.same(check.gradients(chain, x, "checkpoint"), check.gradients(chain, x, "stored"))
+    chain.mode = "checkpoint"
+    sum(y.sum() for y in chain(*x)).backward()
+    assert [layer.transform.count[0] for layer in chain] == [2, 2, 2]
+
+
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+def test_every_time_step_is_run_twice_and_hands_on_residue_and_state(make, arithmetic):
+    core, x = make.recurrent(), make.streams()
+    state = make.state(core)
+    found = []
+    for mode in ("stored", "checkpoint"):
+        for layer in core:
+            layer.transform.count[0] = 0
+        outputs, final = unroll(core, [x, None, x], state, mode=mode, arithmetic=arithmetic)
+        loss = sum(y.square().sum() for y in (*outputs, *final.tensors()))
+        found.append((*outputs, *torch.autograd.grad(loss, [*x, *core.parameters()])))
+        assert [layer.transform.count[0] for layer in core] == [3 if mode == "stored" else 6] * 2
+    assert all(map(torch.equal, *found))
