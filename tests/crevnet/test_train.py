@@ -1,6 +1,7 @@
 """The command line of training: what it prints and returns, and real processes that are killed, stopped or several."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -36,11 +37,14 @@ DISTRIBUTED = {
 def processes(tiny, tmp_path_factory):
     """What became of real processes, run side by side: three that get a signal amid their steps, and torchrun twice.
 
-    By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
+    SIGTERM and SIGINT go to the whole group, workers too, as SLURM and a terminal send them. By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
     """
     base = tmp_path_factory.mktemp("processes")
     signalled = {number: base / number.name for number in SIGNALS}
-    running = {n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled)) for n, f in signalled.items()}
+    running = {
+        n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled | {"run.workers": 2}), group=True)
+        for n, f in signalled.items()
+    }
     several = {
         strategy: tiny.start(*TORCHRUN, *tiny.arguments(base / strategy, DISTRIBUTED | {"run.strategy": strategy}))
         for strategy in ("ddp", "fsdp")
@@ -50,7 +54,7 @@ def processes(tiny, tmp_path_factory):
         while waiting:
             for number, process in list(waiting.items()):
                 if max(CheckpointDirectory(signalled[number] / "checkpoints").steps(), default=0) >= 4:
-                    process.send_signal(number)
+                    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
                     del waiting[number]
                 assert process.poll() is None or number not in waiting, process.communicate()[1]
             assert time.monotonic() < deadline
