@@ -33,6 +33,7 @@ from crevnet.checkpoint import (
     read_checkpoint,
     step_pointed_at,
 )
+from crevnet.files import sync_folder
 
 _BEST = "best.json"
 _SAVING, _REMOVING, _REPLACED = ".saving-", ".removing-", ".replaced-"
@@ -195,7 +196,7 @@ class CheckpointDirectory:
             temporary.mkdir()
             for name, data in files.items():
                 _write(temporary / name, data)
-            _sync_folder(temporary)
+            sync_folder(temporary)
             self._move_into_place(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +214,7 @@ class CheckpointDirectory:
             if replaced.is_dir() and not folder.is_dir():
                 os.rename(replaced, folder)
             raise
-        _sync_folder(self.path)
+        sync_folder(self.path)
         if replaced.is_dir():
             self._remove(replaced)
 
@@ -225,7 +226,7 @@ class CheckpointDirectory:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def _best_step(self) -> int | None:
         path = self.path / _BEST
@@ -292,14 +293,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:
