@@ -125,7 +125,11 @@ class CheckpointDirectory:
             DamagedCheckpoint: there are checkpoints, and all are damaged; lists them.
         """
         damage = []
-        for step in reversed(self.steps()):
+        passed: set[int] = set()
+        # Listed again each time: another process may have saved a newer one, and then deleted the last one listed.
+        while left := set(self.steps()) - passed:
+            step = max(left)
+            passed.add(step)
             try:
                 return self.load(step)
             except FileNotFoundError:
@@ -144,12 +148,15 @@ class CheckpointDirectory:
             DamagedCheckpoint: it, or the pointer to it, is damaged or missing. There is no falling back.
         """
         step = self._best_step()
-        if step is None:
-            return None
-        try:
-            return self.load(step)
-        except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{self.path / _BEST}: names step {step}, which is not there") from error
+        while step is not None:
+            try:
+                return self.load(step)
+            except FileNotFoundError as error:
+                # Another process may have saved a better one meanwhile, and deleted this one.
+                named, step = step, self._best_step()
+                if step == named:
+                    raise DamagedCheckpoint(f"{self.path / _BEST}: names step {step}, which is not there") from error
+        return None
 
     def intact_best(self) -> Checkpoint | None:
         """Read the checkpoint last saved with ``best=True``; None if there never was one, or it is damaged.
