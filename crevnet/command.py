@@ -14,6 +14,7 @@ from crevnet.config import TrainConfig
 from crevnet.datasets import DATASETS
 from crevnet.files import written_whole
 from crevnet.models import MODELS
+from revgrad import ReversibilityError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -123,7 +124,7 @@ def run_command(function: Callable[..., Any]) -> None:
     """Run a function as a command line; what the user can mend ends with a message instead of a traceback."""
     try:
         auto_cli(function, as_positional=True)
-    except (ValueError, OSError, DamagedCheckpoint) as error:
+    except (ValueError, OSError, DamagedCheckpoint, ReversibilityError) as error:
         sys.exit(f"error: {error}")
 
 

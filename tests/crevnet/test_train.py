@@ -15,6 +15,7 @@ from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, load_config
 from crevnet.train import main
 from crevnet.training_step import TrainingDiverged
+from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
@@ -220,7 +221,13 @@ def test_a_missing_configuration_ends_with_status_2(trained, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [TrainingDiverged("step 3"), DamagedCheckpoint("all of them"), ValueError("other"), OSError(28, "disk is full")],
+    [
+        TrainingDiverged("step 3"),
+        DamagedCheckpoint("all of them"),
+        ReversibilityError("layer 3"),
+        ValueError("other"),
+        OSError(28, "disk is full"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_the_user_can_mend_ends_with_status_1_and_a_message(error, monkeypatch, capsys):
