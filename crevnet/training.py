@@ -30,7 +30,7 @@ from crevnet.run import check_same_run, run_folder
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
-from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
+from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
 from crevnet.ways import MARGIN, choose, training_bytes
 from revgrad import ReversibilityError
 
@@ -273,11 +273,15 @@ class Trainer:
             )
 
     def _draw(self, model: VideoModel, frames: Tensor) -> None:
-        observed = self.config.observed
-        given, target = frames[:, :observed], frames[:, observed:]
-        prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
-        prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
-        prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
+        channels = frames.shape[2]
+        if channels in DRAWN_CHANNELS:
+            observed = self.config.observed
+            given, target = frames[:, :observed], frames[:, observed:]
+            prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
+            prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
+            prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
+        else:
+            self.fabric.print(f"No pictures of predictions: frames of {channels} channels are not drawn")
         log = RunLog(self.folder, self.step + 1)
         steps, losses = log.read("train", "loss")
         log.close()
@@ -335,6 +339,10 @@ def summary(config: TrainConfig, result: dict[str, Any], folder: Path) -> str:
         f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
         f"{config.model.name:18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
         f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",
-        f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
+        f"{_beside_copying(result['mse'], copied['mse'])}. Metrics, pictures and checkpoints: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _beside_copying(error: float, copied: float) -> str:
+    return f"MSE is {error / copied:.2f} of copying" if copied else "Copying is perfect: nothing moves in the test set"

@@ -154,6 +154,14 @@ def test_the_summary_has_both_lines_and_their_ratio(tmp_path):
     assert str(tmp_path) in text
 
 
+def test_a_still_test_set_is_copied_perfectly(tmp_path):
+    measured = {"mse": 30.0, "ssim": 0.8, "psnr": 20.0, "sequences": 7}
+    text = summary(
+        TrainConfig(), measured | {"copy_last_frame": {"mse": 0.0, "ssim": 1.0, "psnr": 100.0}}, tmp_path
+    )
+    assert f"\nCopying is perfect: nothing moves in the test set. Metrics, pictures and checkpoints: {tmp_path}" in text
+
+
 def test_weights_that_break_in_the_last_step_are_found_by_validation(trainer, monkeypatch):
     trainer = trainer({"steps": 1})
     step = trainer.optimiser.step
