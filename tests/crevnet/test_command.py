@@ -59,12 +59,25 @@ def test_saving_replaces_the_file_as_a_whole(tiny, tmp_path, monkeypatch):
     assert path.read_text() == before
 
 
-def test_an_unreadable_configuration_is_refused(tmp_path, capsys):
-    (tmp_path / "config.yaml").write_text("model: {cell: gru}\n")
-    with pytest.raises(SystemExit) as stop:
-        load_config(tmp_path / "config.yaml")
-    assert stop.value.code == 2
-    assert "cell" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("bogus: 1", "Option 'bogus' is not accepted"),
+        ("run: {bogus: 1}", "Group 'run' does not accept option 'bogus'"),
+        ("model: {cell: gru}", 'Parser key "model.cell"'),
+        ("steps: many", 'Parser key "steps"'),
+        ("observed: 99", "observed must be at least model.clip"),
+        ("data: {name: videos}", "data.train"),
+        ("data: {name: films}", "data must be one of moving-mnist, videos, got 'films'"),
+    ],
+)
+def test_a_configuration_that_is_none_is_refused_by_its_name_and_the_option(text, message, tmp_path, capsys):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{path}: ") as error:
+        load_config(path)
+    assert message in str(error.value)
+    assert capsys.readouterr().err == ""
 
 
 def command(folder: Path, *, times: int = 1) -> None:
