@@ -190,7 +190,7 @@ class WhileItSaves(CheckpointDirectory):
     """Reads a running training's checkpoints: that saves a step, and deletes the old one, before the first is read."""
 
     def load(self, step):
-        if not self.steps() == [2]:
+        if self.steps() != [2]:
             save_steps(CheckpointDirectory(self.path, keep=1), 2, best=True)
         return super().load(step)
 
