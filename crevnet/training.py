@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
-from crevnet.ways import MARGIN, choose, training_bytes
+from crevnet.ways import MARGIN, NoWayFits, choose, training_bytes
 from revgrad import ReversibilityError
 
 
@@ -113,7 +115,7 @@ class Trainer:
         """Train in the fastest way that fits into memory, the same on all processes; returns a line that tells.
 
         Raises:
-            ValueError: None fits.
+            NoWayFits: None does.
         """
         config, world = self.config, self.fabric.world_size
         ways = config.model.ways(config.data.frames - config.model.clip, self.way)
@@ -132,7 +134,10 @@ class Trainer:
             )
             return self._agree(found, "max")
 
-        choice = choose(ways, self.available_bytes(), need)
+        try:
+            choice = choose(ways, self.available_bytes(), need)
+        except NoWayFits as error:
+            raise NoWayFits(f"{error}{self._elsewhere('another batch_size')}") from error
         self.way, self.raw_model.config = choice.name, choice.config
         return str(choice)
 
@@ -168,7 +173,10 @@ class Trainer:
         )
         bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
         saved_at = self.step
-        with Interrupt() as interrupt, bar:
+        if config.steps == 0:
+            self.fabric.barrier()  # until all have looked for checkpoints
+            self.save()
+        with self._divergence(), Interrupt() as interrupt, bar:
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))
@@ -188,8 +196,9 @@ class Trainer:
         if log is not None:
             log.close()
         if self.step < config.steps:
+            command = "the same command" if run.folder else f"the same command with --run.folder {self.folder}"
             self.fabric.print(
-                f"Interrupted and saved at step {saved_at} in {self.folder}: the same command goes on from there."
+                f"Interrupted and saved at step {saved_at} in {self.folder}: {command} goes on from there."
             )
         return self.step >= config.steps
 
@@ -228,6 +237,19 @@ class Trainer:
         found = self.training_step(frames, self.step)
         self.step += 1
         return found
+
+    @contextmanager
+    def _divergence(self) -> Iterator[None]:
+        """Completes the advice of `TrainingDiverged`, which is to change options."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}{self._elsewhere('a run with other options')}") from error
+
+    def _elsewhere(self, what: str) -> str:
+        """Ends an error whose advice this folder would refuse, because it has checkpoints."""
+        kept = self.checkpoints.steps()
+        return f"; {what} needs another run.folder, since {self.folder} has checkpoints" if kept else ""
 
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crevnet.command import load_config
-from crevnet.ways import MARGIN, training_bytes
+from crevnet.ways import MARGIN, NoWayFits, training_bytes
 from tests.crevnet.test_training import snapshot, training_batch
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -97,7 +97,11 @@ def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
     folder = train_tiny(options | {"steps": 1})
     before = snapshot(folder / "checkpoints")
     need = int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
-    with pytest.raises(ValueError, match=r"no way to train fits into .*: the least is .*, stored;"):
+    with pytest.raises(
+        NoWayFits,
+        match=rf"no way to train fits into .*: the least is .*, stored; lower batch_size or raise run.memory; "
+        rf"another batch_size needs another run.folder, since {folder} has checkpoints$",
+    ):
         train_tiny(options | {"run.memory": need}, folder)
     assert snapshot(folder / "checkpoints") == before
 
