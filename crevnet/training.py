@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 from crevnet.adam import adam
 from crevnet.checkpoint_directory import CheckpointDirectory
-from crevnet.command import save_config
 from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
 from crevnet.cuda_graph import check_possible
@@ -26,9 +25,9 @@ from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
-from crevnet.launch import launch, local_processes
+from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
-from crevnet.run import check_same_run, run_folder
+from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
@@ -322,21 +321,16 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     """Run a training to its end, or until interrupted (then None)."""
     fabric = launch(config)
     try:
-        return _train(config, fabric)
+        with ExitStack() as held:
+            folder = from_first(fabric, lambda: held.enter_context(opened(config)))
+            return _train(config, fabric, folder)
     finally:
         # A process that ends with its group still alive may abort in the group's threads.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
-    folder = fabric.broadcast(run_folder(config))
-    check_same_run(config, folder)
-    fabric.barrier()
-    if fabric.global_rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    fabric.barrier()
+def _train(config: TrainConfig, fabric: Fabric, folder: Path) -> dict[str, Any] | None:
     trainer = Trainer(config, fabric, folder)
     if trainer.resume():
         fabric.print(f"Going on from step {trainer.step} in {folder}")

@@ -38,7 +38,8 @@ DISTRIBUTED = {
 def processes(tiny, tmp_path_factory):
     """What became of real processes, run side by side: three that get a signal amid their steps, and torchrun twice.
 
-    SIGTERM and SIGINT go to the whole group, workers too, as SLURM and a terminal send them. By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
+    SIGTERM and SIGINT go to the whole group, workers too, as SLURM and a terminal send them. By name: folder, exit
+    status, what was printed, and the newest checkpoint when it had ended.
     """
     base = tmp_path_factory.mktemp("processes")
     signalled = {number: base / number.name for number in SIGNALS}
@@ -164,6 +165,15 @@ def test_only_one_of_two_processes_writes(strategy, processes, tiny):
     assert "Traceback" not in err
 
 
+def test_what_one_process_is_refused_all_are(processes, tiny):
+    other = tiny.arguments(processes["ddp"][0], DISTRIBUTED | {"seed": 5})
+    process = tiny.start(*TORCHRUN, *other)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("seed was 0, is 5); choose another run.folder") == 2
+    assert "crevnet/training.py" not in err  # a traceback
+
+
 def test_a_sharded_run_goes_on_sharded_or_in_one_process(processes, tiny, tmp_path):
     longer = DISTRIBUTED | {"steps": 4, "run.strategy": "fsdp"}
     folders = [shutil.copytree(processes["fsdp"][0], tmp_path / name) for name in ("sharded", "whole")]
@@ -254,6 +264,7 @@ def test_mistakes_that_only_training_can_find_end_with_a_message(tiny, finished_
     assert "seed was 0, is 5); choose another run.folder" in capsys.readouterr().err
     missing = tiny.arguments(tmp_path / "run", {"data.root": tmp_path / "mnist"})
     assert main(missing) == 1
+    assert (tmp_path / "run" / "config.yaml").exists()  # and yet the next command may have other options
     said = capsys.readouterr().err
     assert str(tmp_path / "mnist") in said
     assert "--data.download true" in said

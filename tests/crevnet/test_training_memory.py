@@ -106,6 +106,13 @@ def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
     assert snapshot(folder / "checkpoints") == before
 
 
+def test_before_its_first_checkpoint_a_run_that_does_not_fit_may_be_begun_anew_in_the_same_folder(train_tiny, tmp_path):
+    with pytest.raises(NoWayFits, match=r"raise run.memory$"):
+        train_tiny(AUTO | {"run.memory": 1000, "steps": 1}, tmp_path)
+    train_tiny(AUTO | {"steps": 1, "batch_size": 1}, tmp_path)
+    assert way_of(tmp_path) == "stored"
+
+
 def test_a_mode_that_is_set_is_not_measured(train_tiny, monkeypatch, capsys):
     monkeypatch.setattr("crevnet.training.training_bytes", None)
     folder = train_tiny({"steps": 1})

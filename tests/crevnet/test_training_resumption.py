@@ -73,6 +73,14 @@ def test_a_run_without_steps_can_be_evaluated_and_made_longer(train_tiny, tiny):
     tiny.assert_equal(tiny.weights(folder, 2), tiny.weights(straight, 2))
 
 
+def test_a_run_that_is_not_to_be_made_shorter_is_left_as_it_is(train_tiny):
+    folder = train_tiny({"steps": 3})
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match="has reached step 3, and steps is 1"):
+        train_tiny({"steps": 1}, folder)
+    assert snapshot(folder) == before
+
+
 def test_a_finished_run_is_only_measured_again(train_tiny, tiny):
     folder = train_tiny({"steps": 2})
     before = snapshot(folder / "checkpoints")
