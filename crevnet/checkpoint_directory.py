@@ -33,6 +33,7 @@ from crevnet.checkpoint import (
     read_checkpoint,
     step_pointed_at,
 )
+from crevnet.files import sync_folder
 
 _BEST = "best.json"
 _SAVING, _REMOVING, _REPLACED = ".saving-", ".removing-", ".replaced-"
@@ -124,7 +125,11 @@ class CheckpointDirectory:
             DamagedCheckpoint: there are checkpoints, and all are damaged; lists them.
         """
         damage = []
-        for step in reversed(self.steps()):
+        passed: set[int] = set()
+        # Listed again each time: another process may have saved a newer one, and then deleted the last one listed.
+        while left := set(self.steps()) - passed:
+            step = max(left)
+            passed.add(step)
             try:
                 return self.load(step)
             except FileNotFoundError:
@@ -143,12 +148,15 @@ class CheckpointDirectory:
             DamagedCheckpoint: it, or the pointer to it, is damaged or missing. There is no falling back.
         """
         step = self._best_step()
-        if step is None:
-            return None
-        try:
-            return self.load(step)
-        except FileNotFoundError as error:
-            raise DamagedCheckpoint(f"{self.path / _BEST}: names step {step}, which is not there") from error
+        while step is not None:
+            try:
+                return self.load(step)
+            except FileNotFoundError as error:
+                # Another process may have saved a better one meanwhile, and deleted this one.
+                named, step = step, self._best_step()
+                if step == named:
+                    raise DamagedCheckpoint(f"{self.path / _BEST}: names step {step}, which is not there") from error
+        return None
 
     def intact_best(self) -> Checkpoint | None:
         """Read the checkpoint last saved with ``best=True``; None if there never was one, or it is damaged.
@@ -195,7 +203,7 @@ class CheckpointDirectory:
             temporary.mkdir()
             for name, data in files.items():
                 _write(temporary / name, data)
-            _sync_folder(temporary)
+            sync_folder(temporary)
             self._move_into_place(temporary, folder)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -213,7 +221,7 @@ class CheckpointDirectory:
             if replaced.is_dir() and not folder.is_dir():
                 os.rename(replaced, folder)
             raise
-        _sync_folder(self.path)
+        sync_folder(self.path)
         if replaced.is_dir():
             self._remove(replaced)
 
@@ -225,7 +233,7 @@ class CheckpointDirectory:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(self.path)
+        sync_folder(self.path)
 
     def _best_step(self) -> int | None:
         path = self.path / _BEST
@@ -292,14 +300,6 @@ def _write(path: Path, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _delete(path: Path) -> None:

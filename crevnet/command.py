@@ -1,6 +1,7 @@
 """Command lines over typed signatures: what the entry points share."""
 
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,6 +15,7 @@ from crevnet.config import TrainConfig
 from crevnet.datasets import DATASETS
 from crevnet.files import written_whole
 from crevnet.models import MODELS
+from revgrad import ReversibilityError
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -113,17 +115,26 @@ def save_config(config: TrainConfig, path: Path) -> None:
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Read a configuration written by `save_config`."""
+    """Read a configuration written by `save_config`.
+
+    Raises:
+        ValueError: Names the file, and the option that is not known or has another value than it may.
+        OSError: The file cannot be read.
+    """
     content = _read_yaml(path)
-    parser = train_parser("config", "", {section: _known(section, _named(section, content)) for section in CHOICES})
-    return _build(parser, parser.parse_path(path))
+    try:
+        parser = train_parser("config", "", {section: _known(section, _named(section, content)) for section in CHOICES})
+        parser.exit_on_error = False  # it would print how a command is used
+        return _build(parser, parser.parse_path(path))
+    except (ArgumentError, ValueError, TypeError) as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 def run_command(function: Callable[..., Any]) -> None:
     """Run a function as a command line; what the user can mend ends with a message instead of a traceback."""
     try:
         auto_cli(function, as_positional=True)
-    except (ValueError, OSError, DamagedCheckpoint) as error:
+    except (ValueError, OSError, DamagedCheckpoint, ReversibilityError) as error:
         sys.exit(f"error: {error}")
 
 

@@ -164,6 +164,8 @@ class TrainConfig:
             raise ValueError(
                 f"steps must not be negative and batch_size at least 1, got {self.steps} and {self.batch_size}"
             )
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed must be 0 to 2**32 - 1, got {self.seed}")
         if height_width(self.data.image_size) != self.model.frame_size:
             raise ValueError(
                 f"data.image_size {in_words(self.data.image_size)} and model.image_size "

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from crevnet.command import run_command
 from crevnet.data import DataConfig, SequenceSet
+from crevnet.files import check_writable, written_whole
 from crevnet.metrics import VideoMetrics, copy_last_frame
 from crevnet.run import load_run, select_device
 from crevnet.video_model import VideoModel
@@ -55,15 +56,17 @@ def evaluate(
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config
+    if output is not None:
+        check_writable(output)
     options = {"root": root, "num_digits": num_digits, "test": test, "frames": frames, "test_sequences": test_sequences}
     dataset = _changed(config.data, options).build_test()
     result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
     result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
     text = json.dumps(result, indent=2)
+    print(text, flush=True)  # before anything else can fail
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(text + "\n")
-    print(text)
+        with written_whole(output) as part:
+            part.write_text(text + "\n")
     return result
 
 

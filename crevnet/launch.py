@@ -1,8 +1,9 @@
 """The processes of a run: device, precision and process group."""
 
 import os
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from lightning_fabric import Fabric
@@ -11,6 +12,8 @@ from lightning_fabric.plugins import MixedPrecision
 from crevnet.config import TrainConfig
 from crevnet.run import select_device
 from crevnet.sharding import sharded_strategy
+
+_T = TypeVar("_T")
 
 
 class Autocast(MixedPrecision):
@@ -56,6 +59,28 @@ def launch(config: TrainConfig) -> Fabric:
     )
     fabric.launch()
     return fabric
+
+
+def from_first(fabric: Fabric, function: Callable[[], _T]) -> _T:
+    """What a function returns in the first process of a run, in all of them; where it raises, it does in all.
+
+    Were it to raise in one alone, the others would wait for that one, and hide its message behind theirs.
+
+    Args:
+        fabric: Launched.
+        function: Its result and its error have to be ones that pickle knows.
+    """
+    result: _T | None = None
+    error: Exception | None = None
+    if fabric.global_rank == 0:
+        try:
+            result = function()
+        except Exception as raised:
+            error = raised
+    result, error = fabric.broadcast((result, error))
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
 
 
 def _kind_of_device(name: str) -> str:

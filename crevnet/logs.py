@@ -16,12 +16,18 @@ class RunLog:
     Args:
         folder: Folder of the run.
         first_step: The step at which this process starts.
+
+    Raises:
+        ValueError: The log of training or of validation is damaged; names the line. It is found here, and not when
+            steps have been taken.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder = folder
         self._first_step = first_step
         self._files: dict[str, Any] = {}
+        for kind in ("train", "validation"):
+            _entries(folder / f"{kind}.csv")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
@@ -33,13 +39,19 @@ class RunLog:
             self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def read(self, kind: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column."""
+        """Steps and values of a column.
+
+        Raises:
+            ValueError: The file is damaged; names the line.
+        """
         path = self._folder / f"{kind}.csv"
-        if not path.exists():
+        columns, rows = _entries(path)
+        if not rows:
             return [], []
-        with path.open(newline="") as f:
-            rows = list(csv.DictReader(f))
-        return [int(r["step"]) for r in rows], [float(r[column]) for r in rows]
+        if column not in columns:
+            raise ValueError(f"{path}, line 1: names no column {column}; mend this line, or delete the file")
+        at = columns.index(column)
+        return [int(row[0]) for row in rows], [float(row[at]) for row in rows]
 
     def close(self) -> None:
         """Flush TensorBoard."""
@@ -47,15 +59,41 @@ class RunLog:
 
     def _open(self, kind: str, columns: list[str]) -> Any:
         path = self._folder / f"{kind}.csv"
-        kept: list[list[str]] = []
-        if path.exists():
-            with path.open(newline="") as f:
-                kept = [
-                    row
-                    for row in list(csv.reader(f))[1:]
-                    if len(row) == len(columns) and int(row[0]) < self._first_step
-                ]
+        kept = [row for row in _entries(path, columns)[1] if int(row[0]) < self._first_step]
         with written_whole(path) as part, part.open("w", newline="") as f:
             csv.writer(f).writerows([columns, *kept])
         # Line-buffered: what was logged survives a killed process.
         return csv.writer(path.open("a", newline="", buffering=1))
+
+
+def _entries(path: Path, columns: list[str] | None = None) -> tuple[list[str], list[list[str]]]:
+    """Columns and rows of a log; none where there is no file.
+
+    Args:
+        path: The file.
+        columns: What they have to be; None for what the file says. A row of another length, which a process that died
+            has begun, is left out.
+
+    Raises:
+        ValueError: A row holds something else than numbers; names the line.
+    """
+    if not path.exists():
+        return [], []
+    with path.open(newline="", errors="replace") as f:
+        header, *rows = list(csv.reader(f)) or [[]]
+    columns = columns or header
+    numbered = [(line, row) for line, row in enumerate(rows, start=2) if len(row) == len(columns)]
+    for line, row in numbered:
+        _check_numbers(path, line, row)
+    return columns, [row for _, row in numbered]
+
+
+def _check_numbers(path: Path, line: int, row: list[str]) -> None:
+    try:
+        int(row[0])
+        for value in row[1:]:
+            float(value)
+    except ValueError as error:
+        raise ValueError(
+            f"{path}, line {line}: {error}; delete this line, or the file to begin the log anew"
+        ) from error

@@ -1,7 +1,9 @@
 """The folder of a run: its configuration and its checkpoints, and the model in it."""
 
 import re
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -10,8 +12,9 @@ import torch
 
 from crevnet.checkpoint import Checkpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
-from crevnet.command import as_plain, load_config
+from crevnet.command import as_plain, load_config, save_config
 from crevnet.config import TrainConfig
+from crevnet.run_lock import sole_training
 from crevnet.video_model import VideoModel
 
 _LENGTH_HINT = (
@@ -30,33 +33,78 @@ class LoadedRun:
     step: int
 
 
+@contextmanager
+def opened(config: TrainConfig) -> Iterator[Path]:
+    """The folder of a run, for this process alone, and `config.yaml` in it.
+
+    Raises:
+        ValueError: Another process trains there, or it holds another run.
+        OSError: It cannot be written to.
+    """
+    folder = run_folder(config)
+    with sole_training(folder):
+        check_same_run(config, folder)
+        save_config(with_whole_paths(config), folder / "config.yaml")
+        yield folder
+
+
 def run_folder(config: TrainConfig) -> Path:
-    """The configured folder, or a new one named by the time."""
-    return config.run.folder or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    """Make the configured folder if it is missing, or a new one named by the time, which no other run has.
+
+    Raises:
+        OSError: It cannot be made.
+    """
+    if config.run.folder is not None:
+        config.run.folder.mkdir(parents=True, exist_ok=True)
+        return config.run.folder
+    first = Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    first.parent.mkdir(exist_ok=True)
+    folder, number = first, 1
+    while True:
+        try:
+            folder.mkdir()
+        except FileExistsError:  # another run has begun in the same second
+            number += 1
+            folder = first.with_name(f"{first.name}-{number}")
+        else:
+            return folder
+
+
+def with_whole_paths(config: TrainConfig) -> TrainConfig:
+    """With the paths of the data from the root on, so that they are found from other folders than this one."""
+    values = {f.name: getattr(config.data, f.name) for f in fields(config.data)}
+    paths: dict[str, Any] = {name: value.resolve() for name, value in values.items() if isinstance(value, Path)}
+    return replace(config, data=replace(config.data, **paths))
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
-    """Raise if the folder holds a run with another configuration.
+    """Raise if the folder holds checkpoints of another configuration, or later ones than the run is to reach.
 
-    A longer one with the same weights is the same run. With `optimiser.schedule: cosine` there is none: once a step is
+    A longer run with the same weights is the same run. With `optimiser.schedule: cosine` there is none: once a step is
     taken, its learning rate was that of the old number of steps.
 
     Raises:
-        ValueError: Names the options that differ.
+        ValueError: Names the options that differ, or the step.
     """
     path = folder / "config.yaml"
-    if not path.exists():
+    steps = CheckpointDirectory(folder / "checkpoints").steps()
+    if not steps or not path.exists():
         return
-    old, new = _flat(as_plain(load_config(path))), _flat(as_plain(config))
+    old, new = (_flat(as_plain(with_whole_paths(c))) for c in (load_config(path), config))
     looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
     free = {"data.cache", *(f"run.{name}" for name in looks)}
-    if not _depends_on_its_length(config, folder):
+    if steps[-1] == 0 or config.optimiser.schedule != "cosine":
         free.add("steps")
     different = [k for k in new if k not in free and old.get(k) != new[k]]
     if different:
         listing = ", ".join(f"{k} was {old.get(k)}, is {new[k]}" for k in different)
         hint = _LENGTH_HINT if "steps" in different else ""
         raise ValueError(f"{folder} holds a run with other options ({listing}); choose another run.folder{hint}")
+    if config.steps < steps[-1]:
+        raise ValueError(
+            f"{folder} holds a run that has reached step {steps[-1]}, and steps is {config.steps}; set steps to "
+            f"{steps[-1]} or more, or choose another run.folder"
+        )
 
 
 def load_run(folder: Path, checkpoint: str, device: torch.device) -> LoadedRun:
@@ -113,12 +161,6 @@ def select_device(name: str) -> torch.device:
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device {name!r}: PyTorch sees no CUDA device here; use device cpu")
     return torch.device(name)
-
-
-def _depends_on_its_length(config: TrainConfig, folder: Path) -> bool:
-    """Whether steps were taken that would have been others in a run of another length."""
-    taken = any(step > 0 for step in CheckpointDirectory(folder / "checkpoints").steps())
-    return taken and config.optimiser.schedule == "cosine"
 
 
 def _flat(tree: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ from crevnet.datasets import DATASETS
 from crevnet.models import MODELS
 from crevnet.training import train
 from crevnet.training_step import TrainingDiverged
+from revgrad import ReversibilityError
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         train(config)
-    except (TrainingDiverged, DamagedCheckpoint, OSError, ValueError) as error:
+    except (TrainingDiverged, DamagedCheckpoint, ReversibilityError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

@@ -4,6 +4,8 @@ import json
 import math
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,6 @@ from tqdm import tqdm
 
 from crevnet.adam import adam
 from crevnet.checkpoint_directory import CheckpointDirectory
-from crevnet.command import save_config
 from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
 from crevnet.cuda_graph import check_possible
@@ -24,14 +25,14 @@ from crevnet.data import train_batches
 from crevnet.evaluate import score
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
-from crevnet.launch import launch, local_processes
+from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
-from crevnet.run import check_same_run, run_folder
+from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
-from crevnet.visualize import loss_curve, prediction_gif, prediction_grid
-from crevnet.ways import MARGIN, choose, training_bytes
+from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
+from crevnet.ways import MARGIN, NoWayFits, choose, training_bytes
 from revgrad import ReversibilityError
 
 
@@ -113,7 +114,7 @@ class Trainer:
         """Train in the fastest way that fits into memory, the same on all processes; returns a line that tells.
 
         Raises:
-            ValueError: None fits.
+            NoWayFits: None does.
         """
         config, world = self.config, self.fabric.world_size
         ways = config.model.ways(config.data.frames - config.model.clip, self.way)
@@ -132,7 +133,10 @@ class Trainer:
             )
             return self._agree(found, "max")
 
-        choice = choose(ways, self.available_bytes(), need)
+        try:
+            choice = choose(ways, self.available_bytes(), need)
+        except NoWayFits as error:
+            raise NoWayFits(f"{error}{self._elsewhere('another batch_size')}") from error
         self.way, self.raw_model.config = choice.name, choice.config
         return str(choice)
 
@@ -168,7 +172,10 @@ class Trainer:
         )
         bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
         saved_at = self.step
-        with Interrupt() as interrupt, bar:
+        if config.steps == 0:
+            self.fabric.barrier()  # until all have looked for checkpoints
+            self.save()
+        with self._divergence(), Interrupt() as interrupt, bar:
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))
@@ -188,8 +195,9 @@ class Trainer:
         if log is not None:
             log.close()
         if self.step < config.steps:
+            command = "the same command" if run.folder else f"the same command with --run.folder {self.folder}"
             self.fabric.print(
-                f"Interrupted and saved at step {saved_at} in {self.folder}: the same command goes on from there."
+                f"Interrupted and saved at step {saved_at} in {self.folder}: {command} goes on from there."
             )
         return self.step >= config.steps
 
@@ -228,6 +236,19 @@ class Trainer:
         found = self.training_step(frames, self.step)
         self.step += 1
         return found
+
+    @contextmanager
+    def _divergence(self) -> Iterator[None]:
+        """Completes the advice of `TrainingDiverged`, which is to change options."""
+        try:
+            yield
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}{self._elsewhere('a run with other options')}") from error
+
+    def _elsewhere(self, what: str) -> str:
+        """Ends an error whose advice this folder would refuse, because it has checkpoints."""
+        kept = self.checkpoints.steps()
+        return f"; {what} needs another run.folder, since {self.folder} has checkpoints" if kept else ""
 
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
@@ -273,11 +294,15 @@ class Trainer:
             )
 
     def _draw(self, model: VideoModel, frames: Tensor) -> None:
-        observed = self.config.observed
-        given, target = frames[:, :observed], frames[:, observed:]
-        prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
-        prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
-        prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
+        channels = frames.shape[2]
+        if channels in DRAWN_CHANNELS:
+            observed = self.config.observed
+            given, target = frames[:, :observed], frames[:, observed:]
+            prediction = model.eval().predict(given.to(self.fabric.device), target.shape[1]).cpu()
+            prediction_grid(given, target, prediction, path=self.folder / "predictions.png")
+            prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
+        else:
+            self.fabric.print(f"No pictures of predictions: frames of {channels} channels are not drawn")
         log = RunLog(self.folder, self.step + 1)
         steps, losses = log.read("train", "loss")
         log.close()
@@ -296,21 +321,16 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     """Run a training to its end, or until interrupted (then None)."""
     fabric = launch(config)
     try:
-        return _train(config, fabric)
+        with ExitStack() as held:
+            folder = from_first(fabric, lambda: held.enter_context(opened(config)))
+            return _train(config, fabric, folder)
     finally:
         # A process that ends with its group still alive may abort in the group's threads.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
 
-def _train(config: TrainConfig, fabric: Fabric) -> dict[str, Any] | None:
-    folder = fabric.broadcast(run_folder(config))
-    check_same_run(config, folder)
-    fabric.barrier()
-    if fabric.global_rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, folder / "config.yaml")
-    fabric.barrier()
+def _train(config: TrainConfig, fabric: Fabric, folder: Path) -> dict[str, Any] | None:
     trainer = Trainer(config, fabric, folder)
     if trainer.resume():
         fabric.print(f"Going on from step {trainer.step} in {folder}")
@@ -335,6 +355,10 @@ def summary(config: TrainConfig, result: dict[str, Any], folder: Path) -> str:
         f"{'':18}{'MSE':>9}{'SSIM':>9}{'PSNR':>9}",
         f"{config.model.name:18}{result['mse']:9.2f}{result['ssim']:9.4f}{result['psnr']:9.2f}",
         f"{'copy last frame':18}{copied['mse']:9.2f}{copied['ssim']:9.4f}{copied['psnr']:9.2f}",
-        f"MSE is {result['mse'] / copied['mse']:.2f} of copying. Metrics, pictures and checkpoints: {folder}",
+        f"{_beside_copying(result['mse'], copied['mse'])}. Metrics, pictures and checkpoints: {folder}",
     ]
     return "\n".join(lines)
+
+
+def _beside_copying(error: float, copied: float) -> str:
+    return f"MSE is {error / copied:.2f} of copying" if copied else "Copying is perfect: nothing moves in the test set"

@@ -21,6 +21,9 @@ from torch import Tensor
 
 from crevnet.files import written_whole
 
+DRAWN_CHANNELS = (1, 3)
+"""Numbers of channels that can be drawn: grey and RGB."""
+
 _Pixels = npt.NDArray[np.uint8]  # [H, W, 3]
 
 _GRID_FRAME, _GIF_FRAME = 64, 128  # pixels; smaller frames are enlarged by a whole factor
@@ -191,7 +194,7 @@ def _check(observed: Tensor, target: Tensor, prediction: Tensor, rows: int) -> N
         raise ValueError(f"frames must be [B, T, C, H, W] and not empty: {shapes}")
     if target.shape != prediction.shape or _but_time(observed) != _but_time(target):
         raise ValueError(f"shapes do not fit together: {shapes}")
-    if observed.shape[2] not in (1, 3):
+    if observed.shape[2] not in DRAWN_CHANNELS:
         raise ValueError(f"frames must have 1 or 3 channels: {shapes}")
     for name, frames in named.items():
         if not frames.is_floating_point():

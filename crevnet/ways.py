@@ -18,6 +18,10 @@ gaps between blocks; and for a residue that grows as gates learn to close.
 """
 
 
+class NoWayFits(ValueError):  # noqa: N818
+    """No way to train fits into memory; the message names the one that needs least."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """The way that is taken; as text, one line with the numbers."""
@@ -44,7 +48,7 @@ def choose(ways: Mapping[str, VideoConfig], available: float, need: Callable[[Vi
         need: Measures the bytes that a way takes.
 
     Raises:
-        ValueError: None fits; names the one that needs least.
+        NoWayFits: None does.
     """
     needs: dict[str, float] = {}
     for name, config in ways.items():
@@ -52,7 +56,7 @@ def choose(ways: Mapping[str, VideoConfig], available: float, need: Callable[[Vi
         if needs[name] <= available:
             return Choice(name, config, available, needs)
     least = min(needs, key=lambda name: needs[name])
-    raise ValueError(
+    raise NoWayFits(
         f"no way to train fits into {mebibytes(available)}: the least is {mebibytes(needs[least])}, {least}; lower "
         "batch_size or raise run.memory"
     )

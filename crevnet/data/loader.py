@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from crevnet.data.sequence_set import SequenceSet
+from crevnet.data.worker_signals import outlive_interrupts
 
 
 class StepSampler(Sampler[list[int]]):
@@ -77,7 +78,8 @@ def train_batches(
 ) -> Iterator[Tensor]:
     """Iterate over one process's training batches; the other arguments are those of `StepSampler`.
 
-    The batches do not depend on `workers`, and drawing them leaves torch's global generator alone.
+    The batches do not depend on `workers`, and drawing them leaves torch's global generator alone. Workers ignore
+    SIGINT and SIGTERM; they end when the iterator does, and when the process that made it does, however that ends.
 
     Args:
         dataset: the sequences.
@@ -110,6 +112,7 @@ def train_batches(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=torch.stack,
+        worker_init_fn=outlive_interrupts,
         # Without one of its own the loader draws its workers' seed from the global generator, and dropout
         # would then depend on whether there are workers.
         generator=torch.Generator(),

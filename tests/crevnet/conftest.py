@@ -99,14 +99,15 @@ def environment():
     return inherited | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
 
 
-def start(*arguments):
-    """Start `python -m ...` as a user would."""
+def start(*arguments, group=False):
+    """Start `python -m ...` as a user would; with `group` in a process group of its own, as a terminal does."""
     return subprocess.Popen(
         [sys.executable, "-m", *map(str, arguments)],
         env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=group,
     )
 
 

@@ -186,6 +186,23 @@ def test_a_best_checkpoint_that_is_gone_is_an_error(directory):
         directory.best()
 
 
+class WhileItSaves(CheckpointDirectory):
+    """Reads a running training's checkpoints: that saves a step, and deletes the old one, before the first is read."""
+
+    def load(self, step):
+        if self.steps() != [2]:
+            save_steps(CheckpointDirectory(self.path, keep=1), 2, best=True)
+        return super().load(step)
+
+
+@pytest.mark.parametrize("read", ["best", "latest", "intact_best"])
+def test_a_checkpoint_that_a_newer_one_replaces_while_it_is_read_is_no_damage(read, tmp_path):
+    save_steps(CheckpointDirectory(tmp_path, keep=1), 1, best=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_holds(getattr(WhileItSaves(tmp_path), read)(), 2)
+
+
 @pytest.mark.parametrize("content", ["", "7", "{}", '{"format": 1}', '{"format": 1, "step": -1}'])
 def test_a_damaged_pointer_is_an_error_and_stops_deletion(directory, content):
     save_steps(directory, 1, best=True)

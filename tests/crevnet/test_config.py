@@ -37,6 +37,8 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
         (lambda: RunConfig(threads=-1), "run.workers and run.threads must not be negative"),
         (lambda: RunConfig(precision="16-mixed"), "run.precision must be one of"),
         (lambda: TrainConfig(steps=-1), "steps must not be negative and batch_size at least 1, got -1 and 16"),
+        (lambda: TrainConfig(seed=-1), "seed must be 0 to 2**32 - 1, got -1"),
+        (lambda: TrainConfig(seed=2**32), "seed must be 0 to 2**32 - 1, got 4294967296"),
         (lambda: TrainConfig(batch_size=0), "got 300000 and 0"),
         (
             lambda: TrainConfig(data=MovingMNISTConfig(image_size=32)),

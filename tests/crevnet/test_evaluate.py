@@ -2,6 +2,7 @@ import json
 import runpy
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from crevnet.data import MovingMNISTConfig
 from crevnet.evaluate import evaluate, score
 from crevnet.metrics import copy_last_frame
 from crevnet.run import load_run
+from crevnet.video_model import VideoModel
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 CPU = torch.device("cpu")
@@ -124,6 +126,27 @@ def test_a_json_file_is_written(finished_run, tmp_path, capsys):
     found = evaluate(finished_run, device="cpu", output=tmp_path / "new" / "metrics.json")
     assert json.loads((tmp_path / "new" / "metrics.json").read_text()) == found
     assert json.loads(capsys.readouterr().out) == found
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(finished_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(VideoModel, "predict", None)
+    with pytest.raises(OSError, match="cannot be written, choose another place") as error:
+        evaluate(finished_run, device="cpu", output=tmp_path / "file" / "metrics.json")
+    assert error.value.filename == str(tmp_path / "file" / "metrics.json")
+
+
+def test_a_result_that_cannot_be_written_in_the_end_is_printed(finished_run, tmp_path, monkeypatch, capsys):
+    def out_of_disk(self, *args, **kwargs):
+        self.touch()
+        raise OSError("no space left")
+
+    (tmp_path / "metrics.json").write_text("before")
+    monkeypatch.setattr(Path, "write_text", out_of_disk)
+    with pytest.raises(OSError, match="no space left"):
+        evaluate(finished_run, device="cpu", output=tmp_path / "metrics.json")
+    assert json.loads(capsys.readouterr().out)["sequences"] == 5
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("metrics.json", "before")]
 
 
 def test_options_of_the_data_can_be_changed(finished_run):

@@ -1,7 +1,11 @@
+import errno
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from crevnet.files import write_arrays, written_whole
+from crevnet.files import check_writable, sync_folder, write_arrays, written_whole
 
 
 def test_arrays_come_back(tmp_path):
@@ -55,3 +59,89 @@ def test_of_two_that_write_at_once_the_last_one_stays(tmp_path):
         second.write_text("second")
     assert path.read_text() == "first"
     assert list(path.parent.iterdir()) == [path]
+
+
+# --- a loss of power ---
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What is brought to the disk, and renamed, in this order."""
+    done = []
+    fsync, replace = os.fsync, os.replace
+
+    def note_fsync(descriptor):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        done.append(("fsync", path, None if path.is_dir() else path.read_text()))
+        fsync(descriptor)
+
+    def note_replace(source, target):
+        done.append(("replace", Path(source), Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", note_fsync)
+    monkeypatch.setattr(os, "replace", note_replace)
+    return done
+
+
+def test_the_content_is_on_the_disk_before_the_name_and_the_name_before_it_goes_on(disk, tmp_path):
+    with written_whole(tmp_path / "a.txt") as part, part.open("w") as f:
+        f.write("all of it")
+    assert disk == [
+        ("fsync", part, "all of it"),
+        ("replace", part, tmp_path / "a.txt"),
+        ("fsync", tmp_path, None),
+    ]
+
+
+def test_a_file_that_does_not_reach_the_disk_leaves_the_one_before(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("before")
+
+    def fail(descriptor):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output error"), written_whole(tmp_path / "a.txt") as part:
+        part.write_text("after")
+    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("a.txt", "before")]
+
+
+def test_a_file_system_that_cannot_bring_folders_to_the_disk_does_without(tmp_path, monkeypatch):
+    def refuse(number):
+        def fsync(descriptor):
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    refuse(errno.EINVAL)
+    sync_folder(tmp_path)
+    refuse(errno.EIO)
+    with pytest.raises(OSError, match="no"):
+        sync_folder(tmp_path)
+
+
+# --- before the work ---
+
+
+def test_a_place_that_can_be_written_is_left_empty(tmp_path):
+    check_writable(tmp_path / "new" / "a.json")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_file_that_is_there_is_left_alone(tmp_path):
+    (tmp_path / "a.json").write_text("before")
+    check_writable(tmp_path / "a.json")
+    assert (tmp_path / "a.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("name", ["file/a.json", "file/more/a.json"])
+def test_a_place_that_cannot_be_written_is_named(name, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="cannot be written, choose another place") as error:
+        check_writable(tmp_path / name)
+    assert error.value.filename == str(tmp_path / name)
+
+
+def test_a_folder_in_place_of_the_file_is_named(tmp_path):
+    with pytest.raises(IsADirectoryError, match="is a folder, name a file in it"):
+        check_writable(tmp_path)

@@ -1,6 +1,10 @@
+import pickle
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from crevnet.launch import from_first
 from crevnet.training import train
 
 
@@ -37,3 +41,25 @@ def test_one_process_cannot_shard(tiny, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"shards a model among processes: start several with torchrun"):
         train(tiny.config(tmp_path / "run", {"run.strategy": "fsdp"}))
     assert not (tmp_path / "run").exists()
+
+
+def test_what_the_first_process_finds_or_raises_all_do():
+    said = []
+
+    def broadcast(value):
+        """Sends what the first process has, as a process group does."""
+        said.append(pickle.dumps(value))
+        return pickle.loads(said[0])
+
+    def fail():
+        raise ValueError("no room")
+
+    for function in (lambda: "found", fail):
+        said.clear()
+        for rank in (0, 1):
+            fabric = SimpleNamespace(global_rank=rank, broadcast=broadcast)
+            if function is fail:
+                with pytest.raises(ValueError, match=r"^no room$"):
+                    from_first(fabric, fail)
+            else:
+                assert from_first(fabric, function if rank == 0 else fail) == "found"

@@ -95,3 +95,35 @@ def test_a_process_that_dies_while_it_drops_rows_loses_none(tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         log_steps(tmp_path, 3, [3])
     assert (tmp_path / "train.csv").read_text() == before
+
+
+@pytest.mark.parametrize("kind", ["train", "validation"])
+@pytest.mark.parametrize(
+    ("row", "reason"), [("x,2,0.5", "int.*'x'"), ("2,x,0.5", "float.*'x'"), ("2,,0.5", "float.*''"), ("\0,1,2", "int")]
+)
+def test_a_damaged_row_is_named_before_anything_is_logged(kind, row, reason, tmp_path):
+    path = tmp_path / f"{kind}.csv"
+    text = f"step,loss,rate\n1,1,0.5\n{row}\n3,3,0.5\n"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=rf"^{path}, line 3: .*{reason}.*; delete this line, or the file"):
+        RunLog(tmp_path, 4)
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == text
+
+
+def test_of_a_torn_row_the_others_are_read(tmp_path):
+    (tmp_path / "train.csv").write_text("step,loss,rate\n1,1,0.5\n2,2")
+    log = RunLog(tmp_path, 4)
+    log.close()
+    assert log.read("train", "loss") == ([1], [1.0])
+
+
+def test_a_damaged_header_costs_no_row_and_is_named_where_it_is_needed(tmp_path):
+    (tmp_path / "train.csv").write_text("step,l\xf6ss\n1,1,0.5\n")
+    log_steps(tmp_path, 2, [2])
+    assert (tmp_path / "train.csv").read_text().split() == ["step,loss,rate", "1,1,0.5", "2,2,0.5"]
+    (tmp_path / "train.csv").write_text("stop\n1\n")
+    log = RunLog(tmp_path, 2)
+    log.close()
+    with pytest.raises(ValueError, match=r"train.csv, line 1: names no column loss; mend this line"):
+        log.read("train", "loss")

@@ -1,12 +1,25 @@
 import shutil
+from datetime import datetime
+from pathlib import Path
 
 import pytest
 import torch
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
-from crevnet.command import save_config
-from crevnet.run import check_same_run, find_checkpoint, load_run, run_folder, select_device
+from crevnet.command import load_config, save_config
+from crevnet.config import TrainConfig
+from crevnet.data import VideosConfig
+from crevnet.run import (
+    check_same_run,
+    find_checkpoint,
+    load_run,
+    opened,
+    run_folder,
+    select_device,
+    with_whole_paths,
+)
+from tests.crevnet.test_run_lock import another_training
 
 CPU = torch.device("cpu")
 
@@ -107,6 +120,7 @@ def test_another_device_is_refused(name, monkeypatch):
 
 def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path):
     save_config(tiny.config(tmp_path, {"steps": 1}), tmp_path / "config.yaml")
+    save_step(tmp_path, 1)
     free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
     check_same_run(tiny.config(tmp_path / "moved", free), tmp_path)
 
@@ -145,12 +159,98 @@ def test_with_a_constant_learning_rate_a_longer_run_is_the_same(tiny, tmp_path):
     check_same_run(tiny.config(tmp_path, constant | {"steps": 10}), tmp_path)
 
 
+def test_a_run_is_not_made_shorter_than_what_it_has_reached(tiny, tmp_path):
+    constant = {"optimiser.schedule": "constant"}
+    save_config(tiny.config(tmp_path, constant | {"steps": 9}), tmp_path / "config.yaml")
+    save_step(tmp_path, 2)
+    save_step(tmp_path, 5)
+    check_same_run(tiny.config(tmp_path, constant | {"steps": 5}), tmp_path)
+    with pytest.raises(
+        ValueError,
+        match=r"holds a run that has reached step 5, and steps is 4; set steps to 5 or more, or choose another run.fol",
+    ):
+        check_same_run(tiny.config(tmp_path, constant | {"steps": 4}), tmp_path)
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_leaves_the_folder_to_others(tiny, tmp_path):
+    (tmp_path / "config.yaml").write_text("bogus: 3")
+    other = tiny.config(tmp_path, {"model.modules": 3})
+    check_same_run(other, tmp_path)
+    with opened(other) as folder:
+        assert load_config(folder / "config.yaml") == other
+    save_step(tmp_path, 0)
+    with pytest.raises(ValueError, match=r"model\.modules was 3, is 2"):
+        check_same_run(tiny.config(tmp_path), tmp_path)
+
+
+# --- paths ---
+
+
+def test_paths_of_the_data_are_kept_so_that_they_are_found_from_anywhere(tiny, tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = tiny.config(tmp_path / "run", {"data.root": Path("../digits")})
+    with opened(config) as folder:
+        pass
+    assert config.data.root == Path("../digits")
+    assert load_config(folder / "config.yaml").data.root == tmp_path / "digits"
+    videos = VideosConfig(train=Path("a"), test=Path("b"), cache=Path("c"), channels=1)
+    whole = with_whole_paths(TrainConfig(data=videos)).data
+    assert (whole.train, whole.validation) == (tmp_path / "elsewhere" / "a", None)
+    assert (whole.test, whole.cache) == (tmp_path / "elsewhere" / "b", tmp_path / "elsewhere" / "c")
+
+
+def test_a_path_is_the_same_however_it_is_written(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_step(tmp_path, 1)
+    ways = [Path("digits"), tmp_path / "digits", tmp_path / "checkpoints" / ".." / "digits"]
+    for recorded in ways:
+        save_config(tiny.config(tmp_path, {"data.root": recorded}), tmp_path / "config.yaml")
+        for given in ways:
+            check_same_run(tiny.config(tmp_path, {"data.root": given}), tmp_path)
+        with pytest.raises(ValueError, match=rf"data.root was {tmp_path}/digits, is {tmp_path}/others\)"):
+            check_same_run(tiny.config(tmp_path, {"data.root": Path("others")}), tmp_path)
+
+
+# --- the folder ---
+
+
 def test_an_empty_folder_takes_any_run(tiny, tmp_path):
     check_same_run(tiny.config(tmp_path), tmp_path)
 
 
-def test_the_folder_is_the_configured_one_or_a_new_one(tiny, tmp_path):
-    assert run_folder(tiny.config(tmp_path / "x")) == tmp_path / "x"
+def test_the_folder_is_the_configured_one_or_a_new_one(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert run_folder(tiny.config(tmp_path / "some" / "x")) == tmp_path / "some" / "x"
+        assert (tmp_path / "some" / "x").is_dir()
     made = run_folder(tiny.config(None))
+    assert made.is_dir()
     assert made.parent.name == "runs"
     assert made.name[:8].isdecimal()
+
+
+def test_runs_that_begin_in_the_same_second_have_folders_of_their_own(tiny, tmp_path, monkeypatch):
+    class StoppedClock:
+        def now():
+            return datetime(2026, 1, 2, 3, 4, 5)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("crevnet.run.datetime", StoppedClock)
+    made = [run_folder(tiny.config(None)) for _ in range(3)]
+    assert made == [Path("runs") / f"20260102-030405{end}" for end in ("", "-2", "-3")]
+    assert all(folder.is_dir() for folder in made)
+
+
+def test_a_file_in_place_of_the_folder_of_new_runs(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("")
+    with pytest.raises(FileExistsError):
+        run_folder(tiny.config(None))
+
+
+def test_a_folder_in_which_another_process_trains_is_left_alone(tiny, tmp_path):
+    with another_training(tmp_path):
+        with pytest.raises(ValueError, match="another process trains in"), opened(tiny.config(tmp_path)):
+            pass
+        assert [p.name for p in tmp_path.iterdir()] == [".lock"]

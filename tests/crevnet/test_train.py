@@ -1,6 +1,7 @@
 """The command line of training: what it prints and returns, and real processes that are killed, stopped or several."""
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -14,6 +15,7 @@ from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, load_config
 from crevnet.train import main
 from crevnet.training_step import TrainingDiverged
+from revgrad import ReversibilityError
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 SIGNALS = [signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
@@ -36,11 +38,15 @@ DISTRIBUTED = {
 def processes(tiny, tmp_path_factory):
     """What became of real processes, run side by side: three that get a signal amid their steps, and torchrun twice.
 
-    By name: folder, exit status, what was printed, and the newest checkpoint when it had ended.
+    SIGTERM and SIGINT go to the whole group, workers too, as SLURM and a terminal send them. By name: folder, exit
+    status, what was printed, and the newest checkpoint when it had ended.
     """
     base = tmp_path_factory.mktemp("processes")
     signalled = {number: base / number.name for number in SIGNALS}
-    running = {n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled)) for n, f in signalled.items()}
+    running = {
+        n: tiny.start("crevnet.train", *tiny.arguments(f, tiny.scheduled | {"run.workers": 2}), group=True)
+        for n, f in signalled.items()
+    }
     several = {
         strategy: tiny.start(*TORCHRUN, *tiny.arguments(base / strategy, DISTRIBUTED | {"run.strategy": strategy}))
         for strategy in ("ddp", "fsdp")
@@ -50,7 +56,7 @@ def processes(tiny, tmp_path_factory):
         while waiting:
             for number, process in list(waiting.items()):
                 if max(CheckpointDirectory(signalled[number] / "checkpoints").steps(), default=0) >= 4:
-                    process.send_signal(number)
+                    (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
                     del waiting[number]
                 assert process.poll() is None or number not in waiting, process.communicate()[1]
             assert time.monotonic() < deadline
@@ -159,6 +165,15 @@ def test_only_one_of_two_processes_writes(strategy, processes, tiny):
     assert "Traceback" not in err
 
 
+def test_what_one_process_is_refused_all_are(processes, tiny):
+    other = tiny.arguments(processes["ddp"][0], DISTRIBUTED | {"seed": 5})
+    process = tiny.start(*TORCHRUN, *other)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode != 0
+    assert err.count("seed was 0, is 5); choose another run.folder") == 2
+    assert "crevnet/training.py" not in err  # a traceback
+
+
 def test_a_sharded_run_goes_on_sharded_or_in_one_process(processes, tiny, tmp_path):
     longer = DISTRIBUTED | {"steps": 4, "run.strategy": "fsdp"}
     folders = [shutil.copytree(processes["fsdp"][0], tmp_path / name) for name in ("sharded", "whole")]
@@ -216,7 +231,13 @@ def test_a_missing_configuration_ends_with_status_2(trained, capsys):
 
 @pytest.mark.parametrize(
     "error",
-    [TrainingDiverged("step 3"), DamagedCheckpoint("all of them"), ValueError("other"), OSError(28, "disk is full")],
+    [
+        TrainingDiverged("step 3"),
+        DamagedCheckpoint("all of them"),
+        ReversibilityError("layer 3"),
+        ValueError("other"),
+        OSError(28, "disk is full"),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_what_the_user_can_mend_ends_with_status_1_and_a_message(error, monkeypatch, capsys):
@@ -243,6 +264,7 @@ def test_mistakes_that_only_training_can_find_end_with_a_message(tiny, finished_
     assert "seed was 0, is 5); choose another run.folder" in capsys.readouterr().err
     missing = tiny.arguments(tmp_path / "run", {"data.root": tmp_path / "mnist"})
     assert main(missing) == 1
+    assert (tmp_path / "run" / "config.yaml").exists()  # and yet the next command may have other options
     said = capsys.readouterr().err
     assert str(tmp_path / "mnist") in said
     assert "--data.download true" in said

@@ -1,5 +1,6 @@
 import json
 import math
+import signal
 
 import pytest
 import torch
@@ -154,6 +155,12 @@ def test_the_summary_has_both_lines_and_their_ratio(tmp_path):
     assert str(tmp_path) in text
 
 
+def test_a_still_test_set_is_copied_perfectly(tmp_path):
+    measured = {"mse": 30.0, "ssim": 0.8, "psnr": 20.0, "sequences": 7}
+    text = summary(TrainConfig(), measured | {"copy_last_frame": {"mse": 0.0, "ssim": 1.0, "psnr": 100.0}}, tmp_path)
+    assert f"\nCopying is perfect: nothing moves in the test set. Metrics, pictures and checkpoints: {tmp_path}" in text
+
+
 def test_weights_that_break_in_the_last_step_are_found_by_validation(trainer, monkeypatch):
     trainer = trainer({"steps": 1})
     step = trainer.optimiser.step
@@ -165,6 +172,42 @@ def test_weights_that_break_in_the_last_step_are_found_by_validation(trainer, mo
                 p.fill_(math.nan)
 
     monkeypatch.setattr(trainer.optimiser, "step", explode)
-    with pytest.raises(TrainingDiverged, match="step 1: validation failed: "):
+    with pytest.raises(TrainingDiverged, match=r"step 1: validation failed: .*; the last checkpoint is untouched$"):
         trainer.fit()
     assert not list(trainer.folder.glob("checkpoints/step-*"))
+
+
+def test_where_there_are_checkpoints_a_diverged_run_asks_for_another_folder(trainer, monkeypatch):
+    trainer = trainer({"steps": 5, "run.checkpoint_every": 2})
+    take = type(trainer)._train_step
+
+    def diverge(trainer, frames):
+        if trainer.step == 2:
+            raise TrainingDiverged("step 3: the loss is nan. Lower optimiser.learning_rate")
+        return take(trainer, frames)
+
+    monkeypatch.setattr(type(trainer), "_train_step", diverge)
+    with pytest.raises(TrainingDiverged) as error:
+        trainer.fit()
+    assert str(error.value) == (
+        "step 3: the loss is nan. Lower optimiser.learning_rate; a run with other options needs another run.folder, "
+        f"since {trainer.folder} has checkpoints"
+    )
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_an_interrupted_run_says_what_command_goes_on(given, trainer, monkeypatch, capsys):
+    trainer = trainer({"steps": 5})
+    if not given:
+        trainer.config.run.folder = None
+    take = type(trainer)._train_step
+
+    def stop(trainer, frames):
+        signal.raise_signal(signal.SIGTERM)
+        return take(trainer, frames)
+
+    monkeypatch.setattr(type(trainer), "_train_step", stop)
+    assert not trainer.fit()
+    folder = trainer.folder
+    command = "the same command" if given else f"the same command with --run.folder {folder}"
+    assert f"Interrupted and saved at step 1 in {folder}: {command} goes on from there.\n" in capsys.readouterr().out

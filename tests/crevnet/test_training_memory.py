@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from crevnet.command import load_config
-from crevnet.ways import MARGIN, training_bytes
+from crevnet.ways import MARGIN, NoWayFits, training_bytes
 from tests.crevnet.test_training import snapshot, training_batch
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -97,9 +97,20 @@ def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
     folder = train_tiny(options | {"steps": 1})
     before = snapshot(folder / "checkpoints")
     need = int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
-    with pytest.raises(ValueError, match=r"no way to train fits into .*: the least is .*, stored;"):
+    with pytest.raises(
+        NoWayFits,
+        match=rf"no way to train fits into .*: the least is .*, stored; lower batch_size or raise run.memory; "
+        rf"another batch_size needs another run.folder, since {folder} has checkpoints$",
+    ):
         train_tiny(options | {"run.memory": need}, folder)
     assert snapshot(folder / "checkpoints") == before
+
+
+def test_before_its_first_checkpoint_a_run_that_does_not_fit_may_be_begun_anew_in_the_same_folder(train_tiny, tmp_path):
+    with pytest.raises(NoWayFits, match=r"raise run.memory$"):
+        train_tiny(AUTO | {"run.memory": 1000, "steps": 1}, tmp_path)
+    train_tiny(AUTO | {"steps": 1, "batch_size": 1}, tmp_path)
+    assert way_of(tmp_path) == "stored"
 
 
 def test_a_mode_that_is_set_is_not_measured(train_tiny, monkeypatch, capsys):

@@ -57,6 +57,16 @@ def run(tiny, folder, tmp_path):
     return train
 
 
+def test_frames_that_cannot_be_drawn_are_measured_all_the_same(run, folder, tmp_path, capsys):
+    flow = np.random.default_rng(0).random((30, 2, 16, 24), np.float32)
+    np.save(tmp_path / "flow.npy", flow)
+    assert run(**{"data.train": tmp_path / "flow.npy", "data.channels": 2, "model.channels": 2, "steps": 1}) == 0
+    out = capsys.readouterr().out
+    assert "No pictures of predictions: frames of 2 channels are not drawn\n" in out
+    assert "copy last frame" in out
+    assert sorted(p.name for p in (tmp_path / "run").glob("*.[pgj]*")) == ["loss.png", "metrics.json"]
+
+
 def test_trained_evaluated_and_used(run, tmp_path, capsys):
     assert run() == 0
     out = capsys.readouterr().out

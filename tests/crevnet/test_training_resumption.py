@@ -9,6 +9,7 @@ import torch
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
+from crevnet.evaluate import evaluate
 from crevnet.training import train
 from tests.crevnet.test_training import snapshot, training_batch
 
@@ -61,6 +62,23 @@ def test_a_longer_run_in_the_same_folder_goes_on_and_is_the_run_in_one_go(train_
     one, other = (tiny.state(f, 5)["optimiser"]["state"] for f in (folder, straight))
     for i in one:
         tiny.assert_equal(one[i], other[i])
+
+
+def test_a_run_without_steps_can_be_evaluated_and_made_longer(train_tiny, tiny):
+    straight = train_tiny({"steps": 2})
+    folder = train_tiny({"steps": 0})
+    measured = json.loads((folder / "metrics.json").read_text())
+    assert evaluate(folder, device="cpu")["mse"] == pytest.approx(measured["mse"], rel=1e-6)
+    train_tiny({"steps": 2}, folder)
+    tiny.assert_equal(tiny.weights(folder, 2), tiny.weights(straight, 2))
+
+
+def test_a_run_that_is_not_to_be_made_shorter_is_left_as_it_is(train_tiny):
+    folder = train_tiny({"steps": 3})
+    before = snapshot(folder)
+    with pytest.raises(ValueError, match="has reached step 3, and steps is 1"):
+        train_tiny({"steps": 1}, folder)
+    assert snapshot(folder) == before
 
 
 def test_a_finished_run_is_only_measured_again(train_tiny, tiny):

@@ -8,7 +8,7 @@ from crevnet.baselines.convlstm import ConvLSTMConfig
 from crevnet.clips import frames_to_clips
 from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
-from crevnet.ways import choose, training_bytes
+from crevnet.ways import NoWayFits, choose, training_bytes
 from revgrad import LiveMemory
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -72,7 +72,7 @@ def test_a_way_that_cannot_even_be_measured_does_not_fit():
 
 def test_where_nothing_fits_the_error_names_the_least_and_the_fix():
     needs = iter([30 * MIB, 10 * MIB, 20 * MIB])
-    with pytest.raises(ValueError, match=r"fits into 9\.0 MiB: the least is 10\.0 MiB, reversible; lower batch_size"):
+    with pytest.raises(NoWayFits, match=r"fits into 9\.0 MiB: the least is 10\.0 MiB, reversible; lower batch_size"):
         choose(ways(), 9 * MIB, lambda way: next(needs))
 
 
