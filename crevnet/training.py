@@ -29,6 +29,7 @@ from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
 from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
+from crevnet.standstill import Standstill
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
@@ -172,6 +173,7 @@ class Trainer:
         )
         bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
         saved_at = self.step
+        standstill = Standstill()
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
@@ -183,6 +185,7 @@ class Trainer:
                 self.seconds += elapsed
                 if log is not None:
                     self._report(log, bar, loss, norm, elapsed)
+                    standstill.see(self.step, loss, norm)
                 best = False
                 if self.step % run.validate_every == 0 or self.step == config.steps:
                     best = self._validate(validation, log)
