@@ -7,7 +7,7 @@ from typing import Literal
 
 from crevnet.data.config import HELD_OUT, TRAIN_SIZE, DataConfig
 from crevnet.data.video_cache import cached_video
-from crevnet.data.video_files import find_videos
+from crevnet.data.video_search import find_videos
 from crevnet.data.videos import Video, VideoWindows, hold_out_videos
 from crevnet.frame_size import height_width
 
