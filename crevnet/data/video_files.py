@@ -17,24 +17,32 @@ _CHUNK = 16
 """Frames resized at once: few enough for large frames."""
 
 
-def load_video(path: Path, channels: int, size: tuple[int, int], every: int = 1) -> np.ndarray:
+def load_video(
+    path: Path, channels: int, size: tuple[int, int], every: int = 1, limit: int | None = None
+) -> np.ndarray:
     """Read a video, cropped about its centre and resized.
 
     Args:
         path: A `.npy` or `.npz` file (its only array, or the one called `frames`) of shape `[T, H, W]`,
             `[T, C, H, W]` or `[T, H, W, C]`, uint8 or floats in 0 .. 1; a `.gif`; a film, which PyAV decodes; or a
             folder of images in the order of their names.
-        channels: C; images and films are converted to grey (1) or RGB (3), and turned upright where they say how.
+        channels: C; images and films are converted to grey (1) or RGB (3), and turned upright where they say how;
+            the pixels of films are made square.
         size: Height and width of the frames returned.
         every: Keep the first of so many frames.
+        limit: Stop after so many frames that are kept, without reading on; None for all.
 
     Returns:
         `[T, C, H, W]`, uint8 or float32 in 0 .. 1.
 
     Raises:
         DataError: Nothing there, damaged, or something else than frames, all of one size; names the file.
+        ValueError: `every` or `limit` is below 1.
     """
-    frames = islice(_read(path, channels), 0, None, every)
+    for name, value in (("every", every), ("limit", limit)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    frames = islice(_read(path, channels), 0, None if limit is None else (limit - 1) * every + 1, every)
     parts: list[np.ndarray] = []
     first: tuple[int, ...] | None = None
     while piece := list(islice(frames, _CHUNK)):

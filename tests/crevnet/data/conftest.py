@@ -31,13 +31,24 @@ def save_gif(path, frames, mode="L"):
     first.save(path, save_all=True, append_images=rest, duration=100)
 
 
-def save_film(path, colours):
-    """One frame of 32 x 48 pixels per colour, `[T, 3]`, or image, `[T, 32, 48, 3]`."""
-    with av.open(str(path), "w") as film:
-        stream = film.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 48, 32, "yuv420p", 4_000_000
+def save_film(path, colours, *, codec="mpeg4", size=(32, 48), aspect=None, options=None):
+    """One frame per colour, `[T, 3]`, or image, `[T, H, W, 3]`.
+
+    Args:
+        path: The file.
+        colours: Colours or images.
+        codec: What compresses.
+        size: Height and width.
+        aspect: Width of a pixel over its height.
+        options: Those of the container.
+    """
+    with av.open(str(path), "w", format="mpegts" if path.suffix == ".mpg" else None, options=options or {}) as film:
+        stream = film.add_stream(codec, rate=10)
+        (stream.height, stream.width), stream.pix_fmt, stream.bit_rate = size, "yuv420p", 4_000_000
+        if aspect is not None:
+            stream.codec_context.sample_aspect_ratio = aspect
         for colour in colours:
-            image = np.ones((32, 48, 1), np.uint8) * colour
+            image = np.ones((*size, 1), np.uint8) * colour
             film.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         film.mux(stream.encode())
 

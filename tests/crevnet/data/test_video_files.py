@@ -30,6 +30,23 @@ def test_every_nth_frame_is_kept_whatever_the_pieces(every, tmp_path, monkeypatc
         assert (load_video(tmp_path / "a.npy", 1, (16, 16), every)[:, 0, 0, 0] == values[::every, 0, 0]).all()
 
 
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("limit", [1, 5, 17, 40])
+def test_with_a_limit_nothing_is_read_beyond_the_last_frame_that_is_kept(every, limit, tmp_path, monkeypatch):
+    read = []
+
+    def count(path, channels):
+        for t in range(100):
+            read.append(t)
+            yield np.full((1, 16, 16), t, np.uint8)
+
+    np.save(tmp_path / "a.npy", np.zeros(1))
+    monkeypatch.setattr(video_files, "read_array", count)
+    expected = list(range(0, 100, every))[:limit]
+    assert load_video(tmp_path / "a.npy", 1, (16, 16), every, limit)[:, 0, 0, 0].tolist() == expected
+    assert len(read) == (100 if len(expected) < limit else expected[-1] + 1)
+
+
 # --- what is refused ---
 
 
@@ -39,17 +56,27 @@ def test_nothing_there(videos, tmp_path):
             function(tmp_path / "a.npy")
 
 
+@pytest.mark.parametrize("name", ["every", "limit"])
+def test_values_out_of_range(name, tmp_path):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        load_video(tmp_path, 1, (16, 16), **{name: 0})
+
+
 def test_an_unknown_kind_of_file(videos, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"x")
     videos.refused(tmp_path / "a.txt", "a video is a .npy, .npz, .gif or film file, or a folder of images")
 
 
-def test_images_of_different_sizes(videos, tmp_path, frames):
-    Image.fromarray(frames[0]).save(tmp_path / "0.png")
-    Image.fromarray(frames[1][:8]).save(tmp_path / "1.png")
+@pytest.mark.parametrize("others", [1, 16, 20])
+def test_images_of_different_sizes(videos, others, tmp_path, frames):
+    """Sixteen are read at once."""
+    for i in range(others):
+        Image.fromarray(frames[0]).save(tmp_path / f"{i:02}.png")
+    Image.fromarray(frames[1][:8]).save(tmp_path / "99.png")
     videos.refused(tmp_path, "the frames have different sizes: 16 x 16 pixels first, then 8 x 16")
 
 
+@pytest.mark.filterwarnings("ignore:.* frames decoded, but the film announces")
 @pytest.mark.parametrize("kind", ["npy", "npz", "compressed", "gif", "png", "jpg", "mp4"])
 def test_damage_of_any_kind_is_refused_with_the_name_or_reads_as_frames(videos, kind, tmp_path, frames):
     """Cut anywhere, or with bytes overwritten anywhere: never another error, never frames that do not fit."""
