@@ -81,7 +81,7 @@ def _announced(film: Any, stream: Any, end: float) -> int | None:
         # An .mp4 counts the frames that its edit list leaves out as well, but its duration does not.
         return min(stream.frames, by_time or stream.frames) if kind.startswith("mov") else stream.frames
     # In other kinds the duration is a guess by the size of the file.
-    if by_time is None or not kind.startswith(("mov", "matroska")):
+    if seconds is None or by_time is None or not kind.startswith(("mov", "matroska")):
         return None
     # Where the rate varies, its average may be wrong; the time at which the frames end is not.
     begin = float((stream.start_time or 0) * stream.time_base)

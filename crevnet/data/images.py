@@ -26,12 +26,15 @@ def image_mode(path: Path, channels: int) -> str:
 def read_images(folder: Path, channels: int) -> Iterator[np.ndarray]:
     """The images in a folder in the order of their names, upright, uint8 `[C, H, W]` each.
 
+    Of 16 bits per pixel the upper ones count; what is transparent lies on black.
+
     Args:
         folder: The folder.
         channels: C, 1 for grey or 3 for RGB.
 
     Raises:
-        DataError: No image there, or one is damaged; names it.
+        DataError: No image there; one is damaged, holds several frames, or floats or more than 16 bits per pixel;
+            names it.
     """
     mode = image_mode(folder, channels)
     files = images_in(folder)
@@ -42,7 +45,7 @@ def read_images(folder: Path, channels: int) -> Iterator[np.ndarray]:
 
 
 def read_gif(path: Path, channels: int) -> Iterator[np.ndarray]:
-    """The frames of a GIF, uint8 `[C, H, W]` each.
+    """The frames of a GIF, uint8 `[C, H, W]` each; what is transparent lies on black.
 
     Args:
         path: The file.
@@ -55,7 +58,7 @@ def read_gif(path: Path, channels: int) -> Iterator[np.ndarray]:
     try:
         with Image.open(path) as image:
             for frame in ImageSequence.Iterator(image):
-                yield channels_first(np.asarray(frame.convert(mode)))
+                yield _pixels(frame, mode)
     except Exception as error:  # damage makes the decoders raise almost anything
         raise DataError(f"{path}: not a readable image: {error}") from error
 
@@ -67,7 +70,35 @@ def channels_first(image: np.ndarray) -> np.ndarray:
 
 def _read_image(file: Path, mode: str) -> np.ndarray:
     try:
-        with Image.open(file) as image:  # of an animation, the first frame
-            return channels_first(np.asarray(ImageOps.exif_transpose(image).convert(mode)))
+        with Image.open(file) as image:
+            # Phones hide a second picture in a .jpg (MPO), which is no frame.
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)
+            if frames == 1:
+                return _pixels(ImageOps.exif_transpose(image), mode)
     except Exception as error:  # damage makes the decoders raise almost anything
         raise DataError(f"{file}: not a readable image: {error}") from error
+    raise DataError(f"{file}: holds {frames} frames; make it a .gif or a film, or save its frames as images")
+
+
+def _pixels(image: Image.Image, mode: str) -> np.ndarray:
+    """uint8 `[C, H, W]`."""
+    if image.mode == "F":
+        raise ValueError("floats have no known range; give an array file")
+    if image.mode.startswith("I"):
+        image = _of_bytes(image)
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
+        image = Image.alpha_composite(black, image)
+    return channels_first(np.asarray(image.convert(mode)))
+
+
+def _of_bytes(image: Image.Image) -> Image.Image:
+    """Grey of 16 bits as grey of 8, which Pillow would clip."""
+    values = np.asarray(image).astype(np.int64)
+    if values.min() < 0 or values.max() > 0xFFFF:
+        raise ValueError("more than 16 bits per pixel; give an array file")
+    hidden = image.info.get("transparency")  # the one value that stands for it
+    if isinstance(hidden, int):
+        values[values == hidden] = 0
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
