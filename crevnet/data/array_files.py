@@ -15,7 +15,8 @@ def read_array(path: Path, channels: int) -> Iterator[np.ndarray]:
     """The frames of a `.npy` or `.npz` file (its only array, or the one called `frames`), one by one.
 
     Args:
-        path: The file; its array is `[T, H, W]`, `[T, C, H, W]` or `[T, H, W, C]`, uint8 or floats in 0 .. 1.
+        path: The file; its array is `[T, H, W]`, `[T, C, H, W]` or `[T, H, W, C]`, uint8 or floats in 0 .. 1. Of
+            `[T, H, W]` W is not 3 or 4: that would rather be one image in colour.
         channels: C.
 
     Yields:
@@ -27,6 +28,11 @@ def read_array(path: Path, channels: int) -> Iterator[np.ndarray]:
     array = _load(path)
     found = array.shape
     if array.ndim == 3:
+        if channels == 1 and found[2] in (3, 4):
+            raise DataError(
+                f"{path}: an array of shape {found} may be one image in colour, or frames {found[2]} pixels wide; give "
+                "[T, 1, H, W] or [T, H, W, 1]"
+            )
         array = array[:, None]
     elif array.ndim == 4 and array.shape[1] != channels and array.shape[3] == channels:
         array = array.transpose(0, 3, 1, 2)

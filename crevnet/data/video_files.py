@@ -23,11 +23,11 @@ def load_video(
     """Read a video, cropped about its centre and resized.
 
     Args:
-        path: A `.npy` or `.npz` file (its only array, or the one called `frames`) of shape `[T, H, W]`,
+        path: A `.npy` or `.npz` file (its only array, or the one called `frames`) of shape `[T, H, W]` (W not 3 or 4),
             `[T, C, H, W]` or `[T, H, W, C]`, uint8 or floats in 0 .. 1; a `.gif`; a film, which PyAV decodes; or a
-            folder of images in the order of their names.
+            folder of images in the order of their names, numbers in them by value.
         channels: C; images and films are converted to grey (1) or RGB (3), and turned upright where they say how;
-            the pixels of films are made square.
+            the pixels of films are made square, what is transparent lies on black.
         size: Height and width of the frames returned.
         every: Keep the first of so many frames.
         limit: Stop after so many frames that are kept, without reading on; None for all.

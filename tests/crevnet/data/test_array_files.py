@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from crevnet.data import load_video
+
 
 def test_npy(videos, tmp_path, frames):
     np.save(tmp_path / "a.npy", frames)
@@ -52,6 +54,18 @@ def test_a_wrong_shape(videos, shape, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros(shape, np.uint8))
     wanted = "but 1 channel(s) take [T, 1, H, W], [T, H, W] or [T, H, W, 1]"
     videos.refused(tmp_path / "a.npy", f"an array of shape {shape}, {wanted}")
+
+
+@pytest.mark.parametrize("shape", [(40, 16, 3), (40, 16, 4), (2, 2, 3)])
+def test_what_may_be_one_image_in_colour(videos, shape, tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, shape, np.uint8)
+    np.save(tmp_path / "a.npy", values)
+    wanted = (
+        f"an array of shape {shape} may be one image in colour, or frames {shape[2]} pixels wide; give [T, 1, H, W]"
+    )
+    videos.refused(tmp_path / "a.npy", wanted)
+    np.save(tmp_path / "a.npy", values[:, None])
+    assert (load_video(tmp_path / "a.npy", 1, shape[1:]) == values[:, None]).all()
 
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.float32])
