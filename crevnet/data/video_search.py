@@ -20,7 +20,8 @@ def find_videos(root: Path) -> list[Path]:
 
     Args:
         root: A file, or a folder that is searched with all folders in it. A folder that holds images is one video;
-            what begins with a dot is passed over. What links lead to a second time is left out.
+            what begins with a dot is passed over, and so are folders of training runs, with their pictures. What links
+            lead to a second time is left out.
 
     Raises:
         DataError: Nothing there, or no video in it.
@@ -40,9 +41,16 @@ def images_in(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if _is_image(p)), key=_by_name)
 
 
-def is_searched(place: Path, root: Path) -> bool:
-    """Whether `find_videos(root)` looks into a place, which need not be there yet."""
-    place, root = Path(os.path.realpath(place)), Path(os.path.realpath(root))
+def is_searched(place: Path, root: Path, *, by_name: bool = False) -> bool:
+    """Whether `find_videos(root)` looks into a place.
+
+    Args:
+        place: File or folder, which need not be there yet.
+        root: File or folder.
+        by_name: Judge by the two names alone, which gives the same answer in every working folder.
+    """
+    plain = os.path.normpath if by_name else os.path.realpath
+    place, root = Path(plain(place)), Path(plain(root))
     return place.is_relative_to(root) and not any(part.startswith(".") for part in place.relative_to(root).parts)
 
 
@@ -55,7 +63,8 @@ def _videos_in(folder: Path, seen: set[str]) -> Iterator[Path]:
         yield folder
     for path in inside:
         if path.is_dir():
-            yield from _videos_in(path, seen)
+            if not _is_run(path):
+                yield from _videos_in(path, seen)
         elif path.suffix.lower() in (*ARRAYS, *FILMS, ".gif") and not _seen(path, seen):
             yield path
 
@@ -66,6 +75,10 @@ def _seen(path: Path, seen: set[str]) -> bool:
         return True
     seen.add(real)
     return False
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "config.yaml").is_file() and (folder / "checkpoints").is_dir()
 
 
 def _is_image(path: Path) -> bool:

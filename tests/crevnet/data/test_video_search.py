@@ -1,4 +1,5 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -75,3 +76,35 @@ def test_where_videos_are_searched_for(place, inside, tmp_path, monkeypatch):
     os.symlink("films", "link")
     for root in (tmp_path / ".hidden" / "films", "films", "link"):
         assert is_searched(place, root) is inside
+
+
+@pytest.mark.parametrize(
+    ("place", "root", "inside"),
+    [
+        ("films/run", "films", True),
+        ("films", "./films", True),
+        ("runs", ".", True),
+        ("../films/run", "../films", True),
+        ("/films/a/../run", "/films", True),
+        ("../runs", ".", False),
+        ("runs", "../films", False),
+        ("/films/run", "films", False),
+        ("run", "/films", False),
+    ],
+)
+def test_by_name_the_working_folder_does_not_matter(place, root, inside, tmp_path, monkeypatch):
+    (tmp_path / "films" / "films").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "films"):
+        monkeypatch.chdir(folder)
+        assert is_searched(Path(place), Path(root), by_name=True) is inside
+
+
+def test_folders_of_runs_are_passed_over(tmp_path):
+    """Their pictures are none to learn from."""
+    run = tmp_path / "runs" / "first"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "predictions.png").write_bytes(b"")
+    (tmp_path / "a.npy").write_bytes(b"")
+    assert find_videos(tmp_path) == [tmp_path / "a.npy", run]
+    (run / "config.yaml").write_text("")
+    assert find_videos(tmp_path) == [tmp_path / "a.npy"]
