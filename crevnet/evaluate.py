@@ -55,8 +55,10 @@ def evaluate(
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config
-    options = {"root": root, "num_digits": num_digits, "test": test, "frames": frames, "test_sequences": test_sequences}
-    dataset = _changed(config.data, options).build_test()
+    if frames is not None and frames <= config.observed:
+        raise ValueError(f"--frames must be above the {config.observed} frames that the model is given, got {frames}")
+    options = {"root": root, "num_digits": num_digits, "test": test, "test_sequences": test_sequences}
+    dataset = _changed(config.data, options).build_test(frames)
     result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
     result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
     text = json.dumps(result, indent=2)
