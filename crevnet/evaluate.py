@@ -44,7 +44,8 @@ def evaluate(
         root: Folder of the MNIST files, if other than in training.
         num_digits: Digits per sequence, if other than in training.
         test: Folder of the test videos, for a model trained on videos, if other than in training.
-        frames: Frames per sequence, those given and those to predict together, if other than in training.
+        frames: Frames per sequence, those given and those to predict together, if other than in training; what is held
+            out of the training data stays the same.
         test_sequences: Sequences of the fixed test set, if other than in training.
         batch_size: Sequences at a time.
         device: `auto`, `cpu` or `cuda`.
