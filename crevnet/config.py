@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from crevnet.data import DataConfig, MovingMNISTConfig
+from crevnet.data import DataConfig, MovingMNISTConfig, VideosConfig
 from crevnet.frame_size import height_width, in_words
 from crevnet.metrics import SSIM_WINDOW
 from crevnet.model import CrevNetConfig
@@ -176,6 +176,8 @@ class TrainConfig:
                 f"model.channels is {self.model.channels}, but the frames of {self.data.source()} have "
                 f"{self.data.frame_channels()}"
             )
+        if isinstance(self.data, VideosConfig):
+            self.data.check_run_folder(self.run.folder)
         if min(self.model.frame_size) < SSIM_WINDOW:
             raise ValueError(
                 f"model.image_size must be at least {SSIM_WINDOW}, the window of SSIM, got "

@@ -45,7 +45,8 @@ def evaluate(
         root: Folder of the MNIST files, if other than in training.
         num_digits: Digits per sequence, if other than in training.
         test: Folder of the test videos, for a model trained on videos, if other than in training.
-        frames: Frames per sequence, those given and those to predict together, if other than in training.
+        frames: Frames per sequence, those given and those to predict together, if other than in training; what is held
+            out of the training data stays the same.
         test_sequences: Sequences of the fixed test set, if other than in training.
         batch_size: Sequences at a time.
         device: `auto`, `cpu` or `cuda`.
@@ -56,10 +57,12 @@ def evaluate(
     where = select_device(device)
     loaded = load_run(run, checkpoint, where)
     config = loaded.config
+    if frames is not None and frames <= config.observed:
+        raise ValueError(f"--frames must be above the {config.observed} frames that the model is given, got {frames}")
     if output is not None:
         check_writable(output)
-    options = {"root": root, "num_digits": num_digits, "test": test, "frames": frames, "test_sequences": test_sequences}
-    dataset = _changed(config.data, options).build_test()
+    options = {"root": root, "num_digits": num_digits, "test": test, "test_sequences": test_sequences}
+    dataset = _changed(config.data, options).build_test(frames)
     result = score(loaded.model, dataset, config.observed, batch_size=batch_size, device=where, progress=True)
     result |= {"run": str(run), "step": loaded.step, "checkpoint": checkpoint, "data_range": 1.0}
     text = json.dumps(result, indent=2)

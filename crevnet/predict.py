@@ -18,6 +18,7 @@ def predict(
     output: Path,
     *,
     sequence: Path | None = None,
+    every: int | None = None,
     index: int = 0,
     observed: int | None = None,
     steps: int | None = None,
@@ -30,9 +31,12 @@ def predict(
         run: Folder of a training run.
         output: File to write: `.gif` (ground truth above prediction), `.png` (the same as a grid) or `.npz` (arrays
             `observed`, `prediction` and, where the sequence goes on, `target`; values in 0 .. 1).
-        sequence: `.npy` or `.npz` with frames `[T, H, W]` or `[T, C, H, W]` (uint8, or floats in 0 .. 1), a `.gif`,
-            a film, or a folder of images in the order of their names; cropped about the centre and resized to the
-            size that the model was trained with. By default a sequence of the run's test set.
+        sequence: `.npy` or `.npz` with frames `[T, H, W]` (W not 3 or 4), `[T, C, H, W]` or `[T, H, W, C]` (uint8, or
+            floats in 0 .. 1), a `.gif`, a film, or a folder of images in the order of their names, numbers in them by
+            value; cropped about the centre and resized to the size that the model was trained with. By default a
+            sequence of the run's test set.
+        every: Keep one of so many frames of `sequence`; by default as of the run's test videos, so that the model sees
+            the frame rate that it was trained for.
         index: Which sequence of the test set.
         observed: Frames to give to the model; by default as in training, the rest is compared with.
         steps: Frames to predict; by default as in training.
@@ -44,20 +48,26 @@ def predict(
     config = loaded.config
     if output.suffix not in (".gif", ".png", ".npz"):
         raise ValueError(f"{output}: the output must be a .gif, .png or .npz file")
+    observed = config.observed if observed is None else observed
+    steps = config.predicted if steps is None else steps
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    if observed < config.model.clip:
+        raise ValueError(f"observed must be at least the model's clip ({config.model.clip}), got {observed}")
     if sequence is None:
+        if every is not None:
+            raise ValueError("every is for the frames of a sequence of your own: give --sequence too")
         test = config.data.build_test()
         if not 0 <= index < len(test):
             raise ValueError(f"index must be 0 to {len(test) - 1}, got {index}")
         frames = test.batch([index])
     else:
-        frames = to_tensor(load_video(sequence, config.model.channels, config.model.frame_size))[None]
-    observed = config.observed if observed is None else observed
-    steps = config.predicted if steps is None else steps
-    if not config.model.clip <= observed <= frames.shape[1]:
-        raise ValueError(
-            f"observed must be at least the model's clip ({config.model.clip}) and at most the {frames.shape[1]} "
-            f"frames of the sequence, got {observed}"
-        )
+        every = config.data.thinning() if every is None else every
+        size = config.model.frame_size
+        frames = to_tensor(load_video(sequence, config.model.channels, size, every, limit=observed + steps))[None]
+    if observed > frames.shape[1]:
+        kept = f", one of {every} kept" if every is not None and every > 1 else ""
+        raise ValueError(f"observed must be at most the {frames.shape[1]} frames of the sequence{kept}, got {observed}")
     given, target = frames[:, :observed], frames[:, observed : observed + steps]
     prediction = loaded.model.predict(given.to(where), steps).cpu().clamp(0, 1)
     if output.suffix == ".npz":

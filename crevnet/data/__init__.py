@@ -12,7 +12,8 @@ from crevnet.data.moving_mnist import MovingMNIST
 from crevnet.data.resizing import resize
 from crevnet.data.sequence_set import SequenceSet
 from crevnet.data.splitting import hold_out
-from crevnet.data.video_files import find_videos, load_video
+from crevnet.data.video_files import load_video
+from crevnet.data.video_search import find_videos
 from crevnet.data.videos import Video, VideoWindows, to_tensor
 from crevnet.data.videos_config import VideosConfig
 

@@ -71,9 +71,17 @@ class DataConfig(ABC):
         """
 
     @abstractmethod
-    def build_test(self) -> SequenceSet:
+    def build_test(self, frames: int | None = None) -> SequenceSet:
         """Build the fixed test set of at most `test_sequences` sequences.
+
+        Args:
+            frames: frames per sequence, if other than in training; what is held out of the training data is the same.
 
         Raises:
             DataError: files are missing or damaged.
+            ValueError: `frames` is below 1.
         """
+
+    def thinning(self) -> int:
+        """Of so many frames of a video one is kept, where the model is tested or used."""
+        return 1

@@ -75,22 +75,22 @@ class MovingMNISTConfig(DataConfig):
         _, digits = self._training_digits()
         return self._build(digits, size, FIXED_SEED, _VALIDATION_STREAM)
 
-    def build_test(self) -> MovingMNIST:
+    def build_test(self, frames: int | None = None) -> MovingMNIST:
         """As in `DataConfig`, of test digits."""
         digits = load_digits(self.root, "test", self.download)
-        return self._build(digits, self.test_sequences, FIXED_SEED, _TEST_STREAM)
+        return self._build(digits, self.test_sequences, FIXED_SEED, _TEST_STREAM, frames)
 
     def _training_digits(self) -> tuple[DigitImages, DigitImages]:
         digits = load_digits(self.root, "train", self.download)
         return hold_out(digits, HELD_OUT, (digits.name, f"{digits.name}, held out"))
 
-    def _build(self, digits: DigitImages, size: int, seed: int, stream: int) -> MovingMNIST:
+    def _build(self, digits: DigitImages, size: int, seed: int, stream: int, frames: int | None = None) -> MovingMNIST:
         return MovingMNIST(
             digits,
             num_digits=self.num_digits,
             image_size=self.image_size,
             digit_size=self.digit_size,
-            frames=self.frames,
+            frames=self.frames if frames is None else frames,
             seed=seed,
             stream=stream,
             size=size,

@@ -50,15 +50,26 @@ class VideoWindows(SequenceSet):
         name: whose videos, for messages.
         size: number of sequences. In order they are spread evenly over all windows, and there are at most as many.
         seed: which random windows, 0 to 2**64 - 1; None for windows in order.
+        advice: what to do where no video is long enough.
 
     Raises:
         DataError: no video is long enough.
-        ValueError: `size` is below 1.
+        ValueError: `frames` or `size` is below 1.
     """
 
-    def __init__(self, videos: Sequence[Video], frames: int, name: str, *, size: int, seed: int | None = None) -> None:
-        if size < 1:
-            raise ValueError(f"size must be at least 1, got {size}")
+    def __init__(
+        self,
+        videos: Sequence[Video],
+        frames: int,
+        name: str,
+        *,
+        size: int,
+        seed: int | None = None,
+        advice: str = "lower data.frames",
+    ) -> None:
+        for option, value in (("frames", frames), ("size", size)):
+            if value < 1:
+                raise ValueError(f"{option} must be at least 1, got {value}")
         shown = tqdm(videos, desc=f"read {name}", leave=False, delay=1, file=sys.stderr)
         lengths = [len(video.frames) for video in shown]
         windows = np.array([max(0, length - frames + 1) for length in lengths], np.int64)
@@ -68,7 +79,7 @@ class VideoWindows(SequenceSet):
         if self.windows == 0:
             raise DataError(
                 f"{name}: no video has the {frames} frames of a sequence, the longest has {max(lengths, default=0)}; "
-                "lower data.frames"
+                f"{advice}"
             )
         short = [video.name for video, n in zip(videos, windows, strict=True) if n == 0]
         if short:

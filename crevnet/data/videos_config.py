@@ -5,10 +5,12 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
+from crevnet.data.apart import check_apart
 from crevnet.data.config import HELD_OUT, TRAIN_SIZE, DataConfig
+from crevnet.data.errors import DataError
 from crevnet.data.video_cache import cached_video
-from crevnet.data.video_files import find_videos
-from crevnet.data.videos import Video, VideoWindows, hold_out_videos
+from crevnet.data.video_search import find_videos, is_searched
+from crevnet.data.videos import FEW, Video, VideoWindows, hold_out_videos
 from crevnet.frame_size import height_width
 
 
@@ -17,8 +19,8 @@ class VideosConfig(DataConfig):
     """Which videos to cut sequences from, and how; builds the training, validation and test sets.
 
     A video is a `.npy`, `.npz` or `.gif` file, a film such as `.mp4`, or a folder of images in the order of their
-    names. Frames are cropped about their centre to the proportions of `image_size` and resized to it, as Lotter et al.
-    (2016) did with KITTI and Caltech Pedestrian.
+    names, numbers in them by value. Frames are cropped about their centre to the proportions of `image_size` and
+    resized to it, as Lotter et al. (2016) did with KITTI and Caltech Pedestrian.
 
     Raises:
         ValueError: a value is out of range.
@@ -41,8 +43,8 @@ class VideosConfig(DataConfig):
     test_every: int | None = None
     """The same of the videos in `test`, such as 3 for 30 frames per second after training on 10; None for `every`."""
     cache: Path | None = None
-    """Folder for decoded frames, which later runs read instead of the videos; None decodes them into memory at every
-    start.
+    """Folder for decoded frames, outside those of the videos, which later runs read instead; None decodes the videos
+    into memory at every start.
     """
 
     def __post_init__(self) -> None:
@@ -50,6 +52,8 @@ class VideosConfig(DataConfig):
         for name in ("channels", "every", "test_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.test_every is not None and self.test is None:
+            raise ValueError("data.test_every is for the videos in data.test: set that too, or data.every instead")
 
     def frame_channels(self) -> int:
         """As in `DataConfig`."""
@@ -63,23 +67,75 @@ class VideosConfig(DataConfig):
         """As in `DataConfig`."""
         return f"Test videos, {self.test or f'held out of {self.train}'}"
 
+    def thinning(self) -> int:
+        """As in `DataConfig`."""
+        return self.test_every or self.every
+
+    def check_run_folder(self, folder: Path | None) -> None:
+        """Raise if a run would lie among the videos.
+
+        Judges by the names alone: a run is also loaded in working folders other than that of training.
+
+        Args:
+            folder: Folder of the run; None makes a new one under `runs`.
+
+        Raises:
+            ValueError: It lies in a folder that is searched for videos.
+        """
+        for option, root in self._roots().items():
+            if is_searched(folder or Path("runs"), root, by_name=True):
+                raise ValueError(
+                    f"run.folder {folder or 'runs'} lies within data.{option} {root}, where its pictures would be read "
+                    "as videos; choose another run.folder"
+                )
+
     def build_train(self) -> VideoWindows:
         """As in `DataConfig`; windows are drawn at random."""
+        check_apart(self._roots(), self.cache)
         videos, _ = self._training_videos()
         return VideoWindows(videos, self.frames, f"{self.train} (to train on)", size=TRAIN_SIZE, seed=self.seed)
 
     def build_validation(self, size: int) -> VideoWindows:
         """As in `DataConfig`."""
+        check_apart(self._roots(), self.cache)
         _, videos = self._training_videos()
+        if not videos:
+            raise self._too_short()
         return VideoWindows(videos, self.frames, self._named(self.validation, "validation"), size=size)
 
-    def build_test(self) -> VideoWindows:
+    def build_test(self, frames: int | None = None) -> VideoWindows:
         """As in `DataConfig`."""
+        check_apart(self._roots(), self.cache)
+        advice = "lower data.frames" if frames is None else "lower --frames"
         if self.test is not None:
             videos = self._load(self.test, self.test_every)
         else:
+            # By the frames of training, whatever is asked for now: else what was trained on would be tested on.
             _, videos = hold_out_videos(self._load(self.train), HELD_OUT, self.frames)
-        return VideoWindows(videos, self.frames, self._named(self.test, "test"), size=self.test_sequences)
+            if not videos:
+                raise self._too_short()
+            if frames is not None:
+                advice += f" (training held this out for sequences of {self.frames}), or name other videos with --test"
+        frames = self.frames if frames is None else frames
+        return VideoWindows(videos, frames, self._named(self.test, "test"), size=self.test_sequences, advice=advice)
+
+    def _roots(self) -> dict[str, Path]:
+        """What the user named, by option."""
+        given = {"train": self.train, "validation": self.validation, "test": self.test}
+        return {option: Path(root) for option, root in given.items() if root is not None}
+
+    def _too_short(self) -> DataError:
+        """What to say where no video is long enough to hold a sequence out of."""
+        videos = self._load(self.train)
+        uses = {"validation": "validate", "test": "test"}
+        # Of many videos whole ones are held out, first to test on, after which they may be few.
+        missing = [name for name in uses if name not in self._roots() and not (name == "test" and len(videos) >= FEW)]
+        return DataError(
+            f"{self.train}: no video has the {self.frames * (1 + len(missing))} frames for a sequence of {self.frames} "
+            f"each to train{', ' if len(missing) > 1 else ' and '}{' and '.join(uses[name] for name in missing)} on, "
+            f"the longest has {max(len(video.frames) for video in videos)}; lower data.frames, or name other videos in "
+            f"{' and '.join(f'data.{name}' for name in missing)}"
+        )
 
     def _named(self, root: Path | None, option: str) -> str:
         return str(root) if root else f"what is held out of {self.train} for want of data.{option}"

@@ -1,12 +1,13 @@
 import itertools
 import math
+from pathlib import Path
 
 import pytest
 from jsonargparse import ArgumentParser
 
 from crevnet.command import CONFIGS, load_config, parse_train_config, save_config, train_parser
 from crevnet.config import FeedingConfig, OptimiserConfig, RunConfig, TrainConfig
-from crevnet.data import MovingMNISTConfig
+from crevnet.data import MovingMNISTConfig, VideosConfig
 from crevnet.model import CrevNetConfig
 
 PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
@@ -50,6 +51,12 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
         ),
         (lambda: TrainConfig(observed=2), "observed must be at least model.clip (3) and below data.frames (20), got 2"),
         (lambda: TrainConfig(observed=20), "below data.frames (20), got 20"),
+        (
+            lambda: TrainConfig(
+                data=VideosConfig(train=Path("films"), channels=1), run=RunConfig(folder=Path("films/run"))
+            ),
+            "run.folder films/run lies within data.train films, where its pictures would be read as videos",
+        ),
     ],
 )
 def test_values_out_of_range_are_named_with_what_was_given(make, message):
@@ -163,7 +170,7 @@ def test_the_defaults_are_written_and_read_back(tmp_path):
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_configuration_that_is_shipped_loads(path):
-    videos = ["--data.train=films"] if path.stem in ("videos", "kitti") else []
+    videos = ["--data.train=films", "--data.test=others"] if path.stem in ("videos", "kitti") else []
     config = parse_train_config("test", "", [f"--config={path}", *videos])
     assert config.predicted >= 1
     assert config.data.image_size == config.model.image_size
@@ -174,7 +181,9 @@ def test_all_shipped_configurations_were_found():
 
 
 def test_what_the_paper_says_of_kitti():
-    config = parse_train_config("test", "", [f"--config={CONFIGS / 'kitti.yaml'}", "--data.train=films"])
+    config = parse_train_config(
+        "test", "", [f"--config={CONFIGS / 'kitti.yaml'}", "--data.train=films", "--data.test=others"]
+    )
     assert config.model.frame_size == (128, 160)
     assert (3 * sum(config.model.blocks), config.model.modules) == (48, 40)
     assert (config.observed, config.predicted) == (10, 1)

@@ -156,6 +156,13 @@ def test_options_of_the_data_can_be_changed(finished_run):
     assert harder["copy_last_frame"]["mse"] > 1.5 * usual["copy_last_frame"]["mse"]
 
 
+def test_another_number_of_frames(finished_run):
+    found = evaluate(finished_run, device="cpu", frames=8)
+    assert len(found["per_frame"]["mse"]) == 5
+    usual = evaluate(finished_run, device="cpu")
+    assert found["per_frame"]["mse"][:3] == pytest.approx(usual["per_frame"]["mse"], rel=1e-5)
+
+
 def test_another_checkpoint(finished_run):
     found = evaluate(finished_run, device="cpu", checkpoint="22")
     assert (found["step"], found["checkpoint"]) == (22, "22")
@@ -184,6 +191,8 @@ def test_the_command_line_prints_nothing_but_json(finished_run, tmp_path, monkey
         (["--checkpoint", "newest"], "checkpoint must be 'best', 'last' or the number of a step"),
         (["--num_digits", "0"], "num_digits must be at least 1, got 0"),
         (["--test_sequences", "0"], "test_sequences must be at least 1, got 0"),
+        (["--frames", "3"], "--frames must be above the 3 frames that the model is given, got 3"),
+        (["--frames", "0"], "--frames must be above the 3 frames that the model is given, got 0"),
         (["--batch_size", "0"], "batch_size must be at least 1, got 0"),
         (["--batch_size", "-4"], "batch_size must be at least 1, got -4"),
         (["--root", "/nonexistent/mnist"], "/nonexistent/mnist"),

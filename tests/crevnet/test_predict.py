@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from crevnet.data import array_files
 from crevnet.predict import predict
 from crevnet.run import load_run
 
@@ -118,6 +119,28 @@ def test_a_sequence_of_another_size_is_cropped_and_resized(finished_run, sequenc
     assert np.corrcoef(observed.ravel(), sequence[:3].ravel())[0, 1] > 0.95
 
 
+def test_no_more_is_decoded_than_is_shown(finished_run, sequence, expected, tmp_path, monkeypatch):
+    """A film may be hours long; here what follows would even be refused."""
+    values = np.concatenate([sequence.numpy(), np.full((100, 1, 16, 16), np.nan, np.float32)])
+    monkeypatch.setattr(array_files, "_CHUNK", 1)
+    np.save(tmp_path / "own.npy", values)
+    predict(finished_run, tmp_path / "x.npz", sequence=tmp_path / "own.npy", device="cpu")
+    assert np.array_equal(arrays(tmp_path / "x.npz")["prediction"], expected)
+    assert np.array_equal(arrays(tmp_path / "x.npz")["target"], sequence[3:])
+
+
+@pytest.mark.parametrize("every", [1, 2, 5])
+def test_one_of_so_many_frames(every, finished_run, sequence, expected, tmp_path):
+    between = np.zeros((6, every, 1, 16, 16), np.float32)
+    between[:, 0] = sequence
+    np.save(tmp_path / "own.npy", between.reshape(-1, 1, 16, 16))
+    predict(finished_run, tmp_path / "x.npz", sequence=tmp_path / "own.npy", every=every, device="cpu")
+    assert np.array_equal(arrays(tmp_path / "x.npz")["prediction"], expected)
+    np.save(tmp_path / "own.npy", np.zeros((18, 16, 16), np.uint8))
+    with pytest.raises(ValueError, match="at most the 2 frames of the sequence, one of 9 kept, got 3"):
+        predict(finished_run, tmp_path / "x.npz", sequence=tmp_path / "own.npy", every=9, device="cpu")
+
+
 # --- the command line ---
 
 
@@ -140,6 +163,9 @@ def test_the_command_line(finished_run, expected, tmp_path, monkeypatch):
         ("x.npz", ["--index", -1], "index must be 0 to 4, got -1"),
         ("x.npz", ["--observed", 1], "observed must be at least the model's clip (2)"),
         ("x.npz", ["--observed", 7], "at most the 6 frames of the sequence, got 7"),
+        ("x.npz", ["--every", 2], "every is for the frames of a sequence of your own: give --sequence too"),
+        ("x.npz", ["--every", 0, "--sequence", "/nonexistent.npy"], "every must be at least 1, got 0"),
+        ("x.npz", ["--observed", -9], "observed must be at least the model's clip (2), got -9"),
         ("x.npz", ["--steps", 0], "steps must be at least 1, got 0"),
         ("x.npz", ["--checkpoint", "3"], "no such checkpoint, there are steps"),
         ("x.npz", ["--sequence", "/nonexistent.npy"], "/nonexistent.npy: no such file or folder"),

@@ -78,6 +78,8 @@ def test_trained_evaluated_and_used(run, tmp_path, capsys):
     assert evaluate(tmp_path / "run", device="cpu")["mse"] == pytest.approx(metrics["mse"], rel=1e-6)
     other = evaluate(tmp_path / "run", device="cpu", test=tmp_path / "other.npy")
     assert other["sequences"] == 5  # data.test_sequences, of 15 windows
+    with pytest.raises(ValueError, match=r"the longest has 6; lower --frames .* or name other videos with --test"):
+        evaluate(tmp_path / "run", device="cpu", frames=9)
     longer = evaluate(tmp_path / "run", device="cpu", test=tmp_path / "other.npy", frames=9)
     assert len(longer["per_frame"]["mse"]) == 6
     predict(tmp_path / "run", tmp_path / "x.npz", sequence=tmp_path / "other.npy", device="cpu")
@@ -94,6 +96,22 @@ def test_a_run_goes_on_bit_for_bit_with_or_without_a_cache(run, tiny, tmp_path):
     assert run("parts", **{"optimiser.schedule": "constant", "data.cache": tmp_path / "cache"}) == 0
     assert len(list((tmp_path / "cache").iterdir())) == 3
     tiny.assert_equal(tiny.weights(tmp_path / "parts", 4), tiny.weights(tmp_path / "whole", 4))
+
+
+def test_ones_own_film_is_thinned_as_the_test_videos_are(run, tmp_path):
+    """So that the model sees things move as fast as it was trained for."""
+    options = {"data.every": 2, "data.test": tmp_path / "other.npy", "data.test_every": 3, "steps": 1}
+    assert run(**options) == 0
+    film = moving_square(40, 7)
+    for every, thinned in ((3, film[::3]), (5, film[::5])):
+        np.save(tmp_path / "film.npy", film)
+        np.save(tmp_path / "thinned.npy", thinned)
+        default = {} if every == 3 else {"every": every}
+        predict(tmp_path / "run", tmp_path / "a.npz", sequence=tmp_path / "film.npy", device="cpu", **default)
+        predict(tmp_path / "run", tmp_path / "b.npz", sequence=tmp_path / "thinned.npy", device="cpu", every=1)
+        with np.load(tmp_path / "a.npz") as found, np.load(tmp_path / "b.npz") as expected:
+            assert sorted(found) == ["observed", "prediction", "target"]
+            assert all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_it_learns(run, tmp_path):

@@ -1,6 +1,6 @@
 import pytest
 
-from crevnet.data import DataConfig, VideosConfig
+from crevnet.data import DataConfig, MovingMNISTConfig, VideosConfig
 
 
 @pytest.mark.parametrize(
@@ -22,3 +22,7 @@ def test_what_all_data_sets_share_is_checked(arguments, message):
 def test_a_data_set_must_define_everything():
     with pytest.raises(TypeError, match="abstract methods build_test, build_train, build_validation, frame_channels"):
         DataConfig()
+
+
+def test_without_videos_nothing_is_thinned():
+    assert MovingMNISTConfig().thinning() == 1

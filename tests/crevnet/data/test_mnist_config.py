@@ -61,6 +61,15 @@ def test_a_shorter_test_set_is_the_start_of_a_longer_one():
     assert torch.equal(short.batch(range(3)), long.batch(range(3)))
 
 
+def test_test_sequences_may_have_another_length():
+    built = MovingMNISTConfig(**SMALL)
+    longer = MovingMNISTConfig(**SMALL | {"frames": 5}).build_test()
+    assert torch.equal(built.build_test(5).batch(range(6)), longer.batch(range(6)))
+    assert built.build_test().frames == 3
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        built.build_test(0)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

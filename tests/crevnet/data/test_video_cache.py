@@ -1,4 +1,5 @@
 import gc
+import io
 import os
 
 import numpy as np
@@ -93,10 +94,42 @@ def test_a_write_that_fails_leaves_nothing(video, tmp_path, monkeypatch):
     assert len(cached_video(video, 1, SIZE, 1, tmp_path / "cache")) == 6
 
 
-def test_a_damaged_file_is_named(video, tmp_path):
+def test_frames_of_an_older_version_of_decoding_are_not_read(video, loads, tmp_path, monkeypatch):
+    for version in (1, 2, 2, 1):
+        monkeypatch.setattr(video_cache, "DECODING", version)
+        cached_video(video, 1, SIZE, 1, tmp_path / "cache")
+        gc.collect()
+    assert len(loads) == 2
+
+
+def as_bytes(array, save=np.save):
+    file = io.BytesIO()
+    save(file, array)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda whole: whole[:200], "mmap length is greater"),
+        (lambda whole: b"", "No data left in file"),
+        (lambda whole: b"damage", ""),
+        (lambda whole: b"PK\x03\x04 damage", "not a zip file"),
+        (lambda whole: as_bytes(np.zeros((3, 2))), r"frames \[1, 8, 8\] are wanted, an array of shape \(3, 2\)"),
+        (lambda whole: as_bytes(np.zeros((6, 3, 8, 8), np.uint8)), r"of shape \(6, 3, 8, 8\) is there"),
+        (lambda whole: as_bytes(np.zeros((6, 1, 8, 4), np.uint8)), r"of shape \(6, 1, 8, 4\) is there"),
+        (lambda whole: as_bytes(np.zeros((0, 1, 8, 8), np.uint8)), r"of shape \(0, 1, 8, 8\) is there"),
+        (lambda whole: as_bytes(np.zeros((6, 1, 8, 8))), "it holds float64"),
+        (lambda whole: as_bytes(np.zeros((6, 1, 8, 8), np.uint8), np.savez), "it is an archive"),
+    ],
+    ids=["cut", "empty", "damage", "zip", "flat", "channels", "size", "no frames", "dtype", "archive"],
+)
+def test_a_damaged_file_is_named(change, reason, video, tmp_path):
     cached_video(video, 1, SIZE, 1, tmp_path / "cache")
     gc.collect()
     (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:200])
-    with pytest.raises(DataError, match=rf"{file}: damaged; delete it, and it is made again"):
+    file.write_bytes(change(file.read_bytes()))
+    with pytest.raises(DataError, match=rf"{file}: damaged; delete it, and it is made again \(.*{reason}"):
         cached_video(video, 1, SIZE, 1, tmp_path / "cache")
+    file.unlink()
+    assert len(cached_video(video, 1, SIZE, 1, tmp_path / "cache")) == 6

@@ -129,6 +129,10 @@ def test_short_videos_are_told_of_and_none_may_be_all():
         VideoWindows(videos(5, 2, 1), 3, "some", size=9)
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
         VideoWindows(videos(5), 3, "some", size=0)
+    with pytest.raises(ValueError, match="frames must be at least 1, got 0"):
+        VideoWindows(videos(5), 0, "some", size=1)
+    with pytest.raises(DataError, match=r"some: no video has the 3 frames of a sequence, the longest has 2; do this$"):
+        VideoWindows(videos(2), 3, "some", size=1, advice="do this")
 
 
 def test_a_video_is_decoded_when_its_frames_are_asked_for_and_once():

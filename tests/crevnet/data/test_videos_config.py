@@ -99,15 +99,95 @@ def test_short_videos_are_told_of(folder):
         config(train).build_train()
 
 
-def test_too_little_to_hold_out_names_the_option(folder):
-    made = config(folder(5))
-    assert len(levels(made.build_train(), 50)) == 5
-    with pytest.raises(DataError, match=r"held out of .*train for want of data\.test: no video has the 3 frames"):
-        made.build_test()
-    with pytest.raises(DataError, match=r"for want of data\.validation"):
-        made.build_validation(4)
+@pytest.mark.parametrize(
+    ("lengths", "named", "message"),
+    [
+        ([8, 5], [], "9 frames for a sequence of 3 each to train, validate and test on, the longest has 8; lower"
+         " data.frames, or name other videos in data.validation and data.test"),
+        ([5, 4], ["test"], "6 frames for a sequence of 3 each to train and validate on, the longest has 5; lower"
+         " data.frames, or name other videos in data.validation"),
+        ([5, 4], ["validation"], "6 frames for a sequence of 3 each to train and test on, the longest has 5; lower"
+         " data.frames, or name other videos in data.test"),
+        ([5] * 10, [], "6 frames for a sequence of 3 each to train and validate on, the longest has 5; lower"
+         " data.frames, or name other videos in data.validation"),
+    ],
+)  # fmt: skip
+def test_too_little_to_hold_out_tells_what_for(folder, lengths, named, message):
+    made = config(folder(*lengths), **{name: folder(5, name=name) for name in named})
+    made.build_train()
+    with pytest.raises(DataError, match=f"train: no video has the {message}$"):
+        made.build_test() if "validation" in named else made.build_validation(4)
+
+
+def test_a_validation_set_has_a_size(folder):
     with pytest.raises(ValueError, match="size must be at least 1, got 0"):
-        made.build_validation(0)
+        config(folder(9)).build_validation(0)
+
+
+# --- other lengths to test on ---
+
+
+@pytest.mark.parametrize("lengths", [[20], [40], [20] * 12])
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_another_length_of_test_sequences_leaves_the_split_alone(folder, lengths, frames):
+    made = config(folder(*lengths))
+    others = levels(made.build_train(), 2000) | levels(made.build_validation(999))
+    test = made.build_test(frames)
+    assert test.batch([0]).shape == (1, frames, 1, 8, 8)
+    assert not levels(test) & others
+    assert levels(test) == levels(made.build_test())
+
+
+def test_what_is_held_out_may_be_too_short_for_another_length(folder):
+    made = config(folder(40, 30))
+    message = (
+        r"held out of .*train for want of data\.test: no video has the 5 frames of a sequence, the longest has 4; "
+    )
+    message += r"lower --frames \(training held this out for sequences of 3\), or name other videos with --test"
+    with pytest.raises(DataError, match=message):
+        made.build_test(5)
+    other = config(folder(9, name="a"), test=folder(4, name="b"))
+    with pytest.raises(DataError, match=r"b: no video has the 5 frames of a sequence, the longest has 4; lower --fra"):
+        other.build_test(5)
+    assert len(other.build_test(4)) == 1
+    for frames in (0, -1):
+        with pytest.raises(ValueError, match=f"frames must be at least 1, got {frames}"):
+            other.build_test(frames)
+
+
+# --- sets that share something ---
+
+
+@pytest.mark.parametrize("option", ["validation", "test"])
+def test_sets_that_share_a_video(folder, option):
+    train = folder(9, 9)
+    (train / "sub").mkdir()
+    np.save(train / "sub" / "x.npy", np.zeros((9, 8, 8), np.uint8))
+    made = config(train, **{option: train / "sub"})
+    for build in (made.build_train, made.build_test, lambda: made.build_validation(9)):
+        with pytest.raises(DataError, match=rf"sub/x\.npy is in data\.train and in data\.{option}; move it"):
+            build()
+
+
+def test_a_cache_among_the_videos(folder):
+    train = folder(20)
+    for build in ("build_train", "build_test"):
+        with pytest.raises(
+            DataError, match=r"data\.cache .*train/cache lies within data\.train .*train, where its files"
+        ):
+            getattr(config(train, cache=train / "cache"), build)()
+    assert not (train / "cache").exists()
+
+
+@pytest.mark.parametrize("option", ["train", "validation", "test"])
+def test_a_run_among_the_videos(option, tmp_path):
+    made = config(**{"train": tmp_path / "a", option: tmp_path / "films"})
+    made.check_run_folder(tmp_path / "run")
+    made.check_run_folder(None)
+    with pytest.raises(ValueError, match=rf"run\.folder .*films/run lies within data\.{option} .*films, where its pic"):
+        made.check_run_folder(tmp_path / "films" / "run")
+    with pytest.raises(ValueError, match=r"run\.folder runs lies within data\.train \., where its pictures"):
+        config(".").check_run_folder(None)
 
 
 def test_too_short_to_train_on(folder):
@@ -124,6 +204,19 @@ def test_nothing_there(tmp_path):
 def test_values_are_checked(name, tmp_path):
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
         config(tmp_path, **{name: 0})
+
+
+def test_the_thinning_of_test_videos_needs_test_videos(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"data\.test_every is for the videos in data\.test: set that too, or data\.eve"
+    ):
+        config(tmp_path, test_every=3)
+
+
+def test_thinning_is_that_of_test_videos(tmp_path):
+    assert config(tmp_path).thinning() == 1
+    assert config(tmp_path, every=2).thinning() == 2
+    assert config(tmp_path, every=2, test=tmp_path / "b", test_every=3).thinning() == 3
 
 
 def test_words(tmp_path):
