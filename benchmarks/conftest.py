@@ -9,6 +9,9 @@ import torch
 
 from benchmarks.reporting import RESULTS, Report, environment, include
 
+collect_ignore = ["gpu"]
+"""Hours on a GPU: what is measured there is named, and what is named is not ignored."""
+
 _REPORTS = pytest.StashKey[dict[str, tuple[str, str]]]()
 
 
