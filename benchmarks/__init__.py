@@ -11,7 +11,7 @@
 - `test_residue.py`, `test_data.py`: residue against its bound; generating sequences, and waiting for them.
 - `test_normalisation.py`, `test_scaling.py`: stability of training; growth with modules, frames, pixels; sweeps.
 - `scale_out.py`: training on several GPUs, projected on paper: `python -m benchmarks.scale_out`.
-- `gpu/`: what only a CUDA device can tell.
+- `gpu/`: what only a CUDA device can tell; left out unless it is named.
 
 Each writes `NAME.json`, `NAME.md` and its pictures. Those marked `sweep` run with `--sweeps`. A run of some of the
 benchmarks (`-k`) prints what it measured and leaves the written results alone.

@@ -9,6 +9,9 @@ import torch
 
 from benchmarks.reporting import RESULTS, Report, environment, include
 
+collect_ignore = ["gpu"]
+"""Hours on a GPU: what is measured there is named, and what is named is not ignored."""
+
 _REPORTS = pytest.StashKey[dict[str, tuple[str, str]]]()
 
 
@@ -25,9 +28,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="a sweep: add --sweeps"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Whose processor time is the time that a step takes."""
+    """Whose processor time is the time that a step takes.
+
+    For a whole file: what it reports when it is done names the threads that there are then.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     # The collector runs before every step that is timed. What was there before stays, and it need not look at it.

@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 GROUPS = {
+    "fused kernels": ("revgrad::",),
     "convolution": ("convolution", "addmm", "index_select"),
     "copy": ("copy", "clone", "cat", "stack", "contiguous", "zero", "empty", "full", "ones", "fill"),
     "ReLU": ("relu", "threshold_backward"),
-    "fused kernels": ("revgrad::",),
 }
-"""Kinds of operators by what their names contain; all others are pointwise arithmetic and reductions."""
+"""Kinds of operators by what their names contain, the first that fits; all others are pointwise arithmetic and
+reductions. Fused kernels come first: some of their names contain those of other kinds.
+"""
 _FREE = ("empty", "new_empty", "empty_like", "empty_strided", "detach", "alias", "_unsafe_view")
 """What launches nothing."""
 

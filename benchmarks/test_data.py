@@ -1,20 +1,19 @@
 """Speed of generating Moving MNIST, alone and beside the training step that it feeds: `pytest benchmarks/test_data.py
---benchmark-only`.
+--benchmark-only`. On the CPU, with a GPU as well.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks.reporting import Report, Table, spread
+from benchmarks.reporting import Report, Row, Table, spread
 from crevnet.clips import frames_to_clips
 from crevnet.command import CONFIGS, load_config
 from crevnet.convolution import use_channels_last
 from crevnet.data import MovingMNISTConfig, train_batches
-from crevnet.run import select_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +26,7 @@ QUICK = CONFIGS / "quick.yaml"
 NOTES = (
     f"Generating: batches of {BATCH} sequences of 20 frames, 64 x 64, on one thread.",
     f"Beside the training step: `{QUICK.name}`, reversible, one thread; forward and backward pass and Adam. "
-    "Waiting is the time until the next batch is drawn and on the device, share is waiting over waiting and step. "
+    "Waiting is the time until the next batch is drawn, share is waiting over waiting and step. "
     f"Median of {STEPS} steps.",
 )
 
@@ -36,17 +35,22 @@ NOTES = (
 def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
     rows: dict[str, list[dict[str, Any]]] = {"generation": [], "feeding": []}
     yield rows
-    generation = {
+    publish(report(**rows))
+
+
+def report(generation: Sequence[Row], feeding: Sequence[Row]) -> Report:
+    """What is published."""
+    generating = {
         "num_digits": "digits",
         "sequences_per_second": "sequences/s",
         "p20": "ms per batch, p20",
         "median": "median",
         "p80": "p80",
     }
-    feeding = {"prefetch": "prefetch", "waiting_ms": "waiting, ms", "step_ms": "step, ms", "share": "share"}
+    waiting = {"prefetch": "prefetch", "waiting_ms": "waiting, ms", "step_ms": "step, ms", "share": "share"}
     tables = {
-        "generation": Table("Generating training sequences", generation, rows["generation"]),
-        "feeding": Table("Beside the training step that they feed", feeding, rows["feeding"], formats={"share": ".2%"}),
+        "generation": Table("Generating training sequences", generating, generation),
+        "feeding": Table("Beside the training step that they feed", waiting, feeding, formats={"share": ".2%"}),
     }
     configuration = {
         "data": str(config(DIGITS[0])),
@@ -55,9 +59,8 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
         "training": str(load_config(QUICK)),
         "threads": 1,
     }
-    complete = (len(rows["generation"]), len(rows["feeding"])) == (len(DIGITS), len(WORKERS))
-    cuda = torch.cuda.is_available()
-    publish(Report("moving_mnist", "Moving MNIST", tables, configuration, NOTES, complete=complete, cuda=cuda))
+    complete = (len(generation), len(feeding)) == (len(DIGITS), len(WORKERS))
+    return Report("moving_mnist", "Moving MNIST", tables, configuration, NOTES, complete=complete)
 
 
 @pytest.mark.parametrize("num_digits", DIGITS)
@@ -74,9 +77,9 @@ def test_generate_training_batches(benchmark, results, num_digits):
 
 @pytest.mark.parametrize("prefetch", WORKERS)
 def test_waiting_for_data_beside_the_training_step(benchmark, results, prefetch):
-    training, device = load_config(QUICK), select_device("auto")
+    training = load_config(QUICK)
     torch.manual_seed(0)
-    model = training.model.build().to(device)
+    model = training.model.build()
     use_channels_last(model)
     adam = torch.optim.Adam(model.parameters(), lr=training.optimiser.learning_rate)
     batches = train_batches(training.data.build_train(), training.batch_size, workers=WORKERS[prefetch])
@@ -84,17 +87,13 @@ def test_waiting_for_data_beside_the_training_step(benchmark, results, prefetch)
 
     def step() -> None:
         start = time.perf_counter()
-        frames = next(batches).to(device)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        frames = next(batches)
         there = time.perf_counter()
         loss = model.loss(frames_to_clips(frames, training.model.clip, training.model.stacking))
         adam.zero_grad()
         loss.backward()
         adam.step()
         loss.item()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         times.append((there - start, time.perf_counter() - there))
 
     benchmark.pedantic(step, rounds=STEPS, warmup_rounds=1)

@@ -37,8 +37,8 @@ NOTES = (
     "Time: processor time of one step on one thread. Ratios are taken within each round, which runs every contender "
     "once, of the shallowest stack twice, and then the second time counts: what a step frees goes back to the system, "
     "and the more a step needs, the more it has to ask for again, so that a short step pays for what the contender "
-    "before it has left. The order rotates from round to round. Median, p20 and p80 over the rounds. The first three "
-    "passes of a chain of ours, in which messages are compared, do not count.",
+    "before it has left. The order rotates from round to round. Median, p20 and p80 over the rounds. A first "
+    "round does not count, nor do the first three passes of a chain of ours, in which messages are compared.",
     "Gradient error: L2 norm of the difference to the gradients of the weights in float64 by stored autograd, over "
     "the norm of those. Where it is the same for all, it is the error of the forward pass in float32.",
     "Exact arithmetic rounds the streams to multiples of 2^-16, hence its distance to float64; beside stored "
@@ -131,7 +131,7 @@ def test_step_time(benchmark, results, workload, depth):
                 times[contender] = step_seconds(models[contender], x, weight)
         rounds.append(times)
 
-    benchmark.pedantic(run_round, rounds=ROUNDS[workload, depth])
+    benchmark.pedantic(run_round, rounds=ROUNDS[workload, depth], warmup_rounds=1)
     if benchmark.disabled:
         return
     rounds = rounds[-ROUNDS[workload, depth] :]

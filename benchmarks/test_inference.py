@@ -127,6 +127,7 @@ def subject(cell: str) -> tuple[CrevNet, Callable[[Tensor], Tensor]]:
 def replaying(predict: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same from a CUDA graph; its result is overwritten by the next replay."""
     graph, result = captured(predict)
+    graph.replay()  # the first launch of a graph also brings it to the device
 
     def replay() -> Tensor:
         graph.replay()

@@ -25,7 +25,7 @@ from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, random_clips, training_step
 from crevnet.model import CrevNetConfig
 
-pytestmark = pytest.mark.sweep
+pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("one_thread")]
 
 BATCH, STEPS = 4, 1
 PAGE = Path(__file__).parents[1] / "docs" / "kernels.md"

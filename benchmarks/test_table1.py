@@ -51,7 +51,7 @@ NOTES = (
     "pointwise operators keep fewer, caching allocators reserve more.",
     "Checkpoint: `torch.utils.checkpoint` around every time step, what one would do without this library.",
     "Baselines are counted under fake tensors, which have storages but no values; real ones give the same bytes "
-    "(asserted).",
+    "(asserted) without oneDNN, whose convolutions on a CPU take temporaries of their own.",
 )
 
 

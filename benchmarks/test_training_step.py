@@ -37,11 +37,18 @@ SIDE = 1024
 COPIED = 2**24
 """Floats that are copied to measure the bandwidth: far more than a cache holds."""
 
+
+def rounds_in_words() -> str:
+    """How many rounds there are of every batch."""
+    counts = (f"{n} round{'s' if n > 1 else ''} of batch {batch}" for batch, n in ROUNDS.items())
+    return ", ".join(counts)
+
+
 NOTES = (
     f"Forward pass with teacher forcing, mean squared error, backward pass; {STEPS} time steps of the paper's Moving "
     "MNIST configuration, float32, one thread; random weights and frames. Without the optimiser.",
-    "Speed-up: time of plain PyTorch over that of the variant, median over the rounds, each of which runs all once; "
-    f"without p20 and p80 where there are fewer than {FEW} rounds. "
+    "Speed-up: time of plain PyTorch over that of the variant, median over the rounds, each of which runs all once, "
+    f"after one that does not count. {rounds_in_words()}; without p20 and p80 where there are fewer than {FEW}. "
     "Over stored: time over that of stored training with as many clips at once.",
     f"Rate: FLOPs of the convolutions in the forward and backward pass of plain PyTorch, over the time, as a fraction "
     f"of the rate of a product of two {SIDE} x {SIDE} matrices in the same round. A reversible step does 4/3 of these "
@@ -106,7 +113,7 @@ def test_beside_plain_pytorch(benchmark, results, cell, batch):
         times = {name: seconds(steps[name]) for name in names[shift:] + names[:shift]}
         rounds.append(times | {"rate": matrix_rate(), "bandwidth": bandwidth()})
 
-    benchmark.pedantic(run_round, rounds=ROUNDS[batch], warmup_rounds=int(ROUNDS[batch] > 1))
+    benchmark.pedantic(run_round, rounds=ROUNDS[batch], warmup_rounds=1)
     if benchmark.disabled:
         return
     rounds = rounds[-ROUNDS[batch] :]

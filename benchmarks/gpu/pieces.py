@@ -38,8 +38,7 @@ def joined(
     file = folder / f"{report}.json"
     written = json.loads(file.read_text()) if file.exists() else {}
     where = environment("", cuda=True) if where is None else where
-    if where["commit"] is None:
-        raise ValueError("it is not known what is being measured: outside of a git checkout, set REVGRAD_COMMIT")
+    check_commit(where)
     same = written.get("configuration") == json.loads(json.dumps(configuration))
     if not same or any(written[key] != where[key] for key in _SAME):
         return list(rows)
@@ -47,3 +46,16 @@ def joined(
         return list(rows)
     now = {tuple(row[key] for key in columns) for row in rows}
     return [row for row in written.get(table, []) if tuple(row[key] for key in columns) not in now] + list(rows)
+
+
+def check_commit(where: Row) -> None:
+    """Raise unless it is known what is being measured.
+
+    Args:
+        where: What `reporting.commit` or `reporting.environment` says.
+
+    Raises:
+        ValueError: The commit is not known.
+    """
+    if where["commit"] is None:
+        raise ValueError("it is not known what is being measured: outside of a git checkout, set REVGRAD_COMMIT")

@@ -36,7 +36,8 @@ def shrink(run: Path, folder: Path) -> None:
         _write(folder / f"{name}.safetensors", moments, torch.bfloat16)
     plain = {name: found.state[name] for name in _PLAIN}
     updates = {str(i): float(own["step"]) for i, own in optimiser["state"].items()}
-    state = plain | {"updates": updates, "param_groups": optimiser["param_groups"]}
+    groups = [{name: _number(value) for name, value in group.items()} for group in optimiser["param_groups"]]
+    state = plain | {"updates": updates, "param_groups": groups}
     write_file(folder / "state.json", json.dumps(state).encode())
 
 
@@ -67,6 +68,11 @@ def grow(folder: Path, run: Path) -> None:
     plain = {name: state[name] for name in _PLAIN}
     rng = {"rng": torch.get_rng_state(), "cuda_rng": None}
     directory.save(state["step"], weights, {"optimiser": optimiser, **plain, **rng}, best=True)
+
+
+def _number(value: Any) -> Any:
+    """An option of the optimiser: a step that is replayed from a CUDA graph has its learning rate in a tensor."""
+    return value.item() if isinstance(value, Tensor) else value
 
 
 def _write(path: Path, tensors: dict[str, Tensor], dtype: torch.dtype) -> None:

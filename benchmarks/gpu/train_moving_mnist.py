@@ -84,11 +84,12 @@ def main(arguments: list[str] | None = None) -> int:
     if trainer([*options, "--steps", str(step)]).wait():
         return 1
     weights = collect(run, given.out, device)
-    shrink(run, given.out / "state")
     command = shlex.join(["python", "-m", "benchmarks.gpu.train_moving_mnist", *(arguments or sys.argv[1:])])
     made = report(run, weights, given.minutes, device)
     for path in made.write(environment(command, made.cuda), given.results):
         print(path)
+    # Last: what was measured is written whatever comes of this.
+    shrink(run, given.out / "state")
     return 0
 
 

@@ -3,10 +3,14 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
+from benchmarks import contenders
 from benchmarks.contenders import CONTENDERS, STORED, by_revgrad
 from benchmarks.engine_measures import counts, relative_error, true_gradient
 from benchmarks.engine_workloads import Block, Workload
+from revgrad import AdditiveCoupling
+from revgrad.message import NOTED
 
 pytestmark = [
     pytest.mark.usefixtures("single_thread"),
@@ -65,3 +69,28 @@ def test_versions_of_packages_alone():
     for contender in CONTENDERS:
         if contender.package is None:
             assert contender.version() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "depth", "segments"),
+    [("checkpoint per block", 16, 16), ("checkpoint, square root", 16, 4), ("checkpoint, square root", 4, 2)],
+)
+def test_checkpoints_are_around_every_block_or_as_many_as_the_root_of_them(monkeypatch, name, depth, segments):
+    sizes = []
+    monkeypatch.setattr(
+        contenders,
+        "checkpoint",
+        lambda run, blocks, *states, **how: sizes.append(len(blocks)) or checkpoint(run, blocks, *states, **how),
+    )
+    (contender,) = [c for c in CONTENDERS if c.name == name]
+    stack, x = SMALL.build(depth)
+    contender.build(stack)(x)
+    assert sizes == [depth // segments] * segments
+
+
+@pytest.mark.parametrize("contender", [c for c in CONTENDERS if c.ours], ids=lambda c: c.name)
+def test_our_chains_are_past_the_passes_in_which_messages_are_compared(contender):
+    """Which take longer, and are a few of the thousands of a training run."""
+    stack, _ = SMALL.build(2)
+    couplings = [layer for layer in contender.build(stack) if isinstance(layer, AdditiveCoupling)]
+    assert [coupling._noted for coupling in couplings] == [NOTED] * 4

@@ -1,4 +1,5 @@
 import gc
+import time
 
 import pytest
 import torch
@@ -59,6 +60,23 @@ def test_loss_weights_differ_and_are_the_same_every_time():
     assert torch.equal(loss_weight(x), loss_weight(x))
     assert loss_weight(x).unique().numel() == 15
     assert loss_weight(x).dtype == torch.float64
+
+
+@pytest.mark.parametrize("shape", [(10, 10), (1000, 100)])
+def test_loss_weights_are_of_one_length_whatever_the_size(shape):
+    """Each of the n numbers is of the order of 1/n, all of them together of that of one over the root of n."""
+    x = torch.zeros(shape)
+    assert loss_weight(x).norm().item() == pytest.approx(x.numel() ** -0.5, rel=0.2)
+
+
+def test_step_seconds_is_processor_time():
+    x = torch.zeros(4, requires_grad=True)
+
+    def sleepy(x):
+        time.sleep(0.2)
+        return 2 * x
+
+    assert step_seconds(sleepy, x, loss_weight(x)) < 0.1
 
 
 def test_step_seconds_is_a_time():

@@ -1,6 +1,19 @@
+import pytest
+import revgrad_kernels  # noqa: F401  # registers the operators
 import torch
 
-from benchmarks.launches import Launches
+from benchmarks.launches import Launches, group_of
+
+OURS = sorted({n.partition(".")[0] for n in torch._C._dispatch_get_all_op_names() if n.startswith("revgrad::")})
+GROUPS = {
+    "convolution": ["convolution", "convolution_backward", "mkldnn_convolution", "addmm", "index_select"],
+    "copy": [
+        *("copy_", "_to_copy", "clone", "cat", "stack", "contiguous"),
+        *("zero_", "zeros_like", "new_zeros", "full", "full_like", "ones", "ones_like", "fill_"),
+    ],
+    "ReLU": ["relu", "relu_", "threshold_backward"],
+    "pointwise, reductions": ["add", "mul_", "sigmoid", "tanh_backward", "sum", "where", "threshold", "round"],
+}
 
 
 def test_operators_are_counted_with_the_bytes_they_read_and_write():
@@ -31,3 +44,18 @@ def test_groups_hold_everything_largest_first():
     assert sum(c.bytes for c in groups.values()) == sum(c.bytes for c in launches.counts.values())
     assert [c.bytes for c in groups.values()] == sorted((c.bytes for c in groups.values()), reverse=True)
     assert set(groups) >= {"convolution", "copy", "ReLU"}
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_all_of_our_operators_are_fused_kernels(name):
+    """Whatever their names contain: two of them contain `cat` and `fill`."""
+    assert group_of(name) == "fused kernels"
+
+
+def test_some_of_our_operators_are_called_like_others():
+    assert {"revgrad::pixel_shuffle_concatenate", "revgrad::exact_weighted_sum_refill"} <= set(OURS)
+
+
+@pytest.mark.parametrize(("group", "name"), [(group, name) for group, names in GROUPS.items() for name in names])
+def test_the_kind_of_an_operator(group, name):
+    assert group_of(name) == group

@@ -1,11 +1,16 @@
+import weakref
 from functools import partial
 
 import pytest
+import torch
+from torch import nn
 
 from benchmarks import memory
 from benchmarks.memory import marginal_mb, predictions_mb, residue_mb, state_gradients_mb, states_mb, training_peak
-from benchmarks.training import Variant
+from benchmarks.training import Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
+from crevnet.video_model import VideoConfig
+from revgrad import Residue
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -58,6 +63,57 @@ def test_residue_is_at_least_the_reservoirs_and_none_in_float():
     elements = 2 * 16 * 16 // 2
     assert residue_mb(CrevNetConfig(**SMALL), steps=3) >= elements * 10 / 1e6
     assert residue_mb(CrevNetConfig(**SMALL, arithmetic="float"), steps=3) == 0
+
+
+def most_residue_mb(monkeypatch, config, steps):
+    """The most that all residues of a training step hold, looked at whenever a predictive module has been evaluated."""
+    alive, found, begin = weakref.WeakSet(), [], Residue.__init__
+
+    def noted(self, **options):
+        begin(self, **options)
+        alive.add(self)
+
+    def look(*_):
+        pools = [pool for residue in alive for pool in residue._pools.values()]
+        shared = {x.data_ptr(): x.nbytes for pool in pools for x in (pool.value, pool.level)}
+        found.append(sum(shared.values()) + sum(residue._word_bits() / 8 for residue in alive))
+
+    monkeypatch.setattr(Residue, "__init__", noted)
+    torch.manual_seed(0)
+    model, clips = config.build(), random_clips(config, 1, steps)
+    for module in model.predictor:
+        module.transform.register_forward_hook(look)
+    training_step(model, clips)
+    return max(found) / 1e6
+
+
+@pytest.mark.parametrize(("every", "steps"), [(1, 8), (2, 8), (2, 9), (8, 16)])
+def test_residue_is_what_a_training_step_holds(monkeypatch, every, steps):
+    config = CrevNetConfig(**SMALL, keep_states_every=every)
+    # Words are counted on all time steps, and taken to be spread over them evenly.
+    expected = residue_mb(config, steps)
+    assert most_residue_mb(monkeypatch, config, steps) == pytest.approx(expected, rel=0.03 if every > 1 else 1e-9)
+
+
+class Sums(nn.Module):
+    """A loss whose gradients take no memory where there are some to add them to: all elements have the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = (nn.Parameter(torch.zeros(100_000)) for _ in range(2))
+
+    def loss(self, clips):
+        return (self.one.sum() + self.other.sum()) * clips.mean()
+
+
+class SumsConfig(VideoConfig):
+    def build(self):
+        return Sums()
+
+
+def test_gradients_of_weights_were_there_before():
+    """Two of 400 kB each, which a first step would make."""
+    assert 0 < training_peak(SumsConfig(image_size=8), 1, 1) < 1000
 
 
 def test_peaks_are_the_same_every_time():

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.reporting import Report, Table, commit, cpu_model, environment, spread, write_file
+from benchmarks.reporting import Report, Table, commit, cpu_model, environment, include, spread, write_file
 
 ROWS = [{"mode": "stored", "mb": 1234.5678, "n": 4}, {"mode": "reversible", "mb": 7.0, "n": None}]
 TABLE = Table("Memory", {"mode": "mode", "mb": "MB", "n": "modules"}, ROWS)
@@ -121,3 +121,32 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_file(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in path.parent.iterdir()] == ["memory.json"]
+
+
+PAGE = (
+    "# Page\n\n<!-- begin speed -->\n{}<!-- end speed -->\n\n"
+    "Below.\n\n<!-- begin other -->\nstays\n<!-- end other -->\n"
+)
+
+
+def test_a_text_takes_the_place_of_the_one_before(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.format(""))
+    for text in ("a first table\nof two lines", "another"):
+        assert include(page, "speed", f"\n{text}\n\n")
+        assert page.read_text() == PAGE.format(f"{text}\n")
+
+
+def test_a_page_without_a_place_for_it_stays_as_it_is(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.format("text\n"))
+    assert not include(page, "memory", "a table")
+    assert page.read_text() == PAGE.format("text\n")
+
+
+def test_what_stands_before_the_place_does_not_end_it(tmp_path):
+    """Of two places for the same text the first one is filled, and the second one kept."""
+    page = tmp_path / "page.md"
+    page.write_text(2 * PAGE.format("old\n"))
+    assert include(page, "speed", "new")
+    assert page.read_text() == PAGE.format("new\n") + PAGE.format("old\n")

@@ -1,9 +1,13 @@
+import inspect
 import json
 
 import pytest
+import torch
 
 from benchmarks.scale_out import Network, gradient_bytes, measured_step, projection, scale_out
+from benchmarks.training import random_clips, training_step
 from crevnet.model import CrevNetConfig
+from revgrad.cost import Flops
 
 SLOW = Network(bytes_per_second=100.0, latency=0.5)
 """100 bytes a second."""
@@ -15,11 +19,13 @@ def report(tmp_path):
 
     def write(device="H100", **changes):
         row = {"system": "CrevNet, stlstm", "batch": 16, "variant": "reversible exact", "kernels": "triton"}
-        row |= {"precision": "float32", "weights": "channels-last", "median": 0.2} | changes
+        row |= {"precision": "float32", "weights": "channels-last", "launched": "called", "median": 0.2} | changes
         unfit = row | {"batch": 256}
         del unfit["median"]
+        others = {"kernels": "plain"}, {"weights": "contiguous"}, {"launched": "graph"}
+        rows = [unfit, *(row | other | {"median": 9.0} for other in others), row]
         path = tmp_path / "steps.json"
-        path.write_text(json.dumps({"device": device, "rows": [unfit, row | {"kernels": "plain", "median": 9.0}, row]}))
+        path.write_text(json.dumps({"device": device, "rows": rows}))
         return path
 
     return write
@@ -51,7 +57,8 @@ def test_gradients_are_counted_on_the_model():
     assert gradient_bytes(CrevNetConfig(cell="convlstm")) / 4 == pytest.approx(2.38e6, rel=3e-3)
 
 
-def test_the_step_is_that_of_the_fused_kernels(report):
+def test_the_step_is_that_of_the_trainer(report):
+    """With fused kernels and weights channels-last, called operator by operator."""
     assert measured_step(report(), 16, "reversible exact", "float32") == (0.2, "H100")
 
 
@@ -86,3 +93,19 @@ def test_without_a_gpu_only_the_communication_is_told(report, tmp_path, device):
 def test_nonsense_is_refused(options):
     with pytest.raises(ValueError, match="gpus must be at least 1"):
         scale_out(**options)
+
+
+def test_three_quarters_of_a_reversible_step_are_its_backward_pass():
+    """One forward pass, one again, and two for the gradients; that is the default, as the default variant is such."""
+    config = CrevNetConfig(image_size=16, blocks=(1, 1, 1), modules=2, clip=2, mode="reversible")
+    model, clips = config.build(), random_clips(config, 1, 3)
+    counted = []
+    with torch.backends.mkldnn.flags(enabled=False):  # with it, some gradients take fewer operations than they have
+        for run in (torch.no_grad()(lambda: model.loss(clips)), lambda: training_step(model, clips)):
+            with Flops() as counter:
+                run()
+            counted.append(counter.total)
+    forward, whole = counted
+    defaults = {name: p.default for name, p in inspect.signature(scale_out).parameters.items()}
+    assert defaults["variant"].startswith("reversible")
+    assert defaults["backward_share"] == pytest.approx(1 - forward / whole, rel=0.02)

@@ -1,6 +1,10 @@
+from functools import partial
+
 import pytest
 
-from benchmarks.test_training_step import FEW, ROUNDS, report
+from benchmarks import test_training_step
+from benchmarks.test_training_step import FEW, NOTES, ROUNDS, report
+from crevnet.model import CrevNetConfig
 
 MEASURED = {"cell": "stlstm", "variant": "stored float", "speedup": 1.4, "p20": 1.3, "p80": 1.5}
 
@@ -17,3 +21,15 @@ def test_few_rounds_have_no_percentiles(batch):
 
 def test_some_batch_has_few_rounds_and_some_has_not():
     assert min(ROUNDS.values()) < FEW <= max(ROUNDS.values())
+
+
+def test_the_notes_say_how_many_rounds_there_are():
+    assert "8 rounds of batch 1, 4 rounds of batch 4, 3 rounds of batch 16, 1 round of batch 64;" in " ".join(NOTES)
+
+
+@pytest.mark.parametrize("batch", ROUNDS)
+def test_a_round_that_does_not_count_comes_before_those_that_do(monkeypatch, rehearsal, batch):
+    small = partial(CrevNetConfig, image_size=8, blocks=(1,), modules=1, clip=1)
+    monkeypatch.setattr(test_training_step, "CrevNetConfig", small)
+    test_training_step.test_beside_plain_pytorch(rehearsal, {}, "convlstm", batch)
+    assert rehearsal.asked == {"rounds": ROUNDS[batch], "warmup_rounds": 1}

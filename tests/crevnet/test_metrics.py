@@ -96,6 +96,14 @@ def test_predictions_are_clamped_to_the_range_of_an_image(metric):
     torch.testing.assert_close(metric(wild, target), metric((target > 0.5).float(), target))
 
 
+@pytest.mark.parametrize(("level", "nearest"), [(1.00005, 1.0), (-0.00005, 0.0)])
+def test_what_a_target_overshoots_by_resizing_is_measured(level, nearest):
+    """Only predictions are clamped."""
+    target = torch.full((1, 1, 1, 12, 12), level, dtype=torch.float64)
+    error = mse_per_frame(torch.full_like(target, nearest), target)
+    assert error.item() == pytest.approx(144 * 0.00005**2, rel=1e-6)
+
+
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_low_precision_inputs_are_measured_in_float64(metric, dtype):
@@ -135,6 +143,8 @@ def poisoned(value):
         (frames((1, 2, 1, 12, 12)), poisoned(math.nan), "target holds NaN"),
         (frames((1, 2, 1, 12, 12)), 255 * frames((1, 2, 1, 12, 12)), "target spans"),
         (frames((1, 2, 1, 12, 12)), frames((1, 2, 1, 12, 12)) - 0.5, "target spans"),
+        (frames((1, 2, 1, 12, 12)), torch.full((1, 2, 1, 12, 12), 1.005), "target spans"),
+        (frames((1, 2, 1, 12, 12)), torch.full((1, 2, 1, 12, 12), -0.005), "target spans"),
         (torch.zeros(1, 2, 1, 12, 12, dtype=torch.uint8), torch.zeros(1, 2, 1, 12, 12), "uint8"),
     ],
 )
@@ -164,8 +174,9 @@ def assert_same(result, expected):
         assert result["per_frame"][name] == pytest.approx(expected["per_frame"][name], rel=1e-12)
 
 
-def test_accumulated_means_match_the_per_frame_metrics():
-    prediction, target = frames((7, 4, 1, 12, 12), 1), frames((7, 4, 1, 12, 12), 2)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_accumulated_means_match_the_per_frame_metrics(channels):
+    prediction, target = frames((7, 4, channels, 12, 12), 1), frames((7, 4, channels, 12, 12), 2)
     result = accumulate(prediction, target, [2, 2, 3]).compute()
     assert result["sequences"] == 7
     for name, metric in zip(("mse", "ssim", "psnr"), METRICS, strict=True):

@@ -126,6 +126,14 @@ class TestNoReencoding:
             prediction, state = model.step(prediction, state)
         assert torch.equal(model.predict(frames, 3), torch.stack(frames_out, dim=1))
 
+    @pytest.mark.parametrize("steps", [1, 3])
+    def test_predictions_beyond_the_range_of_exact_arithmetic_are_refused(self, steps):
+        model = make().eval()
+        for p in model.parameters():
+            p.data *= 60
+        with pytest.raises(ReversibilityError, match="largest value that the grid holds"):
+            model.predict(frames_for(model, 3), steps)
+
 
 class TestReconstruct:
     """Conditional reversibility: equation 5."""
@@ -159,6 +167,15 @@ class TestReconstruct:
         for clip in clips.unbind(1):
             prediction, state = model.step(clip, state)
             assert torch.equal(model.reconstruct(prediction, state), snap(clip))
+
+    def test_statistics_are_those_of_before(self):
+        """What a step moved is not moved once more by undoing it."""
+        model = make(norm="batch").train()
+        prediction, states = model.step(clips_for(model)[:, 0])
+        before = {name: b.clone() for name, b in model.named_buffers()}
+        assert any("running" in name for name in before)
+        model.reconstruct(prediction, states)
+        assert all(torch.equal(b, before[name]) for name, b in model.named_buffers())
 
     @pytest.mark.parametrize("cell", CELLS)
     def test_closed_gates(self, cell):

@@ -5,11 +5,11 @@ from benchmarks.gpu.small_state import grow, shrink
 from crevnet.checkpoint_directory import CheckpointDirectory
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run with one checkpoint, after three updates of Adam."""
+@pytest.fixture(params=[1e-3, torch.tensor(1e-3)], ids=["number", "tensor"])
+def run(tmp_path, request):
+    """A run with one checkpoint, after three updates of Adam; a CUDA graph's learning rate is in a tensor."""
     parameters = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
-    optimiser = torch.optim.Adam(parameters, lr=1e-3)
+    optimiser = torch.optim.Adam(parameters, lr=request.param)
     for _ in range(3):
         for p in parameters:
             p.grad = 1e-4 * torch.randn_like(p)
@@ -36,6 +36,8 @@ def test_a_run_goes_on_from_half_the_bytes(run, tmp_path):
         assert after.state[key] == before.state[key]
     optimiser = torch.optim.Adam([torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))])
     optimiser.load_state_dict(after.state["optimiser"])
+    assert optimiser.param_groups[0]["lr"] == pytest.approx(1e-3)
+    assert isinstance(optimiser.param_groups[0]["lr"], float)
     for i, own in before.state["optimiser"]["state"].items():
         found = optimiser.state_dict()["state"][i]
         assert found["step"] == own["step"] == 3

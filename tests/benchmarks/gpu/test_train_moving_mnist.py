@@ -9,6 +9,7 @@ import torch
 
 from benchmarks.gpu import train_moving_mnist
 from benchmarks.gpu.train_moving_mnist import fit_weights, main, train_for
+from benchmarks.reporting import Report, Table
 from crevnet.checkpoint_directory import CheckpointDirectory
 
 TINY = [
@@ -38,6 +39,24 @@ def goes_on_elsewhere(tmp_path, before):
     assert main([*arguments, "--results", str(tmp_path / "results"), "--", *TINY, "--steps", "4"]) == 0
     assert CheckpointDirectory(other / "run" / "checkpoints").steps()[-1] == 4
     assert json.loads((other / "state" / "state.json").read_text())["updates"]["0"] == 4
+
+
+def test_the_report_is_written_before_the_state_is_made_small(tmp_path, monkeypatch):
+    """Whatever becomes of the state, what was measured is not lost."""
+
+    def fails(run, folder):
+        raise RuntimeError("no space left")
+
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    made = Report("gpu_moving_mnist", "A run", {"rows": Table("Runs", {"n": "n"}, [{"n": 1}])}, {})
+    CheckpointDirectory(tmp_path / "out" / "run" / "checkpoints").save(1, {}, {})
+    monkeypatch.setattr(train_moving_mnist, "trainer", lambda options: done)
+    monkeypatch.setattr(train_moving_mnist, "collect", lambda *_: {})
+    monkeypatch.setattr(train_moving_mnist, "report", lambda *_: made)
+    monkeypatch.setattr(train_moving_mnist, "shrink", fails)
+    with pytest.raises(RuntimeError, match="no space left"):
+        main(["--minutes", "1", "--out", str(tmp_path / "out"), "--device", "cpu", "--results", str(tmp_path)])
+    assert (tmp_path / "gpu_moving_mnist.json").exists()
 
 
 def test_without_the_device_it_is_skipped(tmp_path, capsys, monkeypatch):

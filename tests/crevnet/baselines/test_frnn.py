@@ -151,6 +151,13 @@ def test_all_weights_learn(oracle):
     assert without == []
 
 
+def test_states_are_zero_at_first():
+    model = FRNNConfig(image_size=8, front=(4,), widths=(4, 2), kernel_sizes=(3, 3)).build()
+    assert [v.numel() for v in model.initial] == [4, 4, 2, 2]
+    assert not any(v.any() for v in model.initial)
+    assert not any(h.any() for h in model.initial_state(torch.rand(2, 1, 8, 8)).above)
+
+
 def test_shapes_and_range():
     model = FRNNConfig(image_size=32, front=(4,), widths=(4,), kernel_sizes=(3,)).build()
     frames = torch.rand(3, 2, 1, 32, 32)

@@ -77,6 +77,13 @@ def test_initial_weights_have_the_variance_of_he():
         assert layer.weight.std().item() == pytest.approx((2 / inputs) ** 0.5, rel=0.05)
 
 
+def test_the_last_convolution_starts_with_pytorchs_weights():
+    """Uniform within one over the root of the inputs, which is less than He's: no ReLU follows."""
+    head = UNet(64, 2, width=64, stages=1).head
+    assert head.weight.std().item() == pytest.approx((1 / 64 / 3) ** 0.5, rel=0.05)
+    assert head.weight.abs().max().item() <= 1 / 64**0.5
+
+
 def test_every_weight_gets_a_gradient():
     unet = UNet(1, 2, width=4, stages=2)
     unet(torch.rand(2, 1, 8, 8)).square().sum().backward()

@@ -135,6 +135,23 @@ def test_the_loss_is_of_the_means_given_the_true_pixels(oracle, objective, chang
     assert torch.equal(model.loss(clips, fed=[True, True]), model.loss(clips))
 
 
+def test_by_default_the_loss_is_the_mean_squared_error_as_of_all_models():
+    assert VPNConfig().objective == "mse"
+
+
+def test_the_loss_keeps_no_storage_but_its_own():
+    loss = tiny().build().loss(torch.rand(2, 3, 1, 4, 4))
+    assert loss.untyped_storage().nbytes() == loss.element_size()
+
+
+def test_generation_keeps_nothing_for_a_backward_pass():
+    model, saved = tiny().build(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        predictions = model(torch.rand(1, 2, 1, 4, 4), steps=3)
+    assert not saved
+    assert not predictions.requires_grad
+
+
 def test_training_without_the_truth_is_refused():
     model = tiny().build()
     with pytest.raises(ValueError, match=r"VPN: training is teacher forced only \(feeding.kind=teacher\)"):
