@@ -42,7 +42,7 @@ def test_a_report_that_is_written_at_the_end_names_the_threads_of_the_measuremen
     (tmp_path / "conftest.py").write_text("from benchmarks.conftest import one_thread\n")
     (tmp_path / "test_it.py").write_text(MEASUREMENT)
     (tmp_path / "test_later.py").write_text(AFTERWARDS)
-    run = run_file(str(tmp_path), timeout=120)
+    run = run_file(str(tmp_path), timeout=300)
     assert run.counts["passed"] == 3, run.output
     assert (tmp_path / "test_it.txt").read_text() == "1"
 

@@ -45,7 +45,7 @@ def distributed(tmp_path_factory):
         for rank in range(2)
     ]
     try:
-        logs = [process.communicate(timeout=120)[0] for process in processes]
+        logs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()

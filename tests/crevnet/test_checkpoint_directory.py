@@ -364,7 +364,7 @@ def test_a_process_that_dies_at_any_change_of_the_disk_leaves_the_old_or_the_new
     """A fresh process forks a child for every change that a save makes, to die just before it."""
     command = [sys.executable, "-c", textwrap.dedent(CRASHES), str(tmp_path), str(step)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     outcomes = result.stdout.split()
     assert outcomes == sorted(outcomes), "the change from the old to the new checkpoint happens once"

@@ -68,7 +68,7 @@ def test_metrics_do_not_depend_on_the_batch_size(batch_size, loaded):
 def test_metrics_do_not_depend_on_the_number_of_processes(sequences, loaded):
     """Two ranks as threads, whose sum waits for both; with one sequence the second rank gets none."""
     dataset = MovingMNISTConfig(image_size=16, digit_size=8, frames=6, test_sequences=sequences).build_test()
-    meeting = threading.Barrier(2, timeout=60)
+    meeting = threading.Barrier(2, timeout=300)
     slots = [None, None]
     results = [None, None]
 

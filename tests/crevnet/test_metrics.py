@@ -193,7 +193,7 @@ def test_the_result_does_not_depend_on_batching(sizes):
 
 
 def reduce_all(ranks):
-    barrier = threading.Barrier(len(ranks), timeout=10)
+    barrier = threading.Barrier(len(ranks), timeout=60)
     sent = [None] * len(ranks)
     with ThreadPoolExecutor(len(ranks)) as pool:
         futures = [pool.submit(rank.reduce, collective(barrier, sent, i)) for i, rank in enumerate(ranks)]

@@ -324,4 +324,4 @@ def test_matplotlib_is_loaded_late_and_pyplot_never(tmp_path):
         f"v.loss_curve([1], [1.0], path={str(tmp_path / 'a.png')!r});"
         "assert 'matplotlib.figure' in sys.modules and 'matplotlib.pyplot' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, check=True, timeout=300)

@@ -58,7 +58,7 @@ def test_threads_that_overlap_leave_the_settings_as_they_were(enabled):
     def second():
         with graphless():
             entered.set()
-            assert left.wait(timeout=10)
+            assert left.wait(timeout=60)
             assert not torch.backends.mha.get_fastpath_enabled()
 
     torch.backends.mha.set_fastpath_enabled(enabled)
@@ -66,7 +66,7 @@ def test_threads_that_overlap_leave_the_settings_as_they_were(enabled):
         with parametrize.cached(), ThreadPoolExecutor() as pool:
             with graphless():
                 future = pool.submit(second)
-                assert entered.wait(timeout=10)
+                assert entered.wait(timeout=60)
             left.set()
             future.result()
             assert torch.backends.mha.get_fastpath_enabled() == enabled

@@ -17,7 +17,7 @@ def outside_of_a_checkout(tmp_path, monkeypatch):
 
 
 def test_without_a_commit_nothing_is_measured(outside_of_a_checkout):
-    run = run_file(outside_of_a_checkout, timeout=60)
+    run = run_file(outside_of_a_checkout, timeout=300)
     assert run.counts == {"passed": 0, "failed": 0, "skipped": 0, "errors": 1}
     assert "set REVGRAD_COMMIT" in run.output
     assert "measured\n" not in run.output
@@ -25,6 +25,6 @@ def test_without_a_commit_nothing_is_measured(outside_of_a_checkout):
 
 def test_with_a_commit_it_is(outside_of_a_checkout, monkeypatch):
     monkeypatch.setenv("REVGRAD_COMMIT", "abc")
-    run = run_file(outside_of_a_checkout, timeout=60)
+    run = run_file(outside_of_a_checkout, timeout=300)
     assert run.counts == {"passed": 0, "failed": 1, "skipped": 0, "errors": 0}
     assert "measured\n" in run.output

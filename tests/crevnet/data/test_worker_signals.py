@@ -77,7 +77,7 @@ def test_workers_outlive_signals_to_all_processes_and_end_with_the_iterator_or_t
         say(process, "more")
         assert process.stdout.readline() == "got them\n"
     say(process, end)
-    assert process.wait(timeout=60) == 0
+    assert process.wait(timeout=300) == 0
     assert_end(workers)
 
 
