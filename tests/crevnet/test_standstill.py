@@ -36,7 +36,7 @@ def test_a_predictor_with_closed_gates_counts_and_one_that_learns_does_not():
         model.zero_grad()
         loss = model.loss(clips)
         loss.backward()
-        return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) / loss)
+        return float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]) / loss.detach())
 
     assert ratio() > 100 * VANISHED
     with torch.no_grad():

@@ -40,7 +40,9 @@ def pieces():
 def collected():
     """What pytest collects for each piece, for the whole folder by its name, and for all benchmarks: one process."""
     wanted = [*pieces(), [FOLDER], ["benchmarks"]]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), *sys.path]))}
+    # A worker of pytest-xdist says so to what it starts, where pytest-benchmark would refuse to be alone.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), *sys.path]))
     command = [sys.executable, "-c", COLLECT, json.dumps(wanted)]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     return json.loads(result.stdout.rpartition("FOUND")[2])
