@@ -20,6 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--sweeps", action="store_true", help="also run the benchmarks that take long (marked sweep)")
 
 
+@pytest.fixture(autouse=True)
+def past_first_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are those of a model that has trained for a while: only the first passes of a coupling compare messages."""
+    monkeypatch.setattr("revgrad.coupling.NOTED", 0)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave the sweeps out unless they are asked for: the others take ten minutes in all."""
     if not config.getoption("--sweeps"):

@@ -84,7 +84,10 @@ def counted(cell: Any, arithmetic: Any) -> dict[str, dict[str, int]]:
 def counted_in_the_interpreter(cell: str, arithmetic: str) -> dict[str, dict[str, int]]:
     """`counted`, with fused operators: in a process of its own, as Triton decides early how to run kernels."""
     call = f"counted({cell!r}, {arithmetic!r})"
-    code = f"import json; from benchmarks.test_profile import counted; print(json.dumps({call}))"
+    code = (
+        "import json, revgrad.coupling; from benchmarks.test_profile import counted; revgrad.coupling.NOTED = 0; "
+        f"print(json.dumps({call}))"
+    )
     environment = os.environ | {"TRITON_INTERPRET": "1", "REVGRAD_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
     environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)

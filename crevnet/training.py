@@ -326,9 +326,11 @@ def train(config: TrainConfig) -> dict[str, Any] | None:
     try:
         with ExitStack() as held:
             folder = from_first(fabric, lambda: held.enter_context(opened(config)))
-            return _train(config, fabric, folder)
+            result = _train(config, fabric, folder)
+            fabric.barrier()
+            return result
     finally:
-        # A process that ends with its group still alive may abort in the group's threads.
+        # A process that ends with its group still alive, or leaves it after another has, may abort in its threads.
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
@@ -345,7 +347,6 @@ def _train(config: TrainConfig, fabric: Fabric, folder: Path) -> dict[str, Any] 
         return None
     result = trainer.finish()
     fabric.print(summary(config, result, folder))
-    fabric.barrier()
     return result
 
 
