@@ -85,3 +85,31 @@ def test_workers_end_when_the_process_that_trains_is_killed(training):
     process, workers = training
     process.kill()
     assert_end(workers)
+
+
+def test_a_worker_that_was_still_starting_when_its_parent_was_killed_ends():
+    code = """
+        import multiprocessing, os, signal, time
+        from crevnet.data import worker_signals
+
+        def work():
+            print(os.getpid(), flush=True)
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            worker_signals.outlive_interrupts(0)
+            time.sleep(600)
+
+        worker_signals.SECONDS, parent = 0.1, os.getpid()
+        multiprocessing.get_context("fork").Process(target=work).start()
+        time.sleep(0.5)
+        os.kill(parent, signal.SIGKILL)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        worker = int(process.stdout.readline())
+        try:
+            assert_end([worker])
+        finally:
+            if is_alive(worker):
+                os.kill(worker, signal.SIGKILL)
