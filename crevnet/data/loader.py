@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from crevnet.data.sequence_set import SequenceSet
-from crevnet.data.worker_signals import outlive_interrupts
+from crevnet.data.worker_signals import interrupts_held_back, outlive_interrupts
 
 
 class StepSampler(Sampler[list[int]]):
@@ -79,7 +79,7 @@ def train_batches(
     """Iterate over one process's training batches; the other arguments are those of `StepSampler`.
 
     The batches do not depend on `workers`, and drawing them leaves torch's global generator alone. Workers ignore
-    SIGINT and SIGTERM; they end when the iterator does, and when the process that made it does, however that ends.
+    SIGINT and SIGTERM from their start; they end when the iterator does, and when the process that made it does, however that ends.
 
     Args:
         dataset: the sequences.
@@ -117,4 +117,5 @@ def train_batches(
         # would then depend on whether there are workers.
         generator=torch.Generator(),
     )
-    return iter(loader)
+    with interrupts_held_back():
+        return iter(loader)

@@ -4,10 +4,28 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.process import parent_process
 
 SECONDS = 5.0
 """Between two looks for the process that trains."""
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """While worker processes start, which inherit it: SIGINT and SIGTERM wait for `outlive_interrupts`.
+
+    In this process they wait for the end of the context.
+    """
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def outlive_interrupts(worker: int) -> None:
@@ -22,9 +40,11 @@ def outlive_interrupts(worker: int) -> None:
         worker: Number of the worker, which `DataLoader` gives.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigtimedwait"):  # elsewhere nothing tells who has sent a signal
+    if hasattr(signal, "sigtimedwait"):
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    elif hasattr(signal, "pthread_sigmask"):  # nothing tells who has sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _end_with_the_parent() -> None:

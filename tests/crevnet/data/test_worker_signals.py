@@ -81,6 +81,41 @@ def test_workers_outlive_signals_to_all_processes_and_end_with_the_iterator_or_t
     assert_end(workers)
 
 
+def test_workers_that_are_still_starting_outlive_signals_to_all_processes():
+    code = """
+        import signal, time
+        from crevnet.data import MovingMNISTConfig, loader
+
+        def start_slowly(worker):
+            time.sleep(1)
+            outlive_interrupts(worker)
+
+        outlive_interrupts, loader.outlive_interrupts = loader.outlive_interrupts, start_slowly
+        data = MovingMNISTConfig(image_size=12, digit_size=8, frames=3).build_train()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {})
+        batches = loader.train_batches(data, 2, workers=2)
+        assert signal.pthread_sigmask(signal.SIG_BLOCK, {}) == mask
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
+        print("ready", flush=True)
+        input()
+        next(batches), next(batches)  # one of each worker
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout.readline() == "ready\n"
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.killpg(process.pid, number)
+        say(process, "go on")
+        assert process.wait(timeout=300) == 0
+
+
 def test_workers_end_when_the_process_that_trains_is_killed(training):
     process, workers = training
     process.kill()
