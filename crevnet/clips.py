@@ -5,6 +5,7 @@ Shape letters: B batch, T frames, N clips, C channels, K frames per clip, H heig
 
 from typing import Literal
 
+from einops import rearrange
 from torch import Tensor
 
 Stacking = Literal["depth", "channels"]
@@ -30,8 +31,8 @@ def frames_to_clips(frames_BTCHW: Tensor, length: int, stacking: Stacking) -> Te
         raise ValueError(f"a clip has {length} frames, but only {frames_BTCHW.shape[1]} were given")
     clips_BNCHWK = frames_BTCHW.unfold(1, length, 1)
     if stacking == "depth":
-        return clips_BNCHWK.permute(0, 1, 2, 5, 3, 4)
-    return clips_BNCHWK.permute(0, 1, 5, 2, 3, 4).flatten(2, 3)
+        return rearrange(clips_BNCHWK, "b n c h w k -> b n c k h w")
+    return rearrange(clips_BNCHWK, "b n c h w k -> b n (k c) h w")
 
 
 def newest_frames(clips: Tensor, channels: int, stacking: Stacking) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from einops import repeat
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
@@ -211,8 +212,8 @@ def _enlarged(frames: Tensor, size: int) -> _Pixels:
     pixels = (frames.detach().float().clamp(0, 1) * 255).round().to(torch.uint8)
     height, width = frames.shape[-2:]
     factor = -(-size // min(height, width))
-    pixels = pixels.expand(-1, -1, 3, -1, -1).permute(0, 1, 3, 4, 2)
-    return pixels.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3).cpu().numpy()
+    pixels = pixels.expand(-1, -1, 3, -1, -1)
+    return repeat(pixels, "b t c h w -> b t (h down) (w right) c", down=factor, right=factor).cpu().numpy()
 
 
 def _faded(pixels: _Pixels) -> _Pixels:

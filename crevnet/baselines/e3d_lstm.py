@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from revgrad_kernels import cell_update, hidden_output
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -93,10 +94,11 @@ def recall(query: Tensor, memories: list[Tensor]) -> Tensor:
         `[B, C, T, H, W]`.
     """
     # With a dimension of heads, here one, and channels last PyTorch has kernels that keep no attention matrix.
-    keys = torch.cat([m.flatten(2).transpose(1, 2) for m in memories], dim=1)[:, None]
-    queries = query.flatten(2).transpose(1, 2).contiguous()[:, None]
+    keys = torch.cat([rearrange(m, "b c t h w -> b 1 (t h w) c") for m in memories], dim=2)
+    queries = rearrange(query, "b c t h w -> b 1 (t h w) c").contiguous()
     found = F.scaled_dot_product_attention(queries, keys, keys, scale=1.0)
-    return found[:, 0].transpose(1, 2).unflatten(2, query.shape[2:])
+    t, h, w = query.shape[2:]
+    return rearrange(found, "b 1 (t h w) c -> b c t h w", t=t, h=h, w=w)
 
 
 class EideticLSTMCell(nn.Module):

@@ -79,7 +79,8 @@ def train_batches(
     """Iterate over one process's training batches; the other arguments are those of `StepSampler`.
 
     The batches do not depend on `workers`, and drawing them leaves torch's global generator alone. Workers ignore
-    SIGINT and SIGTERM from their start; they end when the iterator does, and when the process that made it does, however that ends.
+    SIGINT and SIGTERM from their start; they end when the iterator does, and when the process that made it does,
+    however that ends.
 
     Args:
         dataset: the sequences.
