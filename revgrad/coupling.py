@@ -51,7 +51,8 @@ class Coupling(ReversibleLayer):
             gate, the cell is kept and `update` is not given.
 
     Raises:
-        StreamError: There is no source, one is given twice, or the target is among them; a cell is to be inverted of a
+        StreamError: Source or target are no numbers, or there is no source, one is given twice, or the target is
+            among them; a cell is to be inverted of a
             transform that has no state or takes no `update`.
     """
 
@@ -88,7 +89,13 @@ class Coupling(ReversibleLayer):
                 f"{name}: the transform must be a module, whose parameters the chain knows; got a "
                 f"{type(transform).__name__}: write a module that calls it"
             )
-        sources = (source,) if isinstance(source, int) else tuple(source)
+        sources = tuple(source) if isinstance(source, (tuple, list)) else (source,)
+        if any(not isinstance(i, int) or isinstance(i, bool) for i in (*sources, target)):
+            raise StreamError(
+                f"{name}: source and target are numbers of streams, such as source=0, target=1, got a "
+                f"{type(source).__name__} and a {type(target).__name__}: a coupling has one transform; a pair (F, G) "
+                "is two of them, which from_pairs makes"
+            )
         if len(set(sources)) != len(sources) or not sources:
             raise StreamError(f"{name}: source={source} must name one stream or several, each once")
         if target in sources:

@@ -345,6 +345,12 @@ def test_sources_are_named_once(make, source):
         AdditiveCoupling(make.net(4), source, 3)
 
 
+@pytest.mark.parametrize("streams", [(nn.Linear(2, 2),), ((0, "1"), 2), (0, nn.Linear(2, 2)), (True, 0), (0, None)])
+def test_streams_are_numbers(make, streams):
+    with pytest.raises(StreamError, match="source and target are numbers of streams"):
+        AdditiveCoupling(make.net(4), *streams)
+
+
 def test_changed_sources_are_noticed_wherever_they_are():
     class Second(nn.Module):
         def forward(self, a, b):
