@@ -90,19 +90,19 @@ class ReversibleSequential(ReversibleLayer):
         return len(self.layers)
 
     @overload
-    def __getitem__(self, index: int) -> nn.Module: ...
+    def __getitem__(self, index: int) -> ReversibleLayer: ...
 
     @overload
     def __getitem__(self, index: slice) -> "ReversibleSequential": ...
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
+    def __getitem__(self, index: int | slice) -> ReversibleLayer:
         if isinstance(index, slice):
             part = ReversibleSequential(*list(self)[index])
             part.training = self.training
             for name, value in self.chosen_options().items():
                 setattr(part, name, value)
             return part
-        return self.layers[index]
+        return self.layers[index]  # type: ignore[return-value]
 
     @property
     def mode(self) -> Mode:
