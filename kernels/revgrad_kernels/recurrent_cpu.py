@@ -15,7 +15,7 @@ from revgrad_kernels import recurrent
 from revgrad_kernels.backend import BackendError, left_to_cpu
 from revgrad_kernels.layout import side_by_side_like
 
-SMALL = 2**13
+SMALL = 2**12
 """States of fewer elements take plain PyTorch, whose graph needs no Python."""
 
 _DTYPES = (torch.float32, torch.float64)
