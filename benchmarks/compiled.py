@@ -5,6 +5,7 @@ convolutions and with PyTorch's, which are what a compiler sees; and the time of
 over that of the fused ones. All take turns in one process.
 """
 
+import argparse
 import copy
 import gc
 import time
@@ -79,4 +80,5 @@ def compared(calls: Mapping[str, Callable[[], Any]]) -> str:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description=__doc__).parse_args()
     main()

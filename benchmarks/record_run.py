@@ -4,10 +4,10 @@ Writes `docs/mnist-run.md` and the run's pictures, losses and metrics into `docs
 page's numbers come from there.
 """
 
+import argparse
 import csv
 import json
 import shutil
-import sys
 from pathlib import Path
 
 from benchmarks.reporting import Table, commit, cpu_model, write_file
@@ -80,4 +80,6 @@ def validations(path: Path) -> list[dict[str, float]]:
 
 
 if __name__ == "__main__":
-    record(Path(sys.argv[1]))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run")
+    record(parser.parse_args().run)
