@@ -50,6 +50,7 @@ class VideoWindows(SequenceSet):
         name: whose videos, for messages.
         size: number of sequences. In order they are spread evenly over all windows, and there are at most as many.
         seed: which random windows, 0 to 2**64 - 1; None for windows in order.
+        mirror: whether half of the random windows, by chance, are mirrored left to right.
         advice: what to do where no video is long enough.
 
     Raises:
@@ -65,6 +66,7 @@ class VideoWindows(SequenceSet):
         *,
         size: int,
         seed: int | None = None,
+        mirror: bool = False,
         advice: str = "lower data.frames",
     ) -> None:
         for option, value in (("frames", frames), ("size", size)):
@@ -91,6 +93,7 @@ class VideoWindows(SequenceSet):
             )
         self.size = size if seed is not None else min(size, self.windows)
         self.seed = seed
+        self.mirror = mirror
         self._ends = windows.cumsum()
 
     def batch(self, indices: Indices) -> Tensor:
@@ -98,17 +101,20 @@ class VideoWindows(SequenceSet):
         index_B = self.checked(indices)
         if self.seed is None:
             window_B = index_B * self.windows // self.size
+            mirrored_B = np.zeros(len(index_B), bool)
         else:
-            draws = indexed_uniforms(index_B, 1, seed=self.seed, stream=0)
+            draws = indexed_uniforms(index_B, 2, seed=self.seed, stream=0)
             window_B = (draws[:, 0] * self.windows).astype(np.int64)
-        cut = [self._cut(window) for window in window_B]
+            mirrored_B = self.mirror & (draws[:, 1] < 0.5)
+        cut = [self._cut(*each) for each in zip(window_B, mirrored_B, strict=True)]
         return torch.stack(cut) if cut else torch.empty(0, self.frames, *self.videos[0].frames.shape[1:])
 
-    def _cut(self, window: int) -> Tensor:
+    def _cut(self, window: int, mirrored: bool) -> Tensor:
         which = int(self._ends.searchsorted(window, side="right"))
         frames = self.videos[which].frames
         start = window - (self._ends[which] - max(0, len(frames) - self.frames + 1))
-        return to_tensor(frames[start : start + self.frames])
+        cut = frames[start : start + self.frames]
+        return to_tensor(cut[..., ::-1] if mirrored else cut)
 
 
 def to_tensor(frames: np.ndarray) -> Tensor:

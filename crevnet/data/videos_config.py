@@ -42,6 +42,10 @@ class VideosConfig(DataConfig):
     """Keep one of so many frames of a video."""
     test_every: int | None = None
     """The same of the videos in `test`, such as 3 for 30 frames per second after training on 10; None for `every`."""
+    mirror: bool = False
+    """Train on half of the sequences, by chance, mirrored left to right: twice the views, for scenes that look alike
+    either way.
+    """
     cache: Path | None = None
     """Folder for decoded frames, outside those of the videos, which later runs read instead; None decodes the videos
     into memory at every start.
@@ -93,7 +97,8 @@ class VideosConfig(DataConfig):
         """As in `DataConfig`; windows are drawn at random."""
         check_apart(self._roots(), self.cache)
         videos, _ = self._training_videos()
-        return VideoWindows(videos, self.frames, f"{self.train} (to train on)", size=TRAIN_SIZE, seed=self.seed)
+        name = f"{self.train} (to train on)"
+        return VideoWindows(videos, self.frames, name, size=TRAIN_SIZE, seed=self.seed, mirror=self.mirror)
 
     def build_validation(self, size: int) -> VideoWindows:
         """As in `DataConfig`."""

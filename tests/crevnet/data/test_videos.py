@@ -74,6 +74,20 @@ def test_a_random_sequence_is_a_function_of_seed_and_index():
     assert torch.equal(pickle.loads(pickle.dumps(one)).batch(order), one.batch(order))
 
 
+def test_half_of_the_random_windows_are_mirrored_left_to_right_and_none_in_order():
+    frames = np.arange(40 * 3, dtype=np.uint8).reshape(40, 1, 1, 3)
+    plain, mirrored = (VideoWindows([Video("one", frames)], 3, "some", size=2**40, seed=0, mirror=m) for m in (0, 1))
+    x, y = plain.batch(range(4000)), mirrored.batch(range(4000))
+    turned = (x != y).flatten(1).any(1)
+    assert torch.equal(y, torch.where(turned.view(-1, 1, 1, 1, 1), x.flip(-1), x))
+    assert abs(int(turned.sum()) - 2000) < 5 * 1000**0.5
+    assert torch.equal(y[7], mirrored[7])
+    starts = (x[:, 0, 0, 0, 0] * 255 / 3).round()
+    assert abs(float(torch.corrcoef(torch.stack([starts, turned.float()]))[0, 1])) < 5 / 4000**0.5
+    in_order = VideoWindows([Video("one", frames)], 3, "some", size=9, mirror=True)
+    assert torch.equal(in_order[0], plain.batch([0]).new_tensor(frames[:3] / 255))
+
+
 def test_bytes_become_floats_and_floats_stay():
     values = np.random.default_rng(0).random((4, 1, 2, 2), np.float32)
     dataset = VideoWindows([Video("floats", values)], 4, "some", size=1)

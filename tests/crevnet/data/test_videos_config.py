@@ -93,6 +93,19 @@ def test_the_seed_is_that_of_training_alone(folder):
     assert torch.equal(one.build_test().batch(range(4)), other.build_test().batch(range(4)))
 
 
+def test_mirroring_is_for_training_alone(folder):
+    ramp = np.arange(16, dtype=np.uint8).reshape(1, 1, 4, 4).repeat(60, 0)
+    train = folder()
+    np.save(train / "ramp.npy", ramp)
+    one, other = config(train, image_size=4), config(train, image_size=4, mirror=True)
+    x, y = (made.build_train().batch(range(20)) for made in (one, other))
+    assert not torch.equal(x, y)
+    assert all(torch.equal(a, b) or torch.equal(a, b.flip(-1)) for a, b in zip(x, y, strict=True))
+    for build in ("build_test", "build_validation"):
+        x, y = (getattr(made, build)(*[4] * (build == "build_validation")) for made in (one, other))
+        assert torch.equal(x.batch(range(2)), y.batch(range(2)))
+
+
 def test_short_videos_are_told_of(folder):
     train = folder(20, 2, 1)
     with pytest.warns(RuntimeWarning, match=r"train \(to train on\): 2 of 3 videos have fewer .* such as .*01\.npy"):
