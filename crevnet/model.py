@@ -16,7 +16,7 @@ from crevnet.cells import CELLS
 from crevnet.clips import Stacking
 from crevnet.convolution import Normalisation
 from crevnet.frame_size import check_foldable
-from crevnet.predictor import reversible_predictor
+from crevnet.predictor import AttentionNorm, reversible_predictor
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import ChainState, Inverse, Residue, unroll
 from revgrad.arithmetic import is_exact
@@ -50,6 +50,10 @@ class CrevNetConfig(VideoConfig):
     norm: Normalisation = "none"
     """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch`
     (as in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
+    """
+    attention_norm: AttentionNorm = "none"
+    """Normalisation in the predictive modules' attention: `none`, as the paper writes it, or `group`, over all channels
+    at once, as in the original code for Traffic4cast: gates then stay open on films that hardly move.
     """
     mode: Literal["auto", "reversible", "checkpoint", "stored"] = "auto"
     """What is kept for the backward pass; the results are the same. With `auto` the trainer takes what is fastest of
@@ -149,7 +153,9 @@ class CrevNet(VideoModel):
         self.autoencoder = two_way_autoencoder(
             channels, dimensions, blocks=config.blocks, bottleneck=config.bottleneck, norm=config.norm
         )
-        self.predictor = reversible_predictor(config.cell, config.modules, self.width, self.size, config.cell_states)
+        self.predictor = reversible_predictor(
+            config.cell, config.modules, self.width, self.size, config.cell_states, config.attention_norm
+        )
 
     def forward(self, clips: Tensor, fed: Sequence[bool] | None = None, steps: int | None = None) -> Tensor:
         """As in `VideoModel`; where nothing is fed, the predictor goes on from its own features (figure 1)."""

@@ -15,9 +15,9 @@ SIZES = [(4, 4), (2, 4, 4)]
 GRID_STEP = 2.0**-32  # of float64 streams
 
 
-def make(cell, size, arithmetic="float", modules=MODULES):
+def make(cell, size, arithmetic="float", modules=MODULES, attention_norm="none"):
     torch.manual_seed(0)
-    predictor = reversible_predictor(cell, modules, CHANNELS, size).double()
+    predictor = reversible_predictor(cell, modules, CHANNELS, size, attention_norm=attention_norm).double()
     predictor.arithmetic = arithmetic
     for name, p in predictor.named_parameters():
         if name.endswith("peephole"):
@@ -53,8 +53,14 @@ def section_2_2(predictor, streams, state):
     for i, module in enumerate(predictor):
         source, target = (first, second) if i % 2 == 0 else (second, first)
         h, left = module.transform.cell(source, (*state.layers[i], *carry))
-        w1, _, w2 = module.transform.attention
-        g = torch.sigmoid(w2(torch.relu(w1(h))))
+        w1, *norm, _, w2 = module.transform.attention
+        inner = w1(h)
+        if norm:
+            centred = inner - inner.flatten(1).mean(1).view(-1, *(1,) * (h.ndim - 1))
+            variance = centred.square().flatten(1).mean(1).view(-1, *(1,) * (h.ndim - 1))
+            weight, bias = (p.view(-1, *(1,) * (h.ndim - 2)) for p in norm[0].parameters())
+            inner = weight * centred / (variance + 1e-5).sqrt() + bias
+        g = torch.sigmoid(w2(torch.relu(inner)))
         blended = (1 - g) * target + g * h
         first, second = (first, blended) if i % 2 == 0 else (blended, second)
         new.append(left[:2])
@@ -86,8 +92,9 @@ def test_each_module_changes_one_stream_only(cell):
 @pytest.mark.parametrize("cell", CELL_NAMES)
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])
-def test_matches_section_2_2_written_out(cell, size, arithmetic):
-    predictor = make(cell, size, arithmetic)
+@pytest.mark.parametrize("attention_norm", ["none", "group"])
+def test_matches_section_2_2_written_out(cell, size, arithmetic, attention_norm):
+    predictor = make(cell, size, arithmetic, attention_norm=attention_norm)
     found, wanted = (streams_of(size), start(cell, size)), (streams_of(size), start(cell, size))
     with torch.no_grad():
         for _ in range(3):
@@ -192,6 +199,23 @@ def test_gradients(cell, mode):
         return (*out, *new.tensors())
 
     assert torch.autograd.gradcheck(call, [x.requires_grad_() for x in inputs], fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", CELL_NAMES)
+def test_with_normalised_attention_gradients_are_those_of_stored_autograd(cell):
+    found = []
+    for mode in ("stored", "reversible"):
+        predictor = make(cell, (2, 4, 4), "exact", attention_norm="group")
+        predictor.mode = mode
+        out, new = predictor(*streams_of((2, 4, 4)), states=start(cell, (2, 4, 4)))
+        sum(x.square().sum() for x in (*out, *new.tensors())).backward()
+        found.append([p.grad for p in predictor.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_unknown_normalisation_is_refused():
+    with pytest.raises(ValueError, match="attention_norm must be one of none, group, got 'batch'"):
+        reversible_predictor("stlstm", 2, CHANNELS, (4, 4), attention_norm="batch")
 
 
 def test_unknown_cell_is_refused():
