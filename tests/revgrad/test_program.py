@@ -11,7 +11,7 @@ from revgrad.chain import undo_chain
 from revgrad.links import chain_links
 from revgrad.program import CORE, ENTRY, Part, Program, flat, stack
 from revgrad.residue import entropy_bits, quantise_gate
-from revgrad.unroll import unroll
+from revgrad.unrolling import unroll
 
 MODULES, STEPS, BATCH, WIDTH = 40, 20, 4, 16
 
