@@ -56,9 +56,10 @@ class ChainState(NamedTuple):
 
 
 Around = Callable[[int], AbstractContextManager[object]]
+"""Makes the context manager around a layer, given its position."""
 
 
-def no_context(application: int) -> AbstractContextManager[object]:
+def no_context(position: int) -> AbstractContextManager[object]:
     """An `Around` that does nothing."""
     return nullcontext()
 
@@ -90,6 +91,7 @@ def run_chain(
     streams: Streams,
     state: ChainState,
     residue: Residue | None,
+    *,
     around: Around = no_context,
     keep: Callable[[Read], None] | None = None,
     arguments: Sequence[Arguments] = (),
@@ -102,7 +104,7 @@ def run_chain(
         streams: Their input.
         state: Conditioning states.
         residue: None in float arithmetic.
-        around: Context manager around each layer, given its position.
+        around: Context manager around each layer.
         keep: Called with what each layer has read.
         arguments: Conditioning by layer; empty where there is none.
         entering: Called with each layer's position and input.
@@ -131,6 +133,7 @@ def undo_chain(
     streams: Streams,
     states: list[State],
     residue: Residue | None,
+    *,
     around: Around = no_context,
     arguments: Sequence[Arguments] = (),
     new_state: ChainState | None = None,
@@ -196,6 +199,7 @@ def rewind_chain(
     flow: Flow,
     reads: list[Read],
     residue: Residue | None,
+    *,
     around: Around,
     replaying: Around,
     indices_of: Callable[[ReversibleLayer], list[int]],
@@ -211,8 +215,8 @@ def rewind_chain(
         flow: Outputs of the chain and gradients with respect to them; becomes its inputs and theirs.
         reads: What each layer has read; is used up.
         residue: None in float arithmetic.
-        around: Context manager around each layer, given its position.
-        replaying: Context manager for the second evaluation of each layer, given its position.
+        around: Context manager around each layer.
+        replaying: Context manager for the second evaluation of each layer.
         indices_of: Which of `into.parameters` a layer has.
         into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
         joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon

@@ -234,12 +234,27 @@ class Program:
         each layer of the core, of an empty core once.
         """
         if given is not None:
-            around, arguments = self.around(t, ENTRY, context), self.arguments.entry
-            features, _ = run_chain(self.entry, given, _NO_STATE, residue, around, _part(keep, ENTRY), arguments)
+            features, _ = run_chain(
+                self.entry,
+                given,
+                _NO_STATE,
+                residue,
+                around=self.around(t, ENTRY, context),
+                keep=_part(keep, ENTRY),
+                arguments=self.arguments.entry,
+            )
         if entering is not None and not self.core:
             entering(0, features)
-        around, arguments = self.around(t, CORE, context), self.arguments.core
-        return run_chain(self.core, features, state, residue, around, _part(keep, CORE), arguments, entering)
+        return run_chain(
+            self.core,
+            features,
+            state,
+            residue,
+            around=self.around(t, CORE, context),
+            keep=_part(keep, CORE),
+            arguments=self.arguments.core,
+            entering=entering,
+        )
 
     def run_exit(
         self,
@@ -250,8 +265,16 @@ class Program:
         keep: Keep | None = None,
     ) -> Streams:
         """The output of a time step from the core's output."""
-        around, arguments = self.around(t, EXIT, context), self.arguments.exit
-        return run_chain(self.exit, features, _NO_STATE, residue, around, _part(keep, EXIT), arguments)[0]
+        streams, _ = run_chain(
+            self.exit,
+            features,
+            _NO_STATE,
+            residue,
+            around=self.around(t, EXIT, context),
+            keep=_part(keep, EXIT),
+            arguments=self.arguments.exit,
+        )
+        return streams
 
 
 def put_on_grid(streams: Streams) -> Streams:
