@@ -115,7 +115,7 @@ def run_chain(
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.noting = keep is not None
         if layer.stateful:
-            step.state = joined(name, layer, state.layers[i], carry)
+            step.state = with_carry(name, layer, state.layers[i], carry)
         if entering is not None:
             entering(i, streams)
         with around(i):
@@ -123,7 +123,7 @@ def run_chain(
         if keep is not None:
             read = without(step.state, position_of(layer.inverted_cell, residue is not None))
             keep(Read(read, step.strides, step.note))
-        own, carry = parted(layer, step.new_state, carry)
+        own, carry = split_carry(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
 
@@ -277,7 +277,7 @@ def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:
             flow.grads[s] = add(joining[s], flow.grads[s])
 
 
-def joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
+def with_carry(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
     """What a stateful layer reads: its own state, and the carry if it takes one.
 
     Raises:
@@ -290,7 +290,7 @@ def joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State
     return (*own, *carry) if layer.carries else own
 
 
-def parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
+def split_carry(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
     """Of the new state of a layer that was given this carry, its own part and the carry for the next layer."""
     if not layer.stateful:
         return (), carry

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from revgrad.arithmetic import is_exact
 from revgrad.cell import position_of, without
-from revgrad.chain import ChainState, Link, joined, parted
+from revgrad.chain import ChainState, Link, split_carry, with_carry
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
@@ -146,11 +146,11 @@ def _run(
         name, layer = link
         step = Step(name=name, arguments=given, residue=residue)
         if layer.stateful:
-            step.state = joined(name, layer, own, carry)
+            step.state = with_carry(name, layer, own, carry)
         before = residue.used_bits if residue is not None else 0.0
         with snapshot.recording(i, streams[0].device):
             outputs = layer.run(streams, step)
-        _, carry = parted(layer, step.new_state, carry)
+        _, carry = split_carry(layer, step.new_state, carry)
         updated = sum(y.numel() for x, y in zip(streams, outputs, strict=False) if x is not y)
         bits = (residue.used_bits - before) / max(1, updated) if residue is not None else 0.0
         behind = residue.clone() if residue is not None else None
