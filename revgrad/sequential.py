@@ -17,7 +17,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.links import Arithmetic, Mode, chain_links, check_mode, check_offload, checked_state, checked_streams
-from revgrad.log_det import start, with_log_det
+from revgrad.log_det import with_log_det, zero_log_det
 from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
@@ -247,13 +247,11 @@ class ReversibleSequential(ReversibleLayer):
             without(own, position_of(layer.inverted_cell, program.exact))
             for (_, layer), own in zip(program.core, state.layers, strict=True)
         ]
-        if not log_det:
-            return _result(
-                undo_chain(program.core, streams, read, bits, arguments=program.arguments.core, new_state=after)
-            )
-        links, streams = with_log_det(program).core[1:], (*streams, start(streams))
-        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
-        return _result(tuple(out)), total
+        links = program.core
+        if log_det:
+            links, streams = with_log_det(program).core[1:], (*streams, zero_log_det(streams))
+        found = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
+        return (_result(found[:-1]), found[-1]) if log_det else _result(found)
 
     def accepts(self, name: str) -> bool:
         """Whether one of the layers does."""
