@@ -179,35 +179,38 @@ class ReversibleSequential(ReversibleLayer):
             StreamError: Conditioning that no layer takes, besides what the class says.
         """
         check_offload(self.offload, self.mode)
-        differentiated = self.mode == "reversible" and recomputing()
-        program = self._program(conditioning, per_layer, guarded=differentiated and self.is_guarded())
+        recomputes = self.mode == "reversible" and recomputing()
+        program = self._program(conditioning, per_layer, guarded=recomputes and self.is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
-        state = checked_state(program.core, states)
-        state = program.enter_state(state)
-        if log_det:
-            program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
-        differentiated = differentiated and program.wants_gradients([streams], state)
+        state = program.enter_state(checked_state(program.core, states))
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        budget = self._budget if differentiated else 0
-        stored = stored_layers(program, streams, state, budget, self._cuts) if budget else ()
-        if any(stored):
-            out, new = run_cut(program, streams, state, stored)
-        elif differentiated:
-            out, new = run_reversible(program, [streams], state, stacked=False)
-        elif self.mode == "checkpoint" and recomputing():
-            out, new = run_layers_checkpointed(program, streams, state)
-        else:
-            bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
-            out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
-            if bits is not None:
-                bits.check_range()
+        if log_det:
+            program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
+        out, new = self._run(program, streams, state, residue)
         if log_det:
             new, out, total = ChainState(new.layers[1:], new.carry), out[:-1], out[-1]
         result = (_result(out), *(() if states is None else (new,)), *((total,) if log_det else ()))
         return result if len(result) > 1 else result[0]
+
+    def _run(
+        self, program: Program, streams: Streams, state: ChainState, residue: Residue | None
+    ) -> tuple[Streams, ChainState]:
+        """Run a program in the chain's mode; where no backward pass can recompute, as in stored mode."""
+        if self.mode == "checkpoint" and recomputing():
+            return run_layers_checkpointed(program, streams, state)
+        if self.mode == "reversible" and recomputing() and program.wants_gradients([streams], state):
+            stored = stored_layers(program, streams, state, self._budget, self._cuts) if self._budget else ()
+            if any(stored):
+                return run_cut(program, streams, state, stored)
+            return run_reversible(program, [streams], state, stacked=False)
+        bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
+        out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
+        if bits is not None:
+            bits.check_range()
+        return out, new
 
     def inverse(
         self,
