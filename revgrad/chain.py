@@ -131,7 +131,7 @@ def run_chain(
 def undo_chain(
     links: tuple[Link, ...],
     streams: Streams,
-    states: list[State],
+    states: Sequence[State],
     residue: Residue | None,
     *,
     around: Around = no_context,
