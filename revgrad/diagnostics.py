@@ -14,7 +14,7 @@ from revgrad.chain import ChainState, Link, split_carry, with_carry
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
-from revgrad.links import Chain, chain_links, checked_state
+from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -96,11 +96,14 @@ def check_invertible(
         tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for
             float32, 1e-9 for float64 and 5e-2 for less.
         conditioning: Arguments for every transform that takes them.
+
+    Raises:
+        StreamError: Streams or states do not fit.
     """
     links = chain_links(module)
     chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")
     exact = is_exact(chosen, links)
-    streams: Streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    streams = checked_streams("check_invertible", (inputs,) if isinstance(inputs, Tensor) else inputs)
     if exact:
         streams = put_on_grid(streams)
     if tolerance is None:
