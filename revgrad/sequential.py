@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revgrad.arithmetic import is_exact
-from revgrad.budget import Budget, parse_budget, run_cut, stored_layers
+from revgrad.budget import Budget, parse_budget, run_partly_stored, stored_layers
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
 from revgrad.checkpointed import run_layers_checkpointed
@@ -77,7 +77,8 @@ class ReversibleSequential(ReversibleLayer):
         self.drift_guard = drift_guard
         self.memory_budget = memory_budget
         self.offload = offload
-        self._cuts: dict[Hashable, tuple[bool, ...]] = {}
+        self._stored_layers: dict[Hashable, tuple[bool, ...]] = {}
+        """By budget and what the cost depends on, which layers are stored."""
         if memory_budget is not None and mode != "reversible":
             raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
         check_offload(offload, mode)
@@ -202,9 +203,9 @@ class ReversibleSequential(ReversibleLayer):
         if self.mode == "checkpoint" and recomputing():
             return run_layers_checkpointed(program, streams, state)
         if self.mode == "reversible" and recomputing() and program.wants_gradients([streams], state):
-            stored = stored_layers(program, streams, state, self._budget, self._cuts) if self._budget else ()
+            stored = stored_layers(program, streams, state, self._budget, self._stored_layers) if self._budget else ()
             if any(stored):
-                return run_cut(program, streams, state, stored)
+                return run_partly_stored(program, streams, state, stored)
             return run_reversible(program, [streams], state, stacked=False)
         bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
         out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
