@@ -5,8 +5,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from crevnet.convolution import Normalisation, convolution, normalisation
-from revgrad import AdditiveCoupling, PixelUnshuffle, ReversibleSequential, Split
-from revgrad.layer import ReversibleLayer
+from revgrad import AdditiveCoupling, PixelUnshuffle, ReversibleLayer, ReversibleSequential, Split
 
 
 def residual_function(

@@ -10,8 +10,8 @@ from crevnet.frame_size import height_width, in_words
 from crevnet.metrics import SSIM_WINDOW
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
+from revgrad import StreamError
 from revgrad.budget import parse_bytes
-from revgrad.errors import StreamError
 
 
 def _check_choice(section: str, config: Any, name: str) -> None:

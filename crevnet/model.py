@@ -19,10 +19,8 @@ from crevnet.frame_size import check_foldable
 from crevnet.predictor import AttentionNorm, reversible_predictor
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import ChainState, Inverse, Residue, unroll
-from revgrad.arithmetic import is_exact
-from revgrad.chain import Read, undo_chain
+from revgrad.chain import Read
 from revgrad.layer import State, Streams
-from revgrad.links import chain_links
 from revgrad.program import CORE, Part, Program
 from revgrad.replay import Snapshot
 
@@ -255,12 +253,10 @@ class CrevNet(VideoModel):
         program = self._program()
         residue = states.residue.clone() if states.residue is not None else None
         with Snapshot(program.layers()).frozen_statistics():
-            streams = undo_chain(program.exit, (prediction,), [()] * len(program.exit), residue)
-            streams = undo_chain(program.core, streams, states.read, residue, new_state=states.chain)
-            (clip,) = undo_chain(program.entry, streams, [()] * len(program.entry), residue)
+            (clip,) = program.undo((prediction,), states.read, residue, states.chain)
         return clip
 
     def _program(self) -> Program:
-        entry, core, leave = map(chain_links, (self.autoencoder, self.predictor, Inverse(self.autoencoder)))
-        exact = is_exact(self.config.arithmetic, core)
-        return Program(entry=entry, core=core, exit=leave, fed=(True,), exact=exact)
+        """One time step."""
+        decoder = Inverse(self.autoencoder)
+        return Program.of_parts(self.autoencoder, self.predictor, decoder, arithmetic=self.config.arithmetic)

@@ -18,12 +18,12 @@ from revgrad.invertible_conv import InvertibleConv1x1
 from revgrad.layer import Inverse, ReversibleLayer, Step
 from revgrad.memory import LiveMemory
 from revgrad.momentum import MomentumStep, VelocityCoupling
-from revgrad.plan import Plan, Way, plan
+from revgrad.planning import Plan, Way, plan
 from revgrad.rearrangement import Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
-from revgrad.unroll import unroll
-from revgrad.wrap import wrap
+from revgrad.unrolling import unroll
+from revgrad.wrapped import wrap
 
 __all__ = [
     "ActNorm",

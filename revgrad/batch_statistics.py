@@ -39,15 +39,15 @@ def reusable(layer: ReversibleLayer, modules: Iterable[nn.Module]) -> list[nn.Mo
 
 def keeping(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around the first evaluation: put the statistics of these modules there."""
-    return _As(_KEEPING, norms, kept)
+    return _OfClasses(_KEEPING, norms, kept)
 
 
 def reusing(norms: list[nn.Module], kept: Kept) -> AbstractContextManager[None]:
     """Around another evaluation: take them from there."""
-    return _As(_REUSING, norms, kept)
+    return _OfClasses(_REUSING, norms, kept)
 
 
-class _As(AbstractContextManager[None]):
+class _OfClasses(AbstractContextManager[None]):
     """Around an evaluation: modules are of other classes."""
 
     # Classes, and not functions made for each time: code that torch.compile has made looks at them.

@@ -209,7 +209,7 @@ def _units(cost: ChainCost) -> list[_Unit]:
     return units
 
 
-def run_cut(
+def run_partly_stored(
     program: Program, streams: Streams, state: ChainState, stored: tuple[bool, ...]
 ) -> tuple[Streams, ChainState]:
     """Run the core of a program for one time step, with these layers stored and the others reversed."""
@@ -237,7 +237,9 @@ def run_cut(
 def stored_layers(
     program: Program, streams: Streams, state: ChainState, budget: Budget, known: dict[Hashable, tuple[bool, ...]]
 ) -> tuple[bool, ...]:
-    """Which layers of a program's core a budget stores. What has been decided is looked up in `known`."""
+    """Which layers of a program's core a budget stores. What has been decided is looked up in `known`, and what is
+    decided is put there.
+    """
     key = (budget, _signature(program, streams, state))
     if key not in known:
         known[key] = choose_stored(measure(program, streams, state), budget, program.anchor_every)

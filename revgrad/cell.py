@@ -96,7 +96,7 @@ class Merge(_Update):
 
     def _updated(self, decay: Tensor, increment: Tensor) -> Tensor:
         if torch.is_grad_enabled():
-            new = _Merge.apply(self.residue, self._cell, decay, increment)
+            new = _MergeFunction.apply(self.residue, self._cell, decay, increment)
         else:
             new = _merge(self.residue, self._cell, torch.sigmoid(decay), increment)
         self.residue.watch(f"{self.name}, cell (only update may read the old one)", new)
@@ -119,7 +119,7 @@ class Recall(_Update):
         gate = torch.sigmoid(decay.detach())
         self._merged = gate, increment.detach()
         # The node gets the list and not this object, which for a while holds what the node returns.
-        return _Recall.apply(self._known, gate, self._recovered, self.stand_in, decay, increment)
+        return _RecallFunction.apply(self._known, gate, self._recovered, self.stand_in, decay, increment)
 
     def recover(self) -> Tensor:
         """The cell before the update; to be called once."""
@@ -131,7 +131,7 @@ class Recall(_Update):
         return self._recovered[0]
 
 
-class _Merge(torch.autograd.Function):
+class _MergeFunction(torch.autograd.Function):
     """The exact cell update with a straight-through gradient, for stored autograd. Saves the cell and the gate."""
 
     @staticmethod
@@ -146,8 +146,8 @@ class _Merge(torch.autograd.Function):
         return None, *_vjp(grad, *ctx.saved_tensors)
 
 
-class _Recall(torch.autograd.Function):
-    """`_Merge` where the result is known and the cell is not, until the backward pass needs it.
+class _RecallFunction(torch.autograd.Function):
+    """`_MergeFunction` where the result is known and the cell is not, until the backward pass needs it.
 
     In stored autograd the update is one node among those of the transform. It is here too, so that gradients flow, and
     are summed, as there.

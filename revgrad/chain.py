@@ -56,9 +56,10 @@ class ChainState(NamedTuple):
 
 
 Around = Callable[[int], AbstractContextManager[object]]
+"""Makes the context manager around a layer, given its position."""
 
 
-def no_context(application: int) -> AbstractContextManager[object]:
+def no_context(position: int) -> AbstractContextManager[object]:
     """An `Around` that does nothing."""
     return nullcontext()
 
@@ -90,6 +91,7 @@ def run_chain(
     streams: Streams,
     state: ChainState,
     residue: Residue | None,
+    *,
     around: Around = no_context,
     keep: Callable[[Read], None] | None = None,
     arguments: Sequence[Arguments] = (),
@@ -102,7 +104,7 @@ def run_chain(
         streams: Their input.
         state: Conditioning states.
         residue: None in float arithmetic.
-        around: Context manager around each layer, given its position.
+        around: Context manager around each layer.
         keep: Called with what each layer has read.
         arguments: Conditioning by layer; empty where there is none.
         entering: Called with each layer's position and input.
@@ -113,7 +115,7 @@ def run_chain(
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.noting = keep is not None
         if layer.stateful:
-            step.state = joined(name, layer, state.layers[i], carry)
+            step.state = with_carry(name, layer, state.layers[i], carry)
         if entering is not None:
             entering(i, streams)
         with around(i):
@@ -121,7 +123,7 @@ def run_chain(
         if keep is not None:
             read = without(step.state, position_of(layer.inverted_cell, residue is not None))
             keep(Read(read, step.strides, step.note))
-        own, carry = parted(layer, step.new_state, carry)
+        own, carry = split_carry(layer, step.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
 
@@ -129,8 +131,9 @@ def run_chain(
 def undo_chain(
     links: tuple[Link, ...],
     streams: Streams,
-    states: list[State],
+    states: Sequence[State],
     residue: Residue | None,
+    *,
     around: Around = no_context,
     arguments: Sequence[Arguments] = (),
     new_state: ChainState | None = None,
@@ -196,6 +199,7 @@ def rewind_chain(
     flow: Flow,
     reads: list[Read],
     residue: Residue | None,
+    *,
     around: Around,
     replaying: Around,
     indices_of: Callable[[ReversibleLayer], list[int]],
@@ -211,8 +215,8 @@ def rewind_chain(
         flow: Outputs of the chain and gradients with respect to them; becomes its inputs and theirs.
         reads: What each layer has read; is used up.
         residue: None in float arithmetic.
-        around: Context manager around each layer, given its position.
-        replaying: Context manager for the second evaluation of each layer, given its position.
+        around: Context manager around each layer.
+        replaying: Context manager for the second evaluation of each layer.
         indices_of: Which of `into.parameters` a layer has.
         into: Holds the gradients of the states handed on, receives those of the states read, and of the parameters.
         joining: Gradients that reach the chain's input streams from what ran after the chain. Each is added as soon
@@ -273,7 +277,7 @@ def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:
             flow.grads[s] = add(joining[s], flow.grads[s])
 
 
-def joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
+def with_carry(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:
     """What a stateful layer reads: its own state, and the carry if it takes one.
 
     Raises:
@@ -286,7 +290,7 @@ def joined(name: str, layer: ReversibleLayer, own: State, carry: State) -> State
     return (*own, *carry) if layer.carries else own
 
 
-def parted(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
+def split_carry(layer: ReversibleLayer, state: State, carry: State) -> tuple[State, State]:
     """Of the new state of a layer that was given this carry, its own part and the carry for the next layer."""
     if not layer.stateful:
         return (), carry

@@ -217,7 +217,7 @@ class _Ledger:
 
     def storages(self, tensors: Iterable[Tensor]) -> Storages:
         """What tensors keep alive; what was there before counts nothing."""
-        return {stream.storage: stream.storage_bytes for stream in self.streams(tensors)}
+        return _storages(self.streams(tensors))
 
     def streams(self, tensors: Iterable[Tensor]) -> tuple[Stream, ...]:
         """The same, one by one."""

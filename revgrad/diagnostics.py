@@ -10,11 +10,11 @@ from torch import Tensor
 
 from revgrad.arithmetic import is_exact
 from revgrad.cell import position_of, without
-from revgrad.chain import ChainState, Link, joined, parted
+from revgrad.chain import ChainState, Link, split_carry, with_carry
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, State, Step, Streams
-from revgrad.links import Chain, chain_links, checked_state
+from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -96,11 +96,14 @@ def check_invertible(
         tolerance: Relative error that still counts as inverted: by default 0 in exact arithmetic, else 1e-3 for
             float32, 1e-9 for float64 and 5e-2 for less.
         conditioning: Arguments for every transform that takes them.
+
+    Raises:
+        StreamError: Streams or states do not fit.
     """
     links = chain_links(module)
     chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")
     exact = is_exact(chosen, links)
-    streams: Streams = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    streams = checked_streams("check_invertible", (inputs,) if isinstance(inputs, Tensor) else inputs)
     if exact:
         streams = put_on_grid(streams)
     if tolerance is None:
@@ -146,11 +149,11 @@ def _run(
         name, layer = link
         step = Step(name=name, arguments=given, residue=residue)
         if layer.stateful:
-            step.state = joined(name, layer, own, carry)
+            step.state = with_carry(name, layer, own, carry)
         before = residue.used_bits if residue is not None else 0.0
         with snapshot.recording(i, streams[0].device):
             outputs = layer.run(streams, step)
-        _, carry = parted(layer, step.new_state, carry)
+        _, carry = split_carry(layer, step.new_state, carry)
         updated = sum(y.numel() for x, y in zip(streams, outputs, strict=False) if x is not y)
         bits = (residue.used_bits - before) / max(1, updated) if residue is not None else 0.0
         behind = residue.clone() if residue is not None else None

@@ -184,10 +184,6 @@ class ReversibleLayer(nn.Module):
         """As `rewind`, for an application of `undo`: what `Inverse` calls."""
         return _rewind(self.run, self.undo, self.undo_log_det, flow, step, state_grads, wrt)
 
-    def extra_repr(self) -> str:
-        """Nothing by default."""
-        return ""
-
 
 class Inverse(ReversibleLayer):
     """A layer run backwards, with the same parameters: the decoder of a two-way autoencoder (eq. 4).
@@ -252,12 +248,18 @@ def _undo_changed(name: str, x: Tensor) -> StreamError:
     )
 
 
-Run = Callable[[Streams, Step], Streams]
-RunLogDet = Callable[[Streams, Step], tuple[Streams, Tensor | None]]
+StreamMap = Callable[[Streams, Step], Streams]
+"""`run` or `undo` of a layer."""
 
 
 def _rewind(
-    undo: Run, run: Run, run_log_det: RunLogDet, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]
+    undo: StreamMap,
+    run: StreamMap,
+    run_log_det: Callable[[Streams, Step], tuple[Streams, Tensor | None]],
+    flow: Flow,
+    step: Step,
+    state_grads: Grads,
+    wrt: Sequence[Tensor],
 ) -> Rewound:
     """The generic rewind: undo without gradients, then run again with them."""
     with torch.no_grad(), step.replay(), Unchanged(flow.streams, partial(_undo_changed, step.name)):

@@ -27,7 +27,7 @@ def with_log_det(program: Program) -> Program:
     return replace(program, core=links, arguments=arguments)
 
 
-def start(streams: Streams) -> Tensor:
+def zero_log_det(streams: Streams) -> Tensor:
     """A log-determinant of zero for each sample, in float32 at least."""
     sizes = {x.shape[:1] for x in streams}
     if len(sizes) > 1 or not streams[0].dim():
@@ -45,7 +45,7 @@ class _Start(ReversibleLayer):
         return True
 
     def run(self, streams: Streams, step: Step) -> Streams:
-        return (*streams, start(streams))
+        return (*streams, zero_log_det(streams))
 
     def undo(self, streams: Streams, step: Step) -> Streams:
         return streams[:-1]

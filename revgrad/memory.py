@@ -1,8 +1,7 @@
 """How much tensor memory a piece of code holds, counted from live storages: on any device, and under fake tensors."""
 
 import weakref
-from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -31,6 +30,9 @@ class LiveMemory(TorchDispatchMode):
         self.resized = resized
         self._sizes: dict[int, int] = {}
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __enter__(self) -> Self:
+        return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if self.resized:
@@ -68,11 +70,6 @@ class LiveMemory(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = self.live
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -9,12 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from revgrad.arithmetic import is_exact
 from revgrad.cell import replaced_at
-from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain
-from revgrad.conditioning import Place, replaced, tensors_in
+from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain, undo_chain
+from revgrad.conditioning import Place, bind, replaced, tensors_in
 from revgrad.errors import StreamError
 from revgrad.gradients import is_differentiable
-from revgrad.layer import Arguments, ReversibleLayer, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Streams
+from revgrad.links import Arithmetic, Chain, chain_links
 from revgrad.residue import Residue, snap
 
 
@@ -95,6 +97,42 @@ class Program:
             arguments=PartArguments(core=arguments),
             anchor_every=anchor_every,
             guarded=guarded,
+            offload=offload,
+        )
+
+    @classmethod
+    def of_parts(
+        cls,
+        entry: Chain,
+        core: Chain,
+        exit: Chain,  # noqa: A002
+        *,
+        arithmetic: Arithmetic,
+        fed: tuple[bool, ...] = (True,),
+        conditioning: Arguments = NO_ARGUMENTS,
+        keep_states_every: int = 1,
+        anchor_every: int | None = None,
+        offload: bool = False,
+    ) -> "Program":
+        """Time steps of three chains, or of layers; the arguments are as in `unroll`.
+
+        Raises:
+            StreamError: Something is no reversible layer, has no exact form, or takes no such conditioning; or an
+                option is not a whole number from 1 on.
+        """
+        parts = [chain_links(part) for part in (entry, core, exit)]
+        links = (*parts[0], *parts[1], *parts[2])
+        arguments = bind(links, conditioning)
+        first, last = len(parts[0]), len(parts[0]) + len(parts[1])
+        return cls(
+            entry=parts[0],
+            core=parts[1],
+            exit=parts[2],
+            fed=fed,
+            exact=is_exact(arithmetic, links),
+            arguments=PartArguments(arguments[:first], arguments[first:last], arguments[last:]),
+            keep_states_every=keep_states_every,
+            anchor_every=anchor_every,
             offload=offload,
         )
 
@@ -234,12 +272,27 @@ class Program:
         each layer of the core, of an empty core once.
         """
         if given is not None:
-            around, arguments = self.around(t, ENTRY, context), self.arguments.entry
-            features, _ = run_chain(self.entry, given, _NO_STATE, residue, around, _part(keep, ENTRY), arguments)
+            features, _ = run_chain(
+                self.entry,
+                given,
+                _NO_STATE,
+                residue,
+                around=self.around(t, ENTRY, context),
+                keep=_part(keep, ENTRY),
+                arguments=self.arguments.entry,
+            )
         if entering is not None and not self.core:
             entering(0, features)
-        around, arguments = self.around(t, CORE, context), self.arguments.core
-        return run_chain(self.core, features, state, residue, around, _part(keep, CORE), arguments, entering)
+        return run_chain(
+            self.core,
+            features,
+            state,
+            residue,
+            around=self.around(t, CORE, context),
+            keep=_part(keep, CORE),
+            arguments=self.arguments.core,
+            entering=entering,
+        )
 
     def run_exit(
         self,
@@ -250,8 +303,31 @@ class Program:
         keep: Keep | None = None,
     ) -> Streams:
         """The output of a time step from the core's output."""
-        around, arguments = self.around(t, EXIT, context), self.arguments.exit
-        return run_chain(self.exit, features, _NO_STATE, residue, around, _part(keep, EXIT), arguments)[0]
+        streams, _ = run_chain(
+            self.exit,
+            features,
+            _NO_STATE,
+            residue,
+            around=self.around(t, EXIT, context),
+            keep=_part(keep, EXIT),
+            arguments=self.arguments.exit,
+        )
+        return streams
+
+    def undo(
+        self, streams: Streams, read: Sequence[State], residue: Residue | None, new_state: ChainState | None = None
+    ) -> Streams:
+        """The input of a time step from its output, through all three parts.
+
+        Args:
+            streams: The output.
+            read: What each layer of the core has read, see `Read.state`.
+            residue: What the step has left in exact arithmetic, which is used up; None in float arithmetic.
+            new_state: The state after the step, where it has cells that are recovered.
+        """
+        streams = undo_chain(self.exit, streams, [()] * len(self.exit), residue, arguments=self.arguments.exit)
+        streams = undo_chain(self.core, streams, read, residue, arguments=self.arguments.core, new_state=new_state)
+        return undo_chain(self.entry, streams, [()] * len(self.entry), residue, arguments=self.arguments.entry)
 
 
 def put_on_grid(streams: Streams) -> Streams:

@@ -9,7 +9,7 @@ from revgrad_kernels.pixel_shuffle_reference import checked_factor
 from torch import Tensor
 
 from revgrad.errors import StreamError
-from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Run, Step, Streams
+from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Step, StreamMap, Streams
 
 
 class Rearrangement(ReversibleLayer):
@@ -20,6 +20,8 @@ class Rearrangement(ReversibleLayer):
     """
 
     evaluations_in_rewind = 0
+    dim = 1
+    """Along which dimension values move, where it may be that of the samples."""
 
     def __init__(self, target: int | None = None) -> None:
         super().__init__()
@@ -37,7 +39,7 @@ class Rearrangement(ReversibleLayer):
         Raises:
             StreamError: Values move between samples, so that what later layers add would be another sample's.
         """
-        if any(getattr(self, "dim", 1) in (0, -x.dim()) for x in streams):
+        if any(self.dim in (0, -x.dim()) for x in streams):
             raise StreamError(
                 f"{step.name}: moves values along the first dimension, which log_det takes for the samples"
             )
@@ -65,14 +67,15 @@ class Rearrangement(ReversibleLayer):
         return range(self.target, self.target + 1)
 
     def extra_repr(self) -> str:
-        """The target, where there is one."""
-        return "" if self.target is None else f"target={self.target}"
+        """Its options, and the target, where there is one."""
+        return ", ".join([*self._options(), *([] if self.target is None else [f"target={self.target}"])])
 
-    def _with_target(self, *parts: str) -> str:
-        return ", ".join([*parts, *([] if self.target is None else [Rearrangement.extra_repr(self)])])
+    def _options(self) -> tuple[str, ...]:
+        """What `extra_repr` shows besides the target."""
+        return ()
 
 
-def _rearrange(move: Run, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
+def _rearrange(move: StreamMap, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
     step.log_det_grad = None  # the log-determinant is constant
     grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
     flow.streams[:] = move(tuple(flow.streams), step)
@@ -122,9 +125,8 @@ class PixelUnshuffle(Rearrangement):
             error.add_note(f"{step.name}: given streams of shape {shapes}")
             raise
 
-    def extra_repr(self) -> str:
-        """Factor, order and target."""
-        return self._with_target(f"factor={self.factor}", f"order={self.order!r}")
+    def _options(self) -> tuple[str, ...]:
+        return (f"factor={self.factor}", f"order={self.order!r}")
 
 
 def _fold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
@@ -222,9 +224,8 @@ class Split(Rearrangement):
                 f"{step.name}: joins streams of sizes {tuple(self.sizes)} along dimension {self.dim}, got {widths}"
             )
 
-    def extra_repr(self) -> str:
-        """Sizes, dimension and target."""
-        return self._with_target(f"sizes={self.sizes}", f"dim={self.dim}")
+    def _options(self) -> tuple[str, ...]:
+        return (f"sizes={self.sizes}", f"dim={self.dim}")
 
 
 class Concatenate(Split):
@@ -287,9 +288,8 @@ class Permute(Rearrangement):
                 raise StreamError(f"{step.name}: {channels} channels, but the permutation orders {len(order)}")
         return tuple(x.index_select(self.dim, order) if i in chosen else x for i, x in enumerate(streams))
 
-    def extra_repr(self) -> str:
-        """Dimension and target."""
-        return self._with_target(f"dim={self.dim}")
+    def _options(self) -> tuple[str, ...]:
+        return (f"dim={self.dim}",)
 
 
 class Swap(Rearrangement):

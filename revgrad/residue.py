@@ -19,13 +19,13 @@ from revgrad_kernels.reservoir import (
     GATE_BITS,
     LEVELS_PER_BIT,
     WORD_BITS,
+    level_costs,
     pop,
     push,
     quantised_rest,
     refill_of,
     to_numerator,
 )
-from revgrad_kernels.reservoir import level_costs as _cost_table
 from torch import Tensor
 
 from revgrad.deferred import Checks, current_checks
@@ -185,7 +185,7 @@ class Residue:
             h: As `logits`.
         """
         pool = self._pool(x)
-        y, *after = exact_weighted_sum(logits, x, h, pool.value, pool.level, _cost_table(x.device))
+        y, *after = exact_weighted_sum(logits, x, h, pool.value, pool.level, level_costs(x.device))
         pool.keep(*after)
         return y
 
@@ -196,7 +196,7 @@ class Residue:
             ReversibilityError: There is nothing to undo, or the gates are not those of the forward pass.
         """
         pool = self._pool_to_undo(y)
-        word, refill = pool.undo(*exact_weighted_sum_refill(logits, y, pool.level, _cost_table(y.device)))
+        word, refill = pool.undo(*exact_weighted_sum_refill(logits, y, pool.level, level_costs(y.device)))
         x, pool.value = exact_weighted_sum_inverse(logits, y, h, pool.value, word, refill)
         return x
 
@@ -209,14 +209,14 @@ class Residue:
         """
         grid, pool = grid_of(x), self._pool(x)
         integers = grid.to_integers(x).flatten()
-        scaled, *after = push(integers, numerator.flatten(), pool.value, pool.level, _cost_table(x.device))
+        scaled, *after = push(integers, numerator.flatten(), pool.value, pool.level, level_costs(x.device))
         pool.keep(*after)
         return grid.to_floats(scaled, x.dtype).view(x.shape)
 
     def unscale(self, scaled: Tensor, numerator: Tensor) -> Tensor:
         """Undo the last `scale` of this size, bit for bit; raises as `unmerge`."""
         grid, pool, numerator = grid_of(scaled), self._pool_to_undo(scaled), numerator.flatten()
-        word, refill = pool.undo(*refill_of(numerator, pool.level, _cost_table(scaled.device)))
+        word, refill = pool.undo(*refill_of(numerator, pool.level, level_costs(scaled.device)))
         integers = grid.to_integers(scaled).flatten()
         x, pool.value = pop(integers, numerator, pool.value, word, refill)
         return grid.to_floats(x, scaled.dtype).view(scaled.shape)

@@ -59,7 +59,9 @@ class DifferentiableGradients:
             )
         links, read = program.core, [r.state for r in tape.read.get((0, CORE), ())]
         with snapshot.standing_in(parameters):
-            streams = undo_chain(links, outputs, read, None, snapshot.replaying, program.arguments.core)
+            streams = undo_chain(
+                links, outputs, read, None, around=snapshot.replaying, arguments=program.arguments.core
+            )
         compare(program.recovered(0, streams), tape.fingerprints[0, CORE, 0])
         # The second run reads aliases, so that gradients end where it begins.
         streams, states = _aliases(streams), segment.state.replace(_aliases(segment.state.tensors()))
@@ -67,7 +69,7 @@ class DifferentiableGradients:
         conditioned = program.emptied().filled(aliases[len(snapshot.parameters) :])
         with snapshot.standing_in(aliases):
             again, final = run_chain(
-                links, streams, states, None, snapshot.replaying, arguments=conditioned.arguments.core
+                links, streams, states, None, around=snapshot.replaying, arguments=conditioned.arguments.core
             )
         results = (*again, *final.tensors())
         known = (*streams, *states.tensors(), *aliases)

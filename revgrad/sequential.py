@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from revgrad.arithmetic import is_exact
-from revgrad.budget import Budget, parse_budget, run_cut, stored_layers
+from revgrad.budget import Budget, parse_budget, run_partly_stored, stored_layers
 from revgrad.cell import position_of, without
 from revgrad.chain import ChainState, undo_chain
 from revgrad.checkpointed import run_layers_checkpointed
@@ -17,7 +17,7 @@ from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
 from revgrad.links import Arithmetic, Mode, chain_links, check_mode, check_offload, checked_state, checked_streams
-from revgrad.log_det import start, with_log_det
+from revgrad.log_det import with_log_det, zero_log_det
 from revgrad.program import Program
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
@@ -77,7 +77,8 @@ class ReversibleSequential(ReversibleLayer):
         self.drift_guard = drift_guard
         self.memory_budget = memory_budget
         self.offload = offload
-        self._cuts: dict[Hashable, tuple[bool, ...]] = {}
+        self._stored_layers: dict[Hashable, tuple[bool, ...]] = {}
+        """By budget and what the cost depends on, which layers are stored."""
         if memory_budget is not None and mode != "reversible":
             raise StreamError(f"memory_budget= decides what to reverse: it goes with mode='reversible', not {mode!r}")
         check_offload(offload, mode)
@@ -179,35 +180,38 @@ class ReversibleSequential(ReversibleLayer):
             StreamError: Conditioning that no layer takes, besides what the class says.
         """
         check_offload(self.offload, self.mode)
-        differentiated = self.mode == "reversible" and recomputing()
-        program = self._program(conditioning, per_layer, guarded=differentiated and self.is_guarded())
+        recomputes = self.mode == "reversible" and recomputing()
+        program = self._program(conditioning, per_layer, guarded=recomputes and self.is_guarded())
         streams = checked_streams("ReversibleSequential", streams)
-        state = checked_state(program.core, states)
-        state = program.enter_state(state)
-        if log_det:
-            program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
-        differentiated = differentiated and program.wants_gradients([streams], state)
+        state = program.enter_state(checked_state(program.core, states))
         if residue is not None and torch.is_grad_enabled():
             raise StreamError(
                 "residue= is for running a chain and undoing it without gradients: call it under torch.no_grad()"
             )
-        budget = self._budget if differentiated else 0
-        stored = stored_layers(program, streams, state, budget, self._cuts) if budget else ()
-        if any(stored):
-            out, new = run_cut(program, streams, state, stored)
-        elif differentiated:
-            out, new = run_reversible(program, [streams], state, stacked=False)
-        elif self.mode == "checkpoint" and recomputing():
-            out, new = run_layers_checkpointed(program, streams, state)
-        else:
-            bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
-            out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
-            if bits is not None:
-                bits.check_range()
+        if log_det:
+            program, state = with_log_det(program), ChainState(((), *state.layers), state.carry)
+        out, new = self._run(program, streams, state, residue)
         if log_det:
             new, out, total = ChainState(new.layers[1:], new.carry), out[:-1], out[-1]
         result = (_result(out), *(() if states is None else (new,)), *((total,) if log_det else ()))
         return result if len(result) > 1 else result[0]
+
+    def _run(
+        self, program: Program, streams: Streams, state: ChainState, residue: Residue | None
+    ) -> tuple[Streams, ChainState]:
+        """Run a program in the chain's mode; where no backward pass can recompute, as in stored mode."""
+        if self.mode == "checkpoint" and recomputing():
+            return run_layers_checkpointed(program, streams, state)
+        if self.mode == "reversible" and recomputing() and program.wants_gradients([streams], state):
+            stored = stored_layers(program, streams, state, self._budget, self._stored_layers) if self._budget else ()
+            if any(stored):
+                return run_partly_stored(program, streams, state, stored)
+            return run_reversible(program, [streams], state, stacked=False)
+        bits = (residue if residue is not None else Residue(keep=False)) if program.exact else None
+        out, new = program.run_core(0, program.enter(streams, bits), (), state, bits)
+        if bits is not None:
+            bits.check_range()
+        return out, new
 
     def inverse(
         self,
@@ -247,13 +251,11 @@ class ReversibleSequential(ReversibleLayer):
             without(own, position_of(layer.inverted_cell, program.exact))
             for (_, layer), own in zip(program.core, state.layers, strict=True)
         ]
-        if not log_det:
-            return _result(
-                undo_chain(program.core, streams, read, bits, arguments=program.arguments.core, new_state=after)
-            )
-        links, streams = with_log_det(program).core[1:], (*streams, start(streams))
-        *out, total = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
-        return _result(tuple(out)), total
+        links = program.core
+        if log_det:
+            links, streams = with_log_det(program).core[1:], (*streams, zero_log_det(streams))
+        found = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
+        return (_result(found[:-1]), found[-1]) if log_det else _result(found)
 
     def accepts(self, name: str) -> bool:
         """Whether one of the layers does."""

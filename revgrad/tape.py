@@ -47,7 +47,7 @@ class Tape:
     checks: Checks = field(default_factory=current_checks)
     """Those of the forward pass, for the backward pass as well."""
 
-    def keep(self, t: int, part: Part, read: Read, parts: tuple[Part, ...] = tuple(Part)) -> None:
+    def keep(self, t: int, part: Part, read: Read, parts: tuple[Part, ...]) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
             self.read.setdefault((t, part), []).append(replace(read, state=self.keeper.out(read.state)))

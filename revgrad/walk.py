@@ -122,15 +122,15 @@ class Walk:
             flow,
             self.tape.take_read(t, part),
             residue,
-            lambda i: self.snapshot.standing_in(
+            around=lambda i: self.snapshot.standing_in(
                 self.gradients.parameters, links[i].layer, self.program.application(t, part, i)
             ),
-            self.program.around(t, part, self.snapshot.replaying),
-            self.snapshot.indices_of,
-            self.gradients,
-            joining,
-            self.program.arguments[part],
-            self._cells if part is CORE else None,
+            replaying=self.program.around(t, part, self.snapshot.replaying),
+            indices_of=self.snapshot.indices_of,
+            into=self.gradients,
+            joining=joining,
+            arguments=self.program.arguments[part],
+            cells=self._cells if part is CORE else None,
         )
         for i in positions:
             self._arrive(t, part, i, flow, links[i].name)

@@ -75,6 +75,12 @@ def test_links_and_pictures_exist(page):
     assert not missing
 
 
+def test_every_file_of_revgrad_has_its_place_in_the_list():
+    section = (ROOT / "CONTRIBUTING.md").read_text().split("## The files of revgrad")[1]
+    listed = re.findall(r"`(\w+\.py)`", section)
+    assert sorted(listed) == sorted(path.name for path in (ROOT / "revgrad").glob("*.py"))
+
+
 def test_entry_points_know_every_option_that_is_shown():
     from crevnet.command import parse_train_config
 

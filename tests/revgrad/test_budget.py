@@ -151,7 +151,7 @@ def test_bijections_go_with_their_neighbours(make):
     layers = [x for i in range(4) for x in (make.coupling("additive", WIDTH), Swap())]
     model = ReversibleSequential(*layers, memory_budget=5 * STREAM)
     model(*make.streams(BATCH, WIDTH))
-    (stored,) = model._cuts.values()
+    (stored,) = model._stored_layers.values()
     assert any(stored)
     assert not all(stored)
     assert stored[1] == stored[2]

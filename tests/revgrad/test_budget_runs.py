@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, GatedCoupling, LiveMemory, ReversibilityError, ReversibleSequential, plan
-from revgrad.budget import run_cut
+from revgrad.budget import run_partly_stored
 from revgrad.chain import stateless
 from revgrad.cost import measure
 from tests.revgrad.test_budget import BATCH, LOTS, STREAM, WIDTH, drawn
@@ -82,7 +82,7 @@ def test_every_cut_keeps_what_its_cost_says(make, kind, arithmetic, anchor_every
     gc.collect()
     for stored in itertools.product([False, True], repeat=len(places)):
         with LiveMemory() as memory:
-            y, _ = run_cut(program, x, state, stored)
+            y, _ = run_partly_stored(program, x, state, stored)
             assert memory.live == cost.kept(stored, anchor_every), drawn(stored)
             del y
             assert memory.live == 0
@@ -101,7 +101,7 @@ def test_architectures(check, name, part):
     check.same(check.gradients(model, x), expected)
     assert 0 < plan(model, x).budgeted[0].stored_layers < found.layers
     model(*x), model(*x)
-    assert len(model._cuts) == 1  # also where layers are made anew, as those of an inverse are
+    assert len(model._stored_layers) == 1  # also where layers are made anew, as those of an inverse are
     y = model(x[0].detach())  # an input without gradient
     once = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad], retain_graph=True)
     twice = torch.autograd.grad(check.loss(y), [p for p in model.parameters() if p.requires_grad])
@@ -212,7 +212,7 @@ def test_free_layers_leave_the_peak_where_it_is(make, check, kind, arithmetic, s
 def test_stored_layers_are_evaluated_once(make, check):
     model, x = make.chain("additive", 6, WIDTH, memory_budget=8 * STREAM), make.streams(BATCH, WIDTH)
     check.loss(model(*x)).backward()
-    (stored,) = model._cuts.values()
+    (stored,) = model._stored_layers.values()
     assert 0 < sum(stored) < 6
     assert [layer.transform.count[0] for layer in model] == [1 if s else 2 for s in stored]
 
@@ -221,7 +221,7 @@ def test_measured_once_per_kind_of_input(make):
     model = make.chain("additive", 4, WIDTH, memory_budget=LOTS)
     for batch in (8, 8, 16, 8):
         model(*make.streams(batch, WIDTH))
-    assert len(model._cuts) == 2
+    assert len(model._stored_layers) == 2
     model.eval()
     model(*make.streams(8, WIDTH))
     model[0].requires_grad_(False)
@@ -230,7 +230,7 @@ def test_measured_once_per_kind_of_input(make):
         model(*make.streams(99, WIDTH))
     model.memory_budget = "1 KB"
     model(*make.streams(8, WIDTH))
-    assert len(model._cuts) == 5
+    assert len(model._stored_layers) == 5
 
 
 def test_a_wrong_inverse_between_stored_layers_is_found(make, check):
@@ -252,7 +252,7 @@ def test_a_wrong_inverse_between_stored_layers_is_found(make, check):
     layers[2] = Wrong(Large(), 0, 1)
     model = ReversibleSequential(*layers, memory_budget=40 * STREAM)
     y = model(*make.streams(BATCH, WIDTH))
-    assert drawn(*model._cuts.values()) == "ssrss"
+    assert drawn(*model._stored_layers.values()) == "ssrss"
     with pytest.raises(ReversibilityError, match="the input recovered in the backward pass differs"):
         check.loss(y).backward()
 
@@ -291,7 +291,7 @@ def test_a_closure_in_a_frozen_front_gets_its_gradient(make, check, arithmetic):
     x = make.streams(BATCH, WIDTH, requires_grad=False)
     found = []
     for stored in ((True,) * 6, (False, False, True, True, True, True), (False, False, True, False, False, True)):
-        outputs, _ = run_cut(program, x, stateless(program.core), stored)
+        outputs, _ = run_partly_stored(program, x, stateless(program.core), stored)
         found.append(torch.autograd.grad(check.loss(outputs), weight)[0])
     assert found[0].abs().sum() > 0
     for gradient in found[1:]:

@@ -203,6 +203,12 @@ def test_conditioning_is_handed_to_the_transforms():
         check_invertible(chain, x, conditioning={"contxt": 1})
 
 
+@pytest.mark.parametrize(("inputs", "found"), [((), "none"), ([1.0], "a float")])
+def test_streams_must_be_tensors(make, inputs, found):
+    with pytest.raises(StreamError, match=f"check_invertible: the streams must be tensors, at least one; got {found}"):
+        check_invertible(make.chain("additive", 2), inputs)
+
+
 def test_a_stream_of_integers_comes_first(make):
     class Looking(nn.Module):
         def __init__(self):

@@ -1,4 +1,4 @@
-"""The contracts of the autograd Function, on one chain; time steps are in test_unroll.py, memory in test_memory.py."""
+"""The contracts of the autograd Function on one chain. Time steps: test_unrolling.py; memory: test_memory.py."""
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from revgrad import (
     Swap,
     wrap,
 )
-from revgrad.log_det import start
+from revgrad.log_det import zero_log_det
 from tests.revgrad.test_log_det import MODES, LeakyReLU
 
 
@@ -119,9 +119,11 @@ def test_log_determinant_of_another_shape():
 
 
 def test_streams_must_have_the_samples_first():
-    assert start((torch.zeros(3, 2), torch.zeros(3))).shape == (3,)
-    assert start((torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.float64))).dtype == torch.float64
-    assert start((torch.zeros(3, dtype=torch.bfloat16),)).dtype == torch.float32
+    assert zero_log_det((torch.zeros(3, 2), torch.zeros(3))).shape == (3,)
+    assert (
+        zero_log_det((torch.zeros(3, dtype=torch.int64), torch.zeros(3, 1, dtype=torch.float64))).dtype == torch.float64
+    )
+    assert zero_log_det((torch.zeros(3, dtype=torch.bfloat16),)).dtype == torch.float32
     for streams in [(torch.zeros(3, 2), torch.zeros(2, 3)), (torch.zeros(()),)]:
         with pytest.raises(StreamError, match="the first dimension of all streams must be that of the samples"):
-            start(streams)
+            zero_log_det(streams)

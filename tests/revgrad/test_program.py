@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import ChainState, GatedCoupling, Inverse, Residue, Swap, snap
+from revgrad import AdditiveCoupling, ChainState, GatedCoupling, Inverse, Residue, Swap, snap
 from revgrad.chain import undo_chain
 from revgrad.links import chain_links
 from revgrad.program import CORE, ENTRY, Part, Program, flat, stack
 from revgrad.residue import entropy_bits, quantise_gate
-from revgrad.unroll import unroll
+from revgrad.unrolling import unroll
 
 MODULES, STEPS, BATCH, WIDTH = 40, 20, 4, 16
 
@@ -84,7 +84,7 @@ def test_forty_modules_over_twenty_steps_invert_bit_for_bit(mean_gate, record_pr
 def test_entry_core_and_exit_undo_one_another(make):
     entry = make.chain("additive", 3)
     core = make.recurrent("gated", 4, states=2, carries=1)
-    program = Program(*map(chain_links, (entry, core, Inverse(entry))), (True, False, True), exact=True)
+    program = Program.of_parts(entry, core, Inverse(entry), arithmetic="exact", fed=(True, False, True))
     state, residue, features = make.state(core), Residue(), ()
     tape = []
     for t, fed in enumerate(program.fed):
@@ -98,6 +98,8 @@ def test_entry_core_and_exit_undo_one_another(make):
         tape.append((given, before, features, y, [s for part, s in read if part is CORE]))
         assert [part for part, _ in read] == [ENTRY] * (3 if fed else 0) + [CORE] * 4
     for given, before, features, y, read in reversed(tape):
+        if given is not None:
+            assert all(map(torch.equal, program.undo(y, read, residue.clone()), given))
         streams = undo_chain(program.exit, y, [()] * 3, residue)
         assert all(map(torch.equal, streams, features))
         streams = undo_chain(program.core, streams, read, residue)
@@ -106,6 +108,26 @@ def test_entry_core_and_exit_undo_one_another(make):
         else:
             assert all(map(torch.equal, undo_chain(program.entry, streams, [()] * 3, residue), given))
     residue.check_undone_to()
+
+
+class Scaled(nn.Module):
+    def forward(self, x, *, factor=1.0):
+        return factor * x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_undo_is_given_the_conditioning_of_every_part(make, arithmetic):
+    entry, core = (AdditiveCoupling(Scaled(), i, 1 - i) for i in range(2))
+    program = Program.of_parts(
+        entry, core, Inverse(entry), arithmetic=arithmetic, conditioning={"factor": torch.tensor(3.0)}
+    )
+    residue = Residue() if program.exact else None
+    given = program.enter(make.streams(dtype=torch.float64), residue)
+    features, _ = program.run_core(0, given, (), ChainState(((),)), residue)
+    recovered = program.undo(program.run_exit(0, features, residue), [()], residue)
+    torch.testing.assert_close(recovered, given)
+    torch.testing.assert_close(features[1], given[1] + 3 * given[0])
 
 
 def test_every_application_has_a_number_of_its_own(make):

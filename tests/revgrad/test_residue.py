@@ -4,9 +4,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from revgrad_kernels.reservoir import level_costs
 
 from revgrad import Residue, ReversibilityError, StreamError, snap
-from revgrad.residue import GATE_BITS, Grid, _cost_table, entropy_bits, grid_of, quantise_gate
+from revgrad.residue import GATE_BITS, Grid, entropy_bits, grid_of, quantise_gate
 
 TOP = 2**GATE_BITS
 MEAN_GATES = [0.1, 0.5, 0.9, 0.99]
@@ -123,7 +124,7 @@ def test_scale_is_within_one_step_of_the_exact_product_and_unscale_returns_every
 
 def test_every_level_of_the_reservoir_spills_and_comes_back():
     """From each of the 8192 levels, gates of every cost: a spill must happen once, and be undone once."""
-    table = _cost_table(torch.device("cpu"))
+    table = level_costs(torch.device("cpu"))
     elements = torch.arange(2**13)
     residue, tape = Residue(), []
 

@@ -50,7 +50,7 @@ def test_using_up_an_unpacked_tape_leaves_the_layout():
 def test_keep_notes_what_is_asked_for():
     made = Tape()
     read = Read((), None)
-    made.keep(3, CORE, read)
+    made.keep(3, CORE, read, parts=(CORE,))
     made.keep(3, CORE, read, parts=(ENTRY, EXIT))
     made.keep(4, EXIT, read, parts=(ENTRY, EXIT))
     assert made.read == {(3, CORE): [read], (4, EXIT): [read]}

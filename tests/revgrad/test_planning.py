@@ -32,7 +32,7 @@ def test_bytes_agree_with_a_real_run(make, name):
         (way,) = plan(model, x, budgets=[budget]).budgeted
         assert way.kept_bytes == pytest.approx(held(model, x, "reversible", budget), rel=0.02)
         assert found.reversible.kept_bytes < way.kept_bytes <= found.reversible.kept_bytes + room * 3 // 4
-        assert sum(model._cuts.popitem()[1]) == way.stored_layers
+        assert sum(model._stored_layers.popitem()[1]) == way.stored_layers
 
 
 def test_exact_bytes_without_the_spilled_bits(make):

@@ -9,10 +9,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from revgrad.arithmetic import forgets, is_exact
+from revgrad.arithmetic import forgets
 from revgrad.chain import ChainState, Link
 from revgrad.checkpointed import run_steps_checkpointed
-from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Streams
@@ -20,13 +19,12 @@ from revgrad.links import (
     Arithmetic,
     Chain,
     Mode,
-    chain_links,
     check_mode,
     check_offload,
     checked_state,
     checked_streams,
 )
-from revgrad.program import PartArguments, Program, stack
+from revgrad.program import Program, stack
 from revgrad.residue import Residue
 from revgrad.tracing import recomputing
 
@@ -81,8 +79,7 @@ def unroll(
         StreamError: An option of the core that is not passed to `unroll` as well, no input at the first step, unknown
             mode, wrong number of streams or states, conditioning that no layer takes.
     """
-    links = [chain_links(part) for part in (entry, core, exit)]
-    arithmetic = _agreed(
+    arithmetic = _agreed_arithmetic(
         core,
         mode=mode,
         arithmetic=arithmetic,
@@ -98,17 +95,14 @@ def unroll(
         raise StreamError(
             f"unroll: the inputs of different time steps have different numbers of streams: {sorted(widths)}"
         )
-    everything = sum(links, ())
-    bound = bind(everything, conditioning)
-    first, last = len(links[0]), len(links[0]) + len(links[1])
-    program = Program(
-        entry=links[0],
-        core=links[1],
-        exit=links[2],
+    program = Program.of_parts(
+        entry,
+        core,
+        exit,
         fed=tuple(x is not None for x in given),
-        exact=is_exact(arithmetic, everything),
+        arithmetic=arithmetic,
+        conditioning=conditioning,
         keep_states_every=_segment_length(keep_states_every, len(given)),
-        arguments=PartArguments(bound[:first], bound[first:last], bound[last:]),
         anchor_every=anchor_every,
         offload=offload,
     )
@@ -121,10 +115,10 @@ def unroll(
     if mode == "checkpoint" and recomputing():
         return run_steps_checkpointed(program, given, state)
     check_mode(mode)
-    return run_stored(program, given, state, Residue(keep=False) if program.exact else None)
+    return _run_stored(program, given, state)
 
 
-def _agreed(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
+def _agreed_arithmetic(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
     """The arithmetic, which may be the core's own.
 
     Raises:
@@ -175,10 +169,9 @@ def _segment_length(every: int | str, steps: int) -> int:
     return every
 
 
-def run_stored(
-    program: Program, given: list[Streams | None], state: ChainState, residue: Residue | None
-) -> tuple[Streams, ChainState]:
+def _run_stored(program: Program, given: list[Streams | None], state: ChainState) -> tuple[Streams, ChainState]:
     """All time steps under ordinary autograd; also the way without gradients."""
+    residue = Residue(keep=False) if program.exact else None
     features: Streams = ()
     outputs: list[Streams] = []
     for t, streams in enumerate(given):
