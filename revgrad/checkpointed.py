@@ -20,10 +20,10 @@ def run_steps_checkpointed(
     features: Streams = ()
     outputs: list[Streams] = []
     for t, streams in enumerate(given):
-        start = residue.clone(words=False) if residue is not None else None
+        start = residue.clone(words=False, keep=False) if residue is not None else None
 
         def run(streams: Streams | None, features: Streams, state: ChainState, t: int = t, start: Any = start) -> Any:
-            local = start.clone(words=False) if start is not None else None
+            local = start.clone(words=False, keep=False) if start is not None else None
             entered = None if streams is None else program.enter(streams, local)
             features, state = program.run_core(t, entered, features, state, local)
             outputs = program.run_exit(t, features, local)
@@ -49,10 +49,10 @@ def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState)
     for i, (link, layer_state) in enumerate(zip(whole.core, state.layers, strict=True)):
         program = Program.of_chain((link,), exact=whole.exact, arguments=whole.arguments.core[i : i + 1])
         snapshot = Snapshot([link.layer])
-        start = residue.clone(words=False) if residue is not None else None
+        start = residue.clone(words=False, keep=False) if residue is not None else None
 
         def run(streams: Streams, state: ChainState, program: Program = program, start: Any = start) -> Any:
-            local = start.clone(words=False) if start is not None else None
+            local = start.clone(words=False, keep=False) if start is not None else None
             streams, state = program.run_core(0, streams, (), state, local)
             if local is not None:
                 local.check_range()

@@ -267,7 +267,7 @@ def _rewind(
     inputs = tuple(map(leaf, flow.streams))
     states = tuple(map(leaf, step.state))
     # What the second run forgets again must not end up in the residue that later layers undo.
-    residue = step.residue.clone(words=False) if step.residue is not None else None
+    residue = step.residue.clone(words=False, keep=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
     step.leftovers = Leftovers(inputs)
     log_det_grad, step.log_det_grad = step.log_det_grad, None

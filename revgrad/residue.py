@@ -270,13 +270,14 @@ class Residue:
     def _word_bits(self) -> int:
         return sum(WORD_BITS * pool.words.count() for pool in self._pools.values() if pool.words is not None)
 
-    def clone(self, *, words: bool = True) -> "Residue":
+    def clone(self, *, words: bool = True, keep: bool = True) -> "Residue":
         """An independent copy; tensors are shared, since every operation replaces them.
 
         Args:
             words: Whether to take the spilled words along. Without them the copy can go on and come back to this point.
+            keep: Whether the copy keeps the words that it spills itself.
         """
-        other = Residue(checks=self.checks)
+        other = Residue(keep=keep, checks=self.checks)
         for numel, pool in self._pools.items():
             kept = pool.words.clone() if words and pool.words is not None else other._words(numel)
             other._pools[numel] = _Pool(pool.value, pool.level, kept)

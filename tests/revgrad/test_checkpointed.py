@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from revgrad import unroll
+from revgrad.words import GrowingWords
 
 
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])
@@ -27,3 +28,15 @@ def test_every_time_step_is_run_twice_and_hands_on_residue_and_state(make, arith
         found.append((*outputs, *torch.autograd.grad(loss, [*x, *core.parameters()])))
         assert [layer.transform.count[0] for layer in core] == [3 if mode == "stored" else 6] * 2
     assert all(map(torch.equal, *found))
+
+
+def test_no_word_of_the_residue_is_kept(make, monkeypatch):
+    kept = []
+    append = GrowingWords.append
+    monkeypatch.setattr(GrowingWords, "append", lambda self, *args: (kept.append(1), append(self, *args))[1])
+    chain, x = make.chain("gated", 8, arithmetic="exact"), make.streams()
+    for mode, counted in (("stored", False), ("checkpoint", False), ("reversible", True)):
+        kept.clear()
+        chain.mode = mode
+        sum(y.sum() for y in chain(*x)).backward()
+        assert bool(kept) == counted, mode

@@ -319,6 +319,20 @@ def test_range_of_each_dtype():
 # Copies
 
 
+def test_a_copy_may_keep_no_words():
+    residue = Residue()
+    residue.scale(grid_values(30), numerators(30, 3.0))
+    copies = [residue.clone(words=False, keep=keep) for keep in (True, False)]
+    for _ in range(20):
+        x, n = grid_values(30), numerators(30, 3.0)
+        results = [copy.scale(x, n) for copy in copies]
+        assert torch.equal(*results)
+    assert [copy._word_bits() > 0 for copy in copies] == [True, False]
+    for one, other in zip(*(copy._pools.values() for copy in copies), strict=True):
+        assert torch.equal(one.value, other.value)
+        assert torch.equal(one.level, other.level)
+
+
 @pytest.mark.parametrize("words", [True, False])
 def test_clone_is_independent(words):
     residue = Residue()
