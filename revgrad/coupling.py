@@ -28,6 +28,7 @@ from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
+from revgrad.tracing import recording
 from revgrad.unchanged import Unchanged
 
 
@@ -355,7 +356,7 @@ class Coupling(ReversibleLayer):
                     return merge(target, *message)
                 with Unchanged((target, *message), self._merge_changed):
                     return merge(target, *message)
-            if torch.is_grad_enabled():
+            if recording():
                 return ExactUpdate.apply(self, undo, residue, target, *message)
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 
