@@ -16,7 +16,8 @@ R = TypeVar("R")
 
 def recording() -> bool:
     """Whether autograd records what is run: in inference mode it does not, whatever `torch.enable_grad` says there."""
-    return torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    # The compiler cannot ask for inference mode.
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
 
 
 def recomputing() -> bool:
