@@ -34,8 +34,8 @@ class Standstill:
             warnings.warn(
                 f"step {step}: gradients have vanished ({norm:.1g}, beside a loss of {loss:.2g}) for {PATIENCE} steps, "
                 "so nothing is learnt any more: gates have closed, which copies the last frame, or something has "
-                "saturated. Start anew with a lower optimiser.learning_rate and more optimiser.warmup_steps, or CrevNet with "
-                "model.attention_norm group",
+                "saturated. Start anew with a lower optimiser.learning_rate and more optimiser.warmup_steps, or "
+                "CrevNet with model.attention_norm group",
                 RuntimeWarning,
                 stacklevel=2,
             )

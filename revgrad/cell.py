@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from revgrad.errors import StreamError
 from revgrad.layer import State, Step
 from revgrad.residue import Residue, grid_of
-from revgrad.tracing import untraced
+from revgrad.tracing import recording, untraced
 
 
 class CellUpdate(Protocol):
@@ -95,7 +95,7 @@ class Merge(_Update):
         self._cell = cell
 
     def _updated(self, decay: Tensor, increment: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if recording():
             new = _MergeFunction.apply(self.residue, self._cell, decay, increment)
         else:
             new = _merge(self.residue, self._cell, torch.sigmoid(decay), increment)

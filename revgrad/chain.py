@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
 from revgrad.gradients import add
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Note, ReversibleLayer, State, Step, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Layout, Note, ReversibleLayer, State, Step, Streams
 from revgrad.residue import Residue
 
 
@@ -29,7 +29,7 @@ class Read:
 
     state: State
     """Its own state and the carry, without a cell that is recovered."""
-    strides: tuple[tuple[int, ...], ...] | None
+    strides: Layout
     """See `Step.strides`."""
     note: Note | None = None
     """See `Step.note`."""
@@ -96,6 +96,7 @@ def run_chain(
     keep: Callable[[Read], None] | None = None,
     arguments: Sequence[Arguments] = (),
     entering: Callable[[int, Streams], None] | None = None,
+    layouts: Sequence[Layout] = (),
 ) -> tuple[Streams, ChainState]:
     """Apply all layers in order.
 
@@ -108,12 +109,14 @@ def run_chain(
         keep: Called with what each layer has read.
         arguments: Conditioning by layer; empty where there is none.
         entering: Called with each layer's position and input.
+        layouts: What the layers read is given to them in these, by layer; empty where in its own.
     """
     new_states: list[State] = []
     carry = state.carry
     for i, (name, layer) in enumerate(links):
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.noting = keep is not None
+        step.strides = layouts[i] if layouts else None
         if layer.stateful:
             step.state = with_carry(name, layer, state.layers[i], carry)
         if entering is not None:
@@ -137,13 +140,15 @@ def undo_chain(
     around: Around = no_context,
     arguments: Sequence[Arguments] = (),
     new_state: ChainState | None = None,
+    layouts: Sequence[Layout] = (),
 ) -> Streams:
     """Undo all layers, last first, given what each has read (`Read.state`), and the state that they have left, where it
-    has cells that are recovered.
+    has cells that are recovered. `layouts` as in `run_chain`.
     """
     for i in reversed(range(len(links))):
         name, layer = links[i]
         step = Step(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        step.strides = layouts[i] if layouts else None
         position = position_of(layer.inverted_cell, residue is not None)
         if position is not None and new_state is not None:
             step.cell = new_state.layers[i][position]

@@ -28,6 +28,7 @@ from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
+from revgrad.tracing import recording
 from revgrad.unchanged import Unchanged
 
 
@@ -197,6 +198,8 @@ class Coupling(ReversibleLayer):
         """The streams after `run` or `undo`, and the message."""
         self._check_streams(streams, step)
         sources, target = tuple(dense(streams[s]) for s in self._sources), streams[self.target]
+        if step.strides is not None:
+            sources = tuple(map(laid_out, sources, step.strides))
         step.strides = tuple(x.stride() for x in sources)
         update, state = update_for(self.inverted_cell, step, step.state, known=undo)
         if undo and update is not None and torch.is_grad_enabled():
@@ -362,7 +365,7 @@ class Coupling(ReversibleLayer):
                     return merge(target, *message)
                 with Unchanged((target, *message), self._merge_changed):
                     return merge(target, *message)
-            if torch.is_grad_enabled():
+            if recording():
                 return ExactUpdate.apply(self, undo, residue, target, *message)
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 

@@ -15,7 +15,7 @@ that way: added to it at once, they need no memory of their own. The others wait
 has been compared with the one that was given; a backward pass that fails leaves an empty `.grad` empty.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -151,7 +151,8 @@ class _Inputs(torch.autograd.Function):
         progress = token.progress
         progress.to_the_end()
         input_grads = progress.input_grads() or (None,) * ctx.inputs
-        return None, None, *input_grads, *progress.state_grads(), *progress.take(ctx.waiting)
+        grads = (*input_grads, *progress.state_grads(), *progress.take(ctx.waiting))
+        return None, None, *_filled_for_hooks(grads, ctx.next_functions)
 
 
 class _Parameters(torch.autograd.Function):
@@ -172,7 +173,19 @@ class _Parameters(torch.autograd.Function):
             token.progress.to_the_end()
         else:
             token.progress.to(ctx.application)
-        return None, None, None, token, *token.progress.take(ctx.indices)
+        grads = token.progress.take(ctx.indices)
+        return None, None, None, token, *_filled_for_hooks(grads, ctx.next_functions[1:])
+
+
+def _filled_for_hooks(grads: Grads, edges: Sequence[tuple[Any, int]]) -> Grads:
+    """Zeros for leaves without a gradient that have hooks: under stored autograd these would not be called, but here
+    the engine would call them with None, which few hooks expect.
+    """
+    leaves = (getattr(node, "variable", None) for node, _ in edges)
+    return tuple(
+        torch.zeros_like(x) if g is None and x is not None and x._backward_hooks else g
+        for g, x in zip(grads, leaves, strict=True)
+    )
 
 
 class _Outputs(torch.autograd.Function):

@@ -20,6 +20,8 @@ Streams = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
 Grads = tuple[Tensor | None, ...]
 Arguments = Mapping[str, Any]
+Layout = tuple[tuple[int, ...], ...] | None
+"""The strides of each stream that a transform reads; None where a layer has not said."""
 Note = tuple[float, ...]
 """A fingerprint that takes no tensor memory."""
 
@@ -38,9 +40,9 @@ class Step:
     """Set by the layer: the state it hands on."""
     arguments: Arguments = field(default_factory=dict)
     """Conditioning that the layer accepts, by name."""
-    strides: tuple[tuple[int, ...], ...] | None = None
+    strides: Layout = None
     """Memory layout of each stream that a transform read, set by the layer: a second evaluation reads the same
-    layout, since kernels for other layouts round differently."""
+    layout, since kernels for other layouts round differently, and dropout draws in the order of memory."""
     cell: Tensor | None = None
     """The cell after the step, for a layer that recovers it (`inverted_cell`): given to `undo` and `rewind`, whose
     `state` is without it. They leave the cell before the step in its place."""

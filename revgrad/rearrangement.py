@@ -131,18 +131,22 @@ class PixelUnshuffle(Rearrangement):
 
 def _fold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
     """`[B, C, L]` to `[B, C n, L / n]`."""
-    if x.shape[2] % n:
-        raise ValueError(f"a signal of length {x.shape[2]} cannot be folded by {n}")
-    parts = x.unflatten(2, (-1, n)).movedim(3, 2 if order == "pytorch" else 1)
-    return parts.flatten(1, 2)
+    b, c, length = x.shape
+    if length % n:
+        raise ValueError(f"a signal of length {length} cannot be folded by {n}")
+    # Not unflatten and flatten, for which batched gradients have no rule.
+    parts = x.reshape(b, c, length // n, n).movedim(3, 2 if order == "pytorch" else 1)
+    return parts.reshape(b, c * n, length // n)
 
 
 def _unfold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
     """`[B, C n, L]` to `[B, C, L n]`."""
-    if x.shape[1] % n:
-        raise ValueError(f"{x.shape[1]} channels are not a multiple of {n}")
-    parts = x.unflatten(1, (-1, n) if order == "pytorch" else (n, -1)).movedim(2 if order == "pytorch" else 1, 3)
-    return parts.flatten(2, 3)
+    b, c, length = x.shape
+    if c % n:
+        raise ValueError(f"{c} channels are not a multiple of {n}")
+    channels, at = ((c // n, n), 2) if order == "pytorch" else ((n, c // n), 1)
+    parts = x.reshape(b, *channels, length).movedim(at, 3)
+    return parts.reshape(b, c // n, length * n)
 
 
 class PixelShuffle(PixelUnshuffle):

@@ -57,10 +57,11 @@ class DifferentiableGradients:
                 "second derivatives (create_graph=True) are not available with offload=True, which keeps the values "
                 "of states and not their graph: choose offload=False"
             )
-        links, read = program.core, [r.state for r in tape.read.get((0, CORE), ())]
+        links, reads = program.core, tape.read.get((0, CORE), ())
+        read, layouts = [r.state for r in reads], [r.strides for r in reads]
         with snapshot.standing_in(parameters):
             streams = undo_chain(
-                links, outputs, read, None, around=snapshot.replaying, arguments=program.arguments.core
+                links, outputs, read, None, around=snapshot.replaying, arguments=program.arguments.core, layouts=layouts
             )
         compare(program.recovered(0, streams), tape.fingerprints[0, CORE, 0])
         # The second run reads aliases, so that gradients end where it begins.
@@ -69,7 +70,13 @@ class DifferentiableGradients:
         conditioned = program.emptied().filled(aliases[len(snapshot.parameters) :])
         with snapshot.standing_in(aliases):
             again, final = run_chain(
-                links, streams, states, None, around=snapshot.replaying, arguments=conditioned.arguments.core
+                links,
+                streams,
+                states,
+                None,
+                around=snapshot.replaying,
+                arguments=conditioned.arguments.core,
+                layouts=layouts,
             )
         results = (*again, *final.tensors())
         known = (*streams, *states.tensors(), *aliases)

@@ -14,6 +14,12 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def recording() -> bool:
+    """Whether autograd records what is run: in inference mode it does not, whatever `torch.enable_grad` says there."""
+    # The compiler cannot ask for inference mode.
+    return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
+
+
 def recomputing() -> bool:
     """Whether a backward pass will come that can recompute.
 
@@ -21,7 +27,7 @@ def recomputing() -> bool:
     they differentiate, batch or write down what is run, so it is run as in stored mode.
     """
     return (
-        torch.is_grad_enabled()
+        recording()
         and not torch._C._are_functorch_transforms_active()
         and torch.autograd.forward_ad._current_level < 0
         and not torch.compiler.is_exporting()

@@ -159,10 +159,16 @@ def _reference_inverse(
 
 def _reference_backward(logits: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, grad = _gate(logits, x.dtype), converted(grad, x.dtype)
-    grad_h = torch.rsub(quantised_rest(gate), 1, alpha=2.0**-GATE_BITS).mul_(grad)
+    grad_h = torch.rsub(quantised_rest(gate), 1, alpha=2.0**-GATE_BITS)
+    grad_h = _times(grad_h, grad)
     slope = torch.rsub(gate, 1).mul_(gate)
-    grad_logits = (converted(h, x.dtype) - x).mul_(grad).mul_(slope)
+    grad_logits = _times(converted(h, x.dtype) - x, grad).mul_(slope)
     return converted(grad_logits, logits.dtype), grad - grad_h, converted(grad_h, h.dtype)
+
+
+def _times(x: Tensor, grad: Tensor) -> Tensor:
+    """`x grad` in the place of `x`, unless the gradient is batched."""
+    return x * grad if torch._C._functorch.is_legacy_batchedtensor(grad) else x.mul_(grad)
 
 
 def _gate(logits: Tensor, dtype: torch.dtype) -> Tensor:

@@ -121,6 +121,15 @@ def test_batched_gradients(chain, x):
             torch.testing.assert_close(a[i], b)
 
 
+@pytest.mark.composes("Autograd", "batched gradients with dropout", "error: *calling random operations inside of vmap*")
+def test_batched_gradients_with_dropout(small, x):
+    """The transform is evaluated again inside PyTorch's vmap, which draws no random numbers."""
+    y = small.of(lambda: nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))).double()(*x)
+    v = torch.randn(5, 3, 4, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="calling random operations inside of vmap"):
+        torch.autograd.grad(y[0], x, v, is_grads_batched=True)
+
+
 @pytest.mark.composes("Autograd", "the input used again outside, a skip around the chain")
 def test_skip_around_the_chain(chain, x, check):
     def around(*x):

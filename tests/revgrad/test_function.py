@@ -122,6 +122,24 @@ def test_hooks_fire_once_on_the_final_gradient(make, check, kind):
     assert torch.equal(weight.grad, expected * 0.5)
 
 
+@pytest.mark.parametrize("exist", [False, True])
+def test_hooks_where_the_loss_does_not_reach_are_not_called_with_none(make, check, exist):
+    """The second coupling updates an output that the loss does not read."""
+    chain, x = make.chain("additive", 2), make.streams()
+    leaves = (x[1], *chain.parameters())
+    for leaf in leaves:
+        leaf.grad = torch.zeros_like(leaf) if exist else None
+    chain(*x)[1].square().sum().backward()
+    expected = [leaf.grad for leaf in leaves]
+    assert exist or None in expected
+    for leaf in leaves:
+        leaf.register_hook(lambda grad: grad.clamp(-0.1, 0.1))
+        leaf.grad = torch.zeros_like(leaf) if exist else None
+    chain(*x)[1].square().sum().backward()
+    for leaf, grad in zip(leaves, expected, strict=True):
+        assert not leaf.grad.any() if grad is None else torch.equal(leaf.grad, grad.clamp(-0.1, 0.1))
+
+
 @pytest.mark.composes("Hooks", "gradients added up over several passes")
 def test_gradients_accumulate_over_backward_passes(make, check):
     chain, x = make.chain("mixed", 4), make.streams()

@@ -20,3 +20,15 @@ def test_merge_and_its_derivative_are_their_formulas(make):
 def test_stream_that_is_read_stays(make):
     x = make.streams(requires_grad=False)
     assert GatedCoupling(make.net(4, 2)).run(x, Step())[0] is x[0]
+
+
+def test_batched_gradients_in_exact_arithmetic(make):
+    chain = make.chain("gated", 2, arithmetic="exact").double()
+    x = make.streams(dtype=torch.float64)
+    v = torch.randn(5, 3, 4, dtype=torch.float64)
+    for chain.mode in ("stored", "reversible"):
+        y = chain(*x)[0]
+        found = torch.autograd.grad(y, x, v, is_grads_batched=True, retain_graph=True)
+        for i in range(5):
+            one = torch.autograd.grad(y, x, v[i], retain_graph=True)
+            torch.testing.assert_close([g[i] for g in found], list(one))

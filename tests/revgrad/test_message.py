@@ -37,6 +37,17 @@ OTHERS = {
 }
 
 
+def test_integers_alone_are_compared_as_well():
+    chain = ReversibleSequential(AdditiveCoupling(nn.Identity(), 1, 0), AdditiveCoupling(nn.Linear(4, 4), 0, 2))
+    a, b = streams()
+    ones = torch.arange(12).reshape(3, 4)
+    found = []
+    for chain.mode in ("stored", "reversible"):
+        loss = chain(a, ones, b)[2].square().sum()
+        found.append(torch.autograd.grad(loss, (a, b, *chain.parameters())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.composes(
     "Randomness", "random numbers of Python, NumPy or a generator of one's own", "error: *another message*"
 )

@@ -71,6 +71,21 @@ def test_gradcheck(case):
     assert torch.autograd.gradcheck(ReversibleSequential(layer), x)
 
 
+def test_batched_gradients(case):
+    layer, x = case
+    chain = ReversibleSequential(layer)
+    found = []
+    for chain.mode in ("stored", "reversible"):
+        y = chain(*x)
+        y = y[0] if isinstance(y, tuple) else y
+        v = torch.arange(2.0 * y.numel(), dtype=y.dtype).view(2, *y.shape)
+        grads = torch.autograd.grad(y, x, v, is_grads_batched=True, allow_unused=True)
+        found.append(
+            [torch.zeros(2, *t.shape, dtype=t.dtype) if g is None else g for g, t in zip(grads, x, strict=True)]
+        )
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_gradient_of_one_output_only(case):
     layer, x = case
     outputs = ReversibleSequential(layer)(*x)

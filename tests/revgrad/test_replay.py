@@ -345,6 +345,21 @@ def test_a_lazy_module_must_have_seen_an_input(make, check, budget):
     check.same(check.gradients(model, x), check.gradients(model, x, "stored"), rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["checkpoint", "reversible"])
+def test_a_transform_that_takes_a_gradient_itself(check, mode):
+    class Force(nn.Linear):
+        """The gradient of an energy."""
+
+        def forward(self, x):
+            with torch.enable_grad():
+                x = x if x.requires_grad else x.detach().requires_grad_()
+                return torch.autograd.grad(torch.tanh(super().forward(x)).square().sum(), x, create_graph=True)[0]
+
+    chain = ReversibleSequential(*(AdditiveCoupling(Force(4, 4), i % 2, 1 - i % 2) for i in range(3))).double()
+    x = [torch.randn(3, 4, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    check.same(check.gradients(chain, x, mode), check.gradients(chain, x, "stored"), rtol=1e-9)
+
+
 @pytest.mark.composes(
     "Misuse", "weights changed between forward and backward in checkpoint mode", "error: *changed in place*"
 )

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, ChainState, LiveMemory, ReversibilityError, ReversibleSequential, unroll
+from revgrad import (
+    AdditiveCoupling,
+    ChainState,
+    LiveMemory,
+    Permute,
+    ReversibilityError,
+    ReversibleSequential,
+    unroll,
+    wrap,
+)
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -71,6 +80,28 @@ def test_random_numbers_and_statistics_are_those_of_the_forward_pass(make, check
             penalty(model, x, check.loss) | {"buffers": torch.cat([b.flatten() for b in model.buffers()])}
         )
     check.same(*statistics, rtol=1e-8)
+
+
+def doubled(undone):
+    """`2 a, b`, whose inverse gives `a` in another memory layout."""
+    return wrap(lambda a, b: (2 * a, b), lambda a, b: (undone(a / 2), b))
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        lambda reads: (reads, Permute([1, 0, 3, 2], target=0)),  # undone, the stream has another layout
+        lambda reads: (doubled(torch.Tensor.contiguous), reads),  # and here in the second run
+    ],
+    ids=["undone", "run again"],
+)
+def test_transforms_read_the_memory_layout_of_the_forward_pass(check, layers):
+    """Dropout draws its mask in the order of memory."""
+    net = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Tanh(), nn.Dropout(0.5))
+    model = ReversibleSequential(*layers(AdditiveCoupling(net))).double()
+    a, b = (torch.randn(2, 4, 3, 3, dtype=torch.float64) for _ in range(2))
+    x = a.to(memory_format=torch.channels_last).requires_grad_(), b.requires_grad_()
+    check.same(*in_both_modes(model, x, check.loss), rtol=1e-8)
 
 
 def test_states_and_conditioning(check, x):

@@ -2,6 +2,7 @@ import copy
 import inspect
 import itertools
 import pickle
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -291,8 +292,10 @@ def test_without_gradients_the_input_stays_intact(make, mode, arithmetic):
     x = make.streams()
     kept = [t.detach().clone() for t in x]
     expected = chain(*x)
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
+    for contexts in ([torch.no_grad], [torch.inference_mode], [torch.inference_mode, torch.enable_grad]):
+        with ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context())
             y = chain(*x)
         assert all(map(torch.equal, y, expected))
         assert not any(t.requires_grad for t in y)

@@ -16,6 +16,8 @@ def test_recomputing_needs_gradients_and_no_other_transformation():
         assert not recomputing()
     with torch.inference_mode():
         assert not recomputing()
+        with torch.enable_grad():
+            assert not recomputing()
     with torch.autograd.forward_ad.dual_level():
         assert not recomputing()
     seen = []
