@@ -30,6 +30,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
     """Capture a piece of work on the current stream, which must not be the default one; returns the replay."""
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # a graph that is collected while another one is captured ends the capture
+    torch.cuda.reset_peak_memory_stats()  # kernels have been tuned before, for which Triton takes memory
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         work()
     return graph.replay
