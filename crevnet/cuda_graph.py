@@ -10,6 +10,7 @@ Not yet run on a GPU. All but `captured` runs on a CPU as well.
 import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ def captured(work: Callable[[], None]) -> Callable[[], None]:
     """Capture a piece of work on the current stream, which must not be the default one; returns the replay."""
     graph = torch.cuda.CUDAGraph()
     gc.collect()  # a graph that is collected while another one is captured ends the capture
+    torch.cuda.reset_peak_memory_stats()  # kernels have been tuned before, for which Triton takes memory
     with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
         work()
     return graph.replay
@@ -194,8 +196,14 @@ def _side_stream(device: torch.device) -> Iterator[Any]:
     if device.type != "cuda":
         yield
         return
-    stream = torch.cuda.Stream(device)
+    stream = _stream_beside(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
         yield
     torch.cuda.current_stream(device).wait_stream(stream)
+
+
+@cache
+def _stream_beside(device: torch.device) -> torch.cuda.Stream:
+    """The same every time: what cuBLAS takes for work on a stream, it keeps."""
+    return torch.cuda.Stream(device)

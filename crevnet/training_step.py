@@ -1,6 +1,7 @@
 """One training step: loss, backward pass, clipping and Adam, one by one or replayed from a CUDA graph."""
 
 import math
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,6 +18,22 @@ from revgrad import LiveMemory, ReversibilityError
 
 class TrainingDiverged(RuntimeError):  # noqa: N818
     """A loss or gradient is not finite; nothing of that step was kept."""
+
+
+class _Allocated(AbstractContextManager["_Allocated"]):
+    """As `LiveMemory`, what the allocator of a CUDA device gives out, to operators as well."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.peak = 0
+
+    def __enter__(self) -> "_Allocated":
+        torch.cuda.reset_peak_memory_stats(self._device)
+        self._before = torch.cuda.memory_allocated(self._device)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self._device) - self._before
 
 
 class TrainingStep:
@@ -59,20 +76,18 @@ class TrainingStep:
             loss, norm = take(clips, rate)
         except ReversibilityError as error:
             raise TrainingDiverged(f"step {step + 1}: {error}") from error
-        if self.peak_activation_bytes == 0 and frames.device.type == "cuda":
-            self.peak_activation_bytes = torch.cuda.max_memory_allocated(frames.device)
         return loss, norm
 
     def _called(self, clips: Tensor, rate: float) -> tuple[float, float]:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        # The second step, unless there is only one: the first also makes tables that stay.
-        measure = LiveMemory() if self._step < 2 and clips.device.type == "cpu" else None
-        if measure is not None:
+        # The second step, unless there is only one: the first also makes tables that stay, and on a GPU tunes kernels,
+        # for which Triton takes memory.
+        if self._step < 2:
             # Gradients are made beforehand: what is measured is activations.
             for p in self.raw_model.parameters():
                 p.grad = torch.zeros_like(p)
-            with measure:
+            with _Allocated(clips.device) if clips.device.type == "cuda" else LiveMemory() as measure:
                 loss = self._backward(clips)
             self.peak_activation_bytes = measure.peak
         else:
@@ -98,6 +113,10 @@ class TrainingStep:
                 clip_norm=self.config.optimiser.clip_norm,
             )
         loss, norm = self._graphed(clips, rate)
+        if clips.device.type == "cuda" and not self.peak_activation_bytes:
+            # The capture's. What is there when it is over (weights, their gradients, moments) is no activation.
+            most, stays = torch.cuda.max_memory_allocated(clips.device), torch.cuda.memory_allocated(clips.device)
+            self.peak_activation_bytes = most - stays
         self._check_loss(loss)
         self._check_norm(norm)
         return loss, norm

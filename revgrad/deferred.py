@@ -69,6 +69,18 @@ def current_checks() -> Checks:
     return AT_ONCE if torch.compiler.is_compiling() else _current.get()
 
 
+@contextmanager
+def in_force(checks: Checks) -> Iterator[None]:
+    """Around a part of a backward pass: what it runs again is checked as the forward pass was. On a GPU autograd calls
+    it in a thread of its own, where nothing is known of the context that the forward pass ran in.
+    """
+    token = _current.set(checks)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
 class DeferredChecks(Checks):
     """Forward and backward passes that never wait for the device, so that a CUDA graph can capture them.
 

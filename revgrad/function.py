@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from revgrad import fused_steps
 from revgrad.chain import ChainGradients, ChainState, cells_of
 from revgrad.conditioning import conditioning_changed
-from revgrad.deferred import current_checks
+from revgrad.deferred import current_checks, in_force
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
 from revgrad.gradients import check_closed
@@ -253,9 +253,10 @@ class _Outputs(torch.autograd.Function):
         # On the token and on no node: there may be several backward passes through the same graph.
         if torch.is_grad_enabled():  # create_graph=True
             program = ctx.program.filled(parameters[len(ctx.snapshot.parameters) :])
-            token.progress = DifferentiableGradients(  # type: ignore[attr-defined]
-                program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare
-            )
+            with in_force(tape.checks):
+                token.progress = DifferentiableGradients(  # type: ignore[attr-defined]
+                    program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare
+                )
         else:
             token.progress = _Progress(walk)  # type: ignore[attr-defined]
         return None, token
@@ -275,14 +276,16 @@ class _Progress:
 
     def to(self, application: int) -> None:
         """Rewind as far as this application of a layer at the first time step."""
-        for done in self._applications:
-            if done == application:
-                return
+        with in_force(self._walk.tape.checks):
+            for done in self._applications:
+                if done == application:
+                    return
 
     def to_the_end(self) -> None:
         """Rewind all that is left, and check what has been recovered."""
-        for _ in self._applications:
-            pass
+        with in_force(self._walk.tape.checks):
+            for _ in self._applications:
+                pass
 
     def state_grads(self) -> Grads:
         """Gradients of the initial state."""

@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
+from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
 from revgrad.graphless import uncached
 from revgrad.layer import ReversibleLayer
@@ -202,7 +203,7 @@ class Snapshot:
         statistics either. It raises where weights have changed, which PyTorch leaves to the user.
         """
         versions: list[int] = []
-        return self._noting(versions), _Anew(partial(self._checkpointed, versions))
+        return self._noting(versions), _Anew(partial(self._checkpointed, versions, current_checks()))
 
     @contextmanager
     def _noting(self, versions: list[int]) -> Iterator[None]:
@@ -213,7 +214,7 @@ class Snapshot:
         return [x._version for x in self.parameters if not x.is_inference()]
 
     @contextmanager
-    def _checkpointed(self, versions: list[int]) -> Iterator[None]:
+    def _checkpointed(self, versions: list[int], checks: Checks) -> Iterator[None]:
         # None are noted yet where the forward pass itself takes a gradient, such as of an energy.
         if versions and self._weight_versions() != versions:
             raise ReversibilityError(
@@ -222,7 +223,7 @@ class Snapshot:
             )
         others = switched(self.modules, self._everything.training)
         try:
-            with self.frozen_statistics():
+            with self.frozen_statistics(), in_force(checks):
                 yield
         finally:
             switch(others)

@@ -135,7 +135,7 @@ def loss_of(outputs):
     outputs = (outputs,) if isinstance(outputs, torch.Tensor) else outputs
     total = 0
     for i, y in enumerate(outputs):
-        weight = torch.linspace(-1, 1 + i, y.numel(), dtype=y.dtype).view_as(y)
+        weight = torch.linspace(-1, 1 + i, y.numel(), dtype=y.dtype, device=y.device).view_as(y)
         total = total + (weight * y).sum() + (0.5 + i) * y.square().sum()
     return total
 

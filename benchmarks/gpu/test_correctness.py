@@ -160,7 +160,8 @@ def train_both_ways(cell: str, variant: Variant) -> None:
     optimiser, its_own = (adam(m.parameters(), RATES[0], (0.9, 0.999), capturable=True) for m in (model, reference))
     its_own.param_groups[0]["lr"] = torch.tensor(RATES[0], device="cuda")
     step = GraphedStep(model.loss, model, optimiser, clip_norm=1.0)
-    with torch.backends.cudnn.flags(benchmark=False, deterministic=True, allow_tf32=torch.backends.cudnn.allow_tf32):
+    tf32 = torch.backends.cudnn.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=tf32):
         for rate in RATES:
             clips = random_clips(config, 4, 6).cuda()
             assert step(clips, rate) == plain_step(reference, its_own, clips, rate)

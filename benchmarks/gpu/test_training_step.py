@@ -160,7 +160,7 @@ def one_step(model: VideoModel, clips: Tensor, way: Way) -> dict[str, float] | N
 
 def step(model: VideoModel, clips: Tensor, precision: str) -> None:
     """A training step as the trainer runs it: the backward pass is outside autocast."""
-    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16"):
+    with torch.autocast("cuda", torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False):
         loss = model.loss(clips)
     loss.backward()
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,12 +51,19 @@ def cache_bytes() -> int:
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
 
 
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    # One for all: cuBLAS has a workspace for each stream, which stays, and would count as memory of whatever is the
+    # first to run on a new one.
+    return torch.cuda.Stream(device)
+
+
 @contextmanager
 def side_stream() -> Iterator[torch.cuda.Stream]:
     """A stream to measure on: autograd runs a backward pass where its forward pass ran, and the default stream cannot
     be captured.
     """
-    stream = torch.cuda.Stream()
+    stream = _stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         yield stream

@@ -170,7 +170,7 @@ def report(run: Path, weights: dict[str, Any], minutes: float, device: torch.dev
         ),
         "training": Table(
             "Training",
-            {"minutes": "minutes", "steps": "steps", "seconds_per_step": "s per step", "peak_mb": "peak MB"},
+            {"minutes": "minutes", "steps": "steps", "seconds_per_step": "s per step", "peak_mb": "activations, MB"},
             [training],
             decimals=3,
         ),

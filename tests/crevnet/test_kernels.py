@@ -18,6 +18,12 @@ pytestmark = needs_triton
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
 
 
+@pytest.fixture(autouse=True)
+def whole_float32(monkeypatch):
+    """cuDNN rounds what it multiplies to TF32 otherwise, up or down by the last bits that kernels may differ in."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @contextmanager
 def computed_by(monkeypatch, name):
     """What `auto` means."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from crevnet.command import load_config
+from crevnet.training_step import _Allocated
 from crevnet.ways import MARGIN, NoWayFits, training_bytes
 from tests.crevnet.test_training import snapshot, training_batch
 
@@ -36,6 +37,17 @@ def test_the_reported_peak_is_that_of_any_step_after_the_first(trainer, tmp_path
         made._train_step(training_batch(made))
         peaks.append(made.training_step.peak_activation_bytes)
     assert peaks[1] == peaks[2] == peaks[3]
+
+
+def test_the_peak_on_a_gpu_is_the_allocators_without_what_was_there_before(monkeypatch):
+    """Weights, and the memory in which Triton tunes kernels, are no activations."""
+    held = {"now": 5, "most": 99}
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: held.update(most=held["now"]))
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: held["now"])
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: held["most"])
+    with _Allocated(torch.device("cuda")) as memory:
+        held["most"] = 12
+    assert memory.peak == 7
 
 
 def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):

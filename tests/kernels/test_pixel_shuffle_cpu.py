@@ -35,7 +35,7 @@ def uses(monkeypatch):
 @pytest.mark.parametrize("frames", [(), (3,)], ids=str)
 @pytest.mark.parametrize(("shape", "factor"), CASES)
 def test_moves_as_the_reference_does(uses, shape, factor, frames, order, dtype, layout):
-    x = numbered((*shape[:2], *frames, *shape[2:]), layout, dtype)
+    x = numbered((*shape[:2], *frames, *shape[2:]), layout, dtype).cpu()
     for function, arguments, options in functions(x, factor, order, "auto"):
         assert_same(function(*arguments, **options), function(*arguments, **options | {"backend": "reference"}))
     assert uses

@@ -87,7 +87,7 @@ def results(function, tensors, grads=None, **options):
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     if grads is None:
         generator = torch.Generator().manual_seed(1)
-        grads = [torch.randn(y.shape, generator=generator).to(DEVICE, y.dtype) for y in outputs]
+        grads = [torch.randn(y.shape, generator=generator).to(y.device, y.dtype) for y in outputs]
     pulled = torch.autograd.grad(outputs, list(leaves.values()), grads)
     return outputs, dict(zip(leaves, pulled, strict=True))
 

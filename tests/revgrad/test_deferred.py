@@ -18,6 +18,7 @@ from revgrad import (
 )
 from revgrad.cell import Recall
 from revgrad.deferred import AT_ONCE, current_checks
+from tests.revgrad.test_threads import in_another_thread
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -151,6 +152,48 @@ def test_a_memory_budget(make, check):
         found = torch.autograd.grad(check.loss(chain(*x)), inputs)
     checks.raise_if_failed()
     assert all(map(torch.equal, found, expected))
+
+
+class Seeing(nn.Module):
+    """Notes the checks at every evaluation."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def forward(self, x):
+        self.seen.append(current_checks())
+        return x
+
+
+class Around(nn.Module):
+    """A transform with a chain in it."""
+
+    def __init__(self, chain):
+        super().__init__()
+        self.chain, self.last = chain, nn.Linear(4, 8)
+
+    def forward(self, x):
+        return self.last(torch.cat(self.chain(*x.chunk(2, 1)), 1)).chunk(2, 1)
+
+
+@pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
+def test_what_is_run_again_has_them_in_any_thread(make, check, mode):
+    """On a GPU autograd has a thread of its own."""
+    seeing = Seeing()
+    inside = make.chain("gated", 2, width=2, inner=lambda: seeing)
+    chain, x = ReversibleSequential(GatedCoupling(Around(inside)), mode=mode), make.streams()
+    inputs = (*x, *chain.parameters())
+    expected = torch.autograd.grad(check.loss(chain(*x)), inputs)
+    checks = measured(lambda: torch.autograd.grad(check.loss(chain(*x)), inputs))
+    with checks:
+        seeing.seen.clear()
+        loss = check.loss(chain(*x))
+        found = in_another_thread(lambda: torch.autograd.grad(loss, inputs))
+    assert all(map(torch.equal, found, expected))
+    assert len(seeing.seen) > 4
+    assert set(seeing.seen) == {checks}
+    checks.raise_if_failed()
 
 
 # What is wrong is told

@@ -27,3 +27,14 @@ def test_values_are_the_same_in_another_layout():
     assert there.stride() == strides
     assert torch.equal(there, WHOLE)
     assert laid_out(there, strides) is there
+
+
+def test_what_is_not_aligned_is_copied():
+    memory = torch.arange(2.0 * 100)
+    for x in (memory[1:].view(199), memory[20:140].view(2, 60).t(), memory[4:8]):
+        for found in (dense(x), laid_out(x, x.stride())):
+            assert found.storage_offset() == 0
+            assert found.stride() == x.stride()
+            assert torch.equal(found, x)
+    x = memory[16:32]
+    assert dense(x) is laid_out(x, x.stride()) is x

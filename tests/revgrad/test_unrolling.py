@@ -67,6 +67,18 @@ def test_exact_is_stored_bit_for_bit(make, check, fed, way, carries):
     check.same(model.run(check, **WAYS[way]), model.run(check, mode="stored"))
 
 
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_time_steps_may_begin_anywhere_in_memory(make, check, batch):
+    """A product of matrices may be added up in another order there."""
+    core, x = make.chain("gated", 4, width=31), make.streams(batch, 31)
+    inputs = (*x, *core.parameters())
+    found = []
+    for mode in ("stored", "reversible"):
+        outputs, _ = unroll(core, [x, None, None, None, None], mode=mode)
+        found.append((*outputs, *torch.autograd.grad(check.loss(outputs), inputs)))
+    assert all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("fed", FED)
 def test_float_is_close_to_stored(make, check, fed, way):

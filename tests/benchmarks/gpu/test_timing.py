@@ -1,6 +1,11 @@
-import pytest
+from contextlib import nullcontext
+from unittest.mock import Mock
 
-from benchmarks.gpu.timing import ratios, repetitions, rotated, sets_beyond_cache
+import pytest
+import torch
+
+from benchmarks.gpu import timing
+from benchmarks.gpu.timing import ratios, repetitions, rotated, sets_beyond_cache, side_stream
 
 
 @pytest.mark.parametrize(
@@ -28,3 +33,18 @@ def test_ratios_are_taken_within_a_round():
     assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
     with pytest.raises(ValueError, match="zip"):
         ratios([1.0], [1.0, 2.0])
+
+
+def test_all_is_measured_on_one_stream(monkeypatch):
+    """Libraries keep memory for every stream that they are used on."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock(side_effect=lambda device: Mock()))
+    timing._stream.cache_clear()
+    with side_stream() as first:
+        pass
+    with side_stream() as second:
+        pass
+    timing._stream.cache_clear()
+    assert first is second
