@@ -116,7 +116,7 @@ def run_chain(
     for i, (name, layer) in enumerate(links):
         step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.noting = keep is not None
-        step.strides = layouts[i] if layouts else None
+        step.layout = layouts[i] if layouts else None
         if layer.stateful:
             step.state = with_carry(name, layer, state.layers[i], carry)
         if entering is not None:
@@ -148,7 +148,7 @@ def undo_chain(
     for i in reversed(range(len(links))):
         name, layer = links[i]
         step = Step(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
-        step.strides = layouts[i] if layouts else None
+        step.layout = layouts[i] if layouts else None
         position = position_of(layer.inverted_cell, residue is not None)
         if position is not None and new_state is not None:
             step.cell = new_state.layers[i][position]

@@ -198,8 +198,8 @@ class Coupling(ReversibleLayer):
         """The streams after `run` or `undo`, and the message."""
         self._check_streams(streams, step)
         sources, target = tuple(dense(streams[s]) for s in self._sources), streams[self.target]
-        if step.strides is not None:
-            sources = tuple(map(laid_out, sources, step.strides))
+        if step.layout is not None:
+            sources = tuple(map(laid_out, sources, step.layout))
         step.strides = tuple(x.stride() for x in sources)
         update, state = update_for(self.inverted_cell, step, step.state, known=undo)
         if undo and update is not None and torch.is_grad_enabled():

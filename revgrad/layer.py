@@ -43,6 +43,8 @@ class Step:
     strides: Layout = None
     """Memory layout of each stream that a transform read, set by the layer: a second evaluation reads the same
     layout, since kernels for other layouts round differently, and dropout draws in the order of memory."""
+    layout: Layout = None
+    """Those strides, where `run` or `undo` is itself a second evaluation; else None."""
     cell: Tensor | None = None
     """The cell after the step, for a layer that recovers it (`inverted_cell`): given to `undo` and `rewind`, whose
     `state` is without it. They leave the cell before the step in its place."""

@@ -28,10 +28,19 @@ def recomputing() -> bool:
     """
     return (
         recording()
-        and not torch._C._are_functorch_transforms_active()
+        and not _transforming()
         and torch.autograd.forward_ad._current_level < 0
         and not torch.compiler.is_exporting()
     )
+
+
+def _transforming() -> bool:
+    """Whether `torch.func` is at work."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# What torch.compiler.assume_constant_result sets, but that imports the compiler, which else makes a graph of the call.
+_transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def check_surroundings(modules: Iterable[nn.Module], device: torch.device, *, waiting: bool = True) -> None:

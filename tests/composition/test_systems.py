@@ -161,8 +161,10 @@ def test_compiled_model_around(small, make, check, compiling):
         for a, b in zip(one, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
     assert graphs == graphs[:1] * 3
-    assert 1 < graphs[0] <= 6
-    assert all("revgrad" in reason or "run_reversible" in reason for reason in compiling["graph_break"])
+    # What is before and behind the chain; transforms with and without gradients, and of an input without.
+    assert graphs[0] == 5
+    # Where nothing has run since the compiler was imported, it also finds how revgrad asks it to leave this alone.
+    assert all("revgrad" in reason or "qualname: disable" in reason for reason in compiling["graph_break"])
 
 
 @pytest.mark.composes("Systems", "what is saved for backward under torch.compile", "as much at any depth")
