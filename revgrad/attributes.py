@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from revgrad.errors import ReversibilityError
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
-_HOLDERS = (Tensor, list, tuple, dict, SimpleNamespace)
+_HOLDERS = (list, tuple, dict, SimpleNamespace, Tensor)
 _OF_MODULE = frozenset(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
 _ABSENT = object()
@@ -98,8 +98,11 @@ def check_attributes(modules: Sequence[nn.Module], first_node: int) -> None:
     """
     for module in modules:
         for name, value in module.__dict__.items():
-            # In this order: nearly all attributes are those of every module, or plain values.
-            if name in _OF_MODULE or type(value) in _PLAIN or not isinstance(value, _HOLDERS):
+            kind = type(value)
+            # In this order: nearly all attributes are those of every module, or plain values, or sizes of kernels.
+            if name in _OF_MODULE or kind in _PLAIN or not isinstance(value, _HOLDERS):
+                continue
+            if kind in (tuple, list) and _PLAIN.issuperset(map(type, value)):
                 continue
             for x in tensors_in(value):
                 if x.grad_fn is None or x.grad_fn._sequence_nr() < first_node or name in _computed_by_hooks(module):
@@ -131,7 +134,7 @@ def kept_tensors(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Ten
         (module, name, x, x._version)
         for module in modules
         for name, x in vars(module).items()
-        if isinstance(x, Tensor) and not x.is_inference()
+        if name not in _OF_MODULE and isinstance(x, Tensor) and not x.is_inference()
     ]
 
 
