@@ -181,6 +181,8 @@ def _filled_for_hooks(grads: Grads, edges: Sequence[tuple[Any, int]]) -> Grads:
     """Zeros for leaves without a gradient that have hooks: under stored autograd these would not be called, but here
     the engine would call them with None, which few hooks expect.
     """
+    if all(g is not None for g in grads):
+        return grads
     leaves = (getattr(node, "variable", None) for node, _ in edges)
     return tuple(
         torch.zeros_like(x) if g is None and x is not None and x._backward_hooks else g
