@@ -4,6 +4,7 @@ Raises:
     ModuleNotFoundError: Packages of the extra `crevnet` are not installed.
 """
 
+import os
 from importlib.util import find_spec
 
 _EXTRA = {
@@ -26,3 +27,8 @@ if _missing:
         f"crevnet needs {', '.join(_missing)}: in the folder of the repository run "
         "pip install -c constraints.txt -e '.[crevnet]'"
     )
+
+# Threads of OpenMP wait for each other in a loop, for a millisecond by default. Where other programs take the cores
+# meanwhile, steps were seen to take ten times as long and more. Read when PyTorch is loaded.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
