@@ -4,7 +4,7 @@ import math
 
 from torch import Tensor
 
-from revgrad.coupling import no_autocast
+from revgrad.autocast import no_autocast
 from revgrad.errors import StreamError
 from revgrad.layer import ReversibleLayer, Step, Streams
 

@@ -10,7 +10,6 @@ therefore evaluates the transform exactly once, on the very input that the forwa
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 from revgrad.adapter import takes
+from revgrad.autocast import no_autocast
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.exact_update import ExactUpdate
@@ -392,16 +392,6 @@ class Coupling(ReversibleLayer):
 
 
 _MADE_FOR_A_MERGE = {"merge_vjp", "unmerge_vjp", "merge_exact", "unmerge_exact", "log_derivative", "vjp_reads_values"}
-
-_NOTHING = nullcontext()
-
-
-def no_autocast(x: Tensor) -> AbstractContextManager[object]:
-    """Merges compute in the target's own dtype, in the forward pass and in the rewind alike."""
-    if not torch._C._is_any_autocast_enabled():
-        return _NOTHING
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _replace(items: tuple, index: int, value: Any) -> tuple:

@@ -15,7 +15,7 @@ that way: added to it at once, they need no memory of their own. The others wait
 has been compared with the one that was given; a backward pass that fails leaves an empty `.grad` empty.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -29,7 +29,7 @@ from revgrad.conditioning import conditioning_changed
 from revgrad.deferred import current_checks, in_force
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
-from revgrad.gradients import check_closed
+from revgrad.gradients import check_closed, filled_for_hooks
 from revgrad.graphless import graphless
 from revgrad.layer import Flow, Grads, Streams
 from revgrad.offload import keeper_for
@@ -152,7 +152,7 @@ class _Inputs(torch.autograd.Function):
         progress.to_the_end()
         input_grads = progress.input_grads() or (None,) * ctx.inputs
         grads = (*input_grads, *progress.state_grads(), *progress.take(ctx.waiting))
-        return None, None, *_filled_for_hooks(grads, ctx.next_functions)
+        return None, None, *filled_for_hooks(grads, ctx.next_functions)
 
 
 class _Parameters(torch.autograd.Function):
@@ -173,21 +173,7 @@ class _Parameters(torch.autograd.Function):
             token.progress.to_the_end()
         else:
             token.progress.to(ctx.application)
-        grads = token.progress.take(ctx.indices)
-        return None, None, None, token, *_filled_for_hooks(grads, ctx.next_functions[1:])
-
-
-def _filled_for_hooks(grads: Grads, edges: Sequence[tuple[Any, int]]) -> Grads:
-    """Zeros for leaves without a gradient that have hooks: under stored autograd these would not be called, but here
-    the engine would call them with None, which few hooks expect.
-    """
-    if all(g is not None for g in grads):
-        return grads
-    leaves = (getattr(node, "variable", None) for node, _ in edges)
-    return tuple(
-        torch.zeros_like(x) if g is None and x is not None and x._backward_hooks else g
-        for g, x in zip(grads, leaves, strict=True)
-    )
+        return None, None, None, token, *filled_for_hooks(token.progress.take(ctx.indices), ctx.next_functions[1:])
 
 
 class _Outputs(torch.autograd.Function):

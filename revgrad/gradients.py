@@ -1,6 +1,7 @@
 """Gradients of one evaluation: where they begin and end, and their sums, in which None stands for zero."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,6 +76,19 @@ def per_sample(x: Tensor) -> Tensor:
 def edge(x: Tensor) -> GradientEdge | None:
     """Where the gradient of a tensor goes, which does not keep its values alive; None where it goes nowhere."""
     return get_gradient_edge(x) if x.requires_grad else None
+
+
+def filled_for_hooks(grads: tuple[Tensor | None, ...], edges: Sequence[tuple[Any, int]]) -> tuple[Tensor | None, ...]:
+    """Zeros for leaves without a gradient that have hooks: under stored autograd these would not be called, but here
+    the engine would call them with None, which few hooks expect.
+    """
+    if all(g is not None for g in grads):
+        return grads
+    leaves = (getattr(node, "variable", None) for node, _ in edges)
+    return tuple(
+        torch.zeros_like(x) if g is None and x is not None and x._backward_hooks else g
+        for g, x in zip(grads, leaves, strict=True)
+    )
 
 
 def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:

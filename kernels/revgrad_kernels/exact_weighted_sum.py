@@ -159,8 +159,7 @@ def _reference_inverse(
 
 def _reference_backward(logits: Tensor, x: Tensor, h: Tensor, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     gate, grad = _gate(logits, x.dtype), converted(grad, x.dtype)
-    grad_h = torch.rsub(quantised_rest(gate), 1, alpha=2.0**-GATE_BITS)
-    grad_h = _times(grad_h, grad)
+    grad_h = _times(torch.rsub(quantised_rest(gate), 1, alpha=2.0**-GATE_BITS), grad)
     slope = torch.rsub(gate, 1).mul_(gate)
     grad_logits = _times(converted(h, x.dtype) - x, grad).mul_(slope)
     return converted(grad_logits, logits.dtype), grad - grad_h, converted(grad_h, h.dtype)

@@ -28,17 +28,22 @@ TRAINING = """
 """
 
 
-@pytest.fixture
-def training():
-    """A process in a group of its own that draws batches when asked, and the numbers of its two workers."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(TRAINING)],
+def started(code):
+    """A process in a group of its own that runs this."""
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(code)],
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,
     )
+
+
+@pytest.fixture
+def training():
+    """A process in a group of its own that draws batches when asked, and the numbers of its two workers."""
+    process = started(TRAINING)
     workers = [int(word) for word in process.stdout.readline().split()]
     assert len(workers) == 2
     yield process, workers
@@ -101,14 +106,7 @@ def test_workers_that_are_still_starting_outlive_signals_to_all_processes():
         input()
         next(batches), next(batches)  # one of each worker
     """
-    with subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
+    with started(code) as process:
         assert process.stdout.readline() == "ready\n"
         for number in (signal.SIGINT, signal.SIGTERM):
             os.killpg(process.pid, number)
