@@ -51,9 +51,9 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
     But one that then holds a tensor with a graph is left, for `check_attributes` to find.
     """
     now = [vars(module).get(name, _ABSENT) for module, name, _ in changes]
-    for module, name, before in changes:
-        _put(module, name, before)
     try:
+        for module, name, before in changes:
+            _put(module, name, before)
         yield
     finally:
         for (module, name, _), value in zip(changes, now, strict=True):

@@ -55,6 +55,7 @@ class _OfClasses(AbstractContextManager[None]):
         self._classes = classes
         self._norms = norms
         self._kept = kept
+        self._usual: list[type] = []
 
     def __enter__(self) -> None:
         self._usual = [type(module) for module in self._norms]
@@ -63,9 +64,10 @@ class _OfClasses(AbstractContextManager[None]):
             module.__dict__["_kept"] = self._kept
 
     def __exit__(self, *rest: object) -> None:
-        for module, kind in zip(self._norms, self._usual, strict=True):
+        # Twice, or before it has been entered, where Ctrl-C came in between (see `mending.py`).
+        for module, kind in zip(self._norms, self._usual, strict=False):
             object.__setattr__(module, "__class__", kind)
-            del module.__dict__["_kept"]
+            module.__dict__.pop("_kept", None)
 
 
 class _Keeping(_BatchNorm):

@@ -190,7 +190,7 @@ class _Outputs(torch.autograd.Function):
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
         use = Use(snapshot.owners, exclusive=False)
-        with use, graphless(), Unchanged(conditioning, conditioning_changed):
+        with use, graphless(), snapshot.mending, Unchanged(conditioning, conditioning_changed):
             outputs, final, tape = _forward(run)
         if list(map(id, program.conditioning())) != list(map(id, conditioning)):
             raise StreamError(
@@ -241,7 +241,7 @@ class _Outputs(torch.autograd.Function):
         # On the token and on no node: there may be several backward passes through the same graph.
         if torch.is_grad_enabled():  # create_graph=True
             program = ctx.program.filled(parameters[len(ctx.snapshot.parameters) :])
-            with in_force(tape.checks):
+            with ctx.snapshot.mending, in_force(tape.checks):
                 token.progress = DifferentiableGradients(  # type: ignore[attr-defined]
                     program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare
                 )
@@ -264,14 +264,14 @@ class _Progress:
 
     def to(self, application: int) -> None:
         """Rewind as far as this application of a layer at the first time step."""
-        with in_force(self._walk.tape.checks):
+        with self._walk.snapshot.mending, in_force(self._walk.tape.checks):
             for done in self._applications:
                 if done == application:
                     return
 
     def to_the_end(self) -> None:
         """Rewind all that is left, and check what has been recovered."""
-        with in_force(self._walk.tape.checks):
+        with self._walk.snapshot.mending, in_force(self._walk.tape.checks):
             for _ in self._applications:
                 pass
 

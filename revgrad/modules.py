@@ -1,10 +1,10 @@
 """The modules inside a layer."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from revgrad.errors import ReversibilityError
@@ -37,28 +37,50 @@ def check_materialised(modules: Iterable[nn.Module]) -> None:
             )
 
 
-def switched(modules: Sequence[nn.Module], training: Sequence[bool]) -> list[nn.Module]:
-    """Put modules into these modes, train or eval; those that were in the other, for `switch` to put back."""
-    found = [module for module, mode in zip(modules, training, strict=True) if module.training != mode]
-    switch(found)
-    return found
+# What these contexts change comes back however often they are left, and where they have not come to be entered: a net
+# for what is interrupted leaves them all (see `mending.py`).
 
 
-def switch(modules: Iterable[nn.Module]) -> None:
-    """From train to eval mode or back, each module by itself."""
-    for module in modules:
-        module.training = not module.training
+class InModes(AbstractContextManager[None]):
+    """Around an evaluation: modules are in these modes, train or eval, each by itself."""
+
+    __slots__ = ("_before", "_modules", "_training")
+
+    def __init__(self, modules: Sequence[nn.Module], training: Sequence[bool]) -> None:
+        self._modules = modules
+        self._training = training
+        self._before: list[tuple[nn.Module, bool]] = []
+
+    def __enter__(self) -> None:
+        pairs = zip(self._modules, self._training, strict=True)
+        self._before = [(module, module.training) for module, mode in pairs if module.training != mode]
+        for module, mode in self._before:
+            module.training = not mode
+
+    def __exit__(self, *error: object) -> None:
+        for module, mode in self._before:
+            module.training = mode
 
 
-@contextmanager
-def frozen(norms: list[_NormBase]) -> Iterator[None]:
-    """Running statistics of these modules stay where they are."""
-    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
-    try:
-        for buffers, statistics in before:
-            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
-        yield
-    finally:
-        for buffers, statistics in before:
+class Frozen(AbstractContextManager[None]):
+    """Running statistics of normalisation layers stay where they are."""
+
+    __slots__ = ("_before", "_norms")
+
+    def __init__(self, norms: Sequence[nn.Module]) -> None:
+        self._norms = norms
+        self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+    def __enter__(self) -> None:
+        # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+        self._before = [(m._buffers, dict(m._buffers)) for m in self._norms if m.training and m.track_running_stats]
+        try:
+            for buffers, statistics in self._before:
+                buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
+        except BaseException:  # memory may have run out
+            self.__exit__()
+            raise
+
+    def __exit__(self, *error: object) -> None:
+        for buffers, statistics in self._before:
             buffers.update(statistics)

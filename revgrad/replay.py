@@ -7,6 +7,7 @@ first evaluation may do is kept from happening twice: running statistics of norm
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
+from threading import get_ident
 from typing import Any, NamedTuple
 
 import torch
@@ -17,9 +18,10 @@ from revgrad.attributes import Change, changes_since, check_attributes, kept_ten
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
-from revgrad.graphless import uncached
+from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
-from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
+from revgrad.mending import Mending
+from revgrad.modules import Frozen, InModes, check_materialised, modules_of
 from revgrad.threads import Use
 
 
@@ -102,6 +104,7 @@ class Snapshot:
         self._changes: dict[int, list[Change]] = {}
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
         self._random_state: dict[torch.device, Tensor] | None = None
+        self.mending = Mending()
 
     def indices_of(self, layer: ReversibleLayer) -> list[int]:
         """Which parameters a layer has."""
@@ -192,11 +195,11 @@ class Snapshot:
         if not scope.is_replayed:
             return nullcontext()
         kept = None if application is None else self._statistics.get(application)
-        return _StandingIn(scope, parameters, kept)
+        return _StandingIn(self, scope, parameters, kept)
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
-        return frozen(self._everything.norms)
+        return Frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: its recomputation sees the modes of the forward pass, and must not move the
@@ -221,12 +224,8 @@ class Snapshot:
                 "a weight or buffer has changed in place between the forward pass and the recomputation of "
                 "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
             )
-        others = switched(self.modules, self._everything.training)
-        try:
-            with self.frozen_statistics(), in_force(checks):
-                yield
-        finally:
-            switch(others)
+        with InModes(self.modules, self._everything.training), self.frozen_statistics(), in_force(checks):
+            yield
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
@@ -246,7 +245,7 @@ class Snapshot:
 class _Recording(AbstractContextManager[None]):
     """See `Snapshot.recording`."""
 
-    __slots__ = ("_application", "_attributes", "_before", "_device", "_norms", "_scope", "_snapshot")
+    __slots__ = ("_application", "_attributes", "_before", "_device", "_norms", "_scope", "_snapshot", "thread")
 
     def __init__(
         self,
@@ -267,11 +266,17 @@ class _Recording(AbstractContextManager[None]):
         # Nothing is drawn between one evaluation and the next.
         self._before = self._snapshot._random_state or _random_states(self._device)
         if self._norms is not None:
+            self.thread, self._snapshot.mending.entered = get_ident(), self
             self._norms.__enter__()
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def undo(self) -> None:
+        """Put back what there was; may be called again."""
         if self._norms is not None:
             self._norms.__exit__(None, None, None)
+            self._snapshot.mending.entered = None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.undo()
         if kind is None:
             now = self._snapshot._random_state = _random_states(self._device)
             if not all(map(torch.equal, self._before.values(), now.values())):
@@ -284,17 +289,18 @@ class _Recording(AbstractContextManager[None]):
 class _StandingIn(AbstractContextManager[None]):
     """See `Snapshot.standing_in`."""
 
-    __slots__ = ("_before", "_contexts", "_first_node", "_parameters", "_scope", "_switched", "_use")
+    __slots__ = ("_before", "_contexts", "_first_node", "_parameters", "_scope", "_snapshot", "_use", "thread")
 
-    def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
+    def __init__(self, snapshot: Snapshot, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
+        self._snapshot = snapshot
         self._scope = scope
         self._parameters = parameters
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
         # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
-        self._contexts: list[AbstractContextManager[None]] = [uncached()]
+        self._contexts: list[AbstractContextManager[None]] = [Uncached(), InModes(scope.modules, scope.training)]
         self._use = Use(scope.owners, exclusive=True)
         if scope.norms:
-            self._contexts.append(frozen(scope.norms))
+            self._contexts.append(Frozen(scope.norms))
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
 
@@ -302,20 +308,24 @@ class _StandingIn(AbstractContextManager[None]):
         scope = self._scope
         self._use.__enter__()
         self._before = [holder[name] for holder, name, _ in scope.slots]
-        self._switched = switched(scope.modules, scope.training)
+        self.thread, self._snapshot.mending.entered = self._use.thread, self
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
         for context in self._contexts:
             context.__enter__()
         self._first_node = torch._C._autograd._get_sequence_nr()
 
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+    def undo(self) -> None:
+        """Put back what there was; may be called again."""
         for context in reversed(self._contexts):
             context.__exit__(None, None, None)
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
-        switch(self._switched)
         self._use.__exit__(None, None, None)
+        self._snapshot.mending.entered = None
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        self.undo()
         if kind is None:
             check_attributes(self._scope.modules, self._first_node)
 

@@ -1,13 +1,15 @@
 """Threads that would get in each other's way: a second evaluation puts stand-ins into modules."""
 
 import threading
-from contextlib import AbstractContextManager
+import weakref
+from contextlib import AbstractContextManager, suppress
 
 from torch import nn
 
 from revgrad.errors import ReversibilityError
 
-_USES: list["Use"] = []
+_USES: list["weakref.ref[Use]"] = []
+"""Weak, since Ctrl-C may come where a use is about to end: it then ends with what holds it."""
 
 
 class Use(AbstractContextManager[None]):
@@ -21,18 +23,23 @@ class Use(AbstractContextManager[None]):
         ReversibilityError: Another thread uses one of them, and this use or that one is exclusive.
     """
 
-    __slots__ = ("exclusive", "modules", "thread")
+    __slots__ = ("_entered", "exclusive", "modules", "thread")
 
     def __init__(self, modules: frozenset[nn.Module], *, exclusive: bool) -> None:
         self.modules = modules
         self.exclusive = exclusive
         self.thread = threading.get_ident()
+        self._entered = weakref.ref(self)
 
     def __enter__(self) -> None:
         self.thread = threading.get_ident()
-        _USES.append(self)
+        _USES.append(self._entered)
         if len(_USES) > 1:
-            for other in tuple(_USES):
+            for entered in tuple(_USES):
+                other = entered()
+                if other is None:
+                    _leave(entered)
+                    continue
                 if other.thread == self.thread or not (self.exclusive or other.exclusive):
                     continue
                 if not self.modules.isdisjoint(other.modules):
@@ -44,4 +51,10 @@ class Use(AbstractContextManager[None]):
                     )
 
     def __exit__(self, *error: object) -> None:
-        _USES.remove(self)
+        _leave(self._entered)
+
+
+def _leave(entered: "weakref.ref[Use]") -> None:
+    # Another thread may have found it dead, or Ctrl-C let it be left twice.
+    with suppress(ValueError):
+        _USES.remove(entered)

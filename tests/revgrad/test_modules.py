@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import ReversibilityError
-from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
+from revgrad.modules import Frozen, InModes, check_materialised, modules_of
 
 
 def test_every_module_is_found_once_in_pytorchs_order():
@@ -25,10 +25,8 @@ def test_modes_are_switched_one_by_one_and_back():
     outer = nn.Sequential(nn.Dropout(), nn.Tanh())
     outer[0].eval()
     modules = modules_of(outer)
-    others = switched(modules, [True, True, False])
-    assert [m.training for m in modules] == [True, True, False]
-    assert others == [outer[0], outer[1]]
-    switch(others)
+    with InModes(modules, [True, True, False]):
+        assert [m.training for m in modules] == [True, True, False]
     assert [m.training for m in modules] == [True, False, True]
 
 
@@ -37,7 +35,7 @@ def test_frozen_statistics_come_back_after_an_error():
     buffers = dict(norm._buffers)
 
     def fail():
-        with frozen([norm]):
+        with Frozen([norm]):
             norm(torch.randn(3, 2))
             assert norm.num_batches_tracked == 1
             raise RuntimeError("inside")
