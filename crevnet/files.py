@@ -19,18 +19,33 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Nothing is left of a write that fails, no other process sees half of one, and a loss of power leaves the new file or
     the one before. Makes the folder.
+
+    Raises:
+        OSError: Of a write that fails; names the path.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.stem}.{uuid.uuid4().hex}{path.suffix}")
     try:
-        yield part
-        # A rename may reach the disk before what was written, and would then put an empty file in place.
-        with part.open("rb+") as f:
-            os.fsync(f.fileno())
-        os.replace(part, path)
-        sync_folder(path.parent)
+        with naming(path, instead_of=part):
+            yield part
+            # A rename may reach the disk before what was written, and would then put an empty file in place.
+            with part.open("rb+") as f:
+                os.fsync(f.fileno())
+            os.replace(part, path)
+            sync_folder(path.parent)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path, instead_of: Path | None = None) -> Iterator[None]:
+    """Errors of the system name this path where they name none, as those of a write to a full disk, or that one."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename not in (None, str(instead_of)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def sync_folder(folder: Path) -> None:

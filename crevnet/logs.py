@@ -1,15 +1,16 @@
 """The logs of a run: one CSV file per kind of entry, and TensorBoard. Both go on where an interrupted run stopped."""
 
 import csv
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TextIO
 
 from torch.utils.tensorboard import SummaryWriter
 
-from crevnet.files import written_whole
+from crevnet.files import naming, written_whole
 
 
-class RunLog:
+class RunLog(AbstractContextManager["RunLog"]):
     """Writes scalars under a step; entries from `first_step` on, left by a run that died after its last checkpoint,
     are dropped.
 
@@ -25,18 +26,26 @@ class RunLog:
     def __init__(self, folder: Path, first_step: int) -> None:
         self._folder = folder
         self._first_step = first_step
-        self._files: dict[str, Any] = {}
+        self._files: dict[str, TextIO] = {}
         for kind in ("train", "validation"):
             _entries(folder / f"{kind}.csv")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
+        self._board_folder = folder / "tensorboard"
+        with naming(self._board_folder):
+            self._board = SummaryWriter(str(self._board_folder), purge_step=first_step)
 
     def write(self, kind: str, step: int, values: dict[str, float]) -> None:
-        """Append one entry, `train` or `validation` for instance."""
+        """Append one entry, `train` or `validation` for instance.
+
+        Raises:
+            OSError: Say that the disk is full; names the log.
+        """
         if kind not in self._files:
             self._files[kind] = self._open(kind, ["step", *values])
-        self._files[kind].writerow([step, *(f"{v:.8g}" for v in values.values())])
-        for name, value in values.items():
-            self._board.add_scalar(f"{kind}/{name}", value, step)
+        with naming(self._path(kind)):
+            csv.writer(self._files[kind]).writerow([step, *(f"{v:.8g}" for v in values.values())])
+        with naming(self._board_folder):
+            for name, value in values.items():
+                self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def read(self, kind: str, column: str) -> tuple[list[int], list[float]]:
         """Steps and values of a column.
@@ -44,7 +53,7 @@ class RunLog:
         Raises:
             ValueError: The file is damaged; names the line.
         """
-        path = self._folder / f"{kind}.csv"
+        path = self._path(kind)
         columns, rows = _entries(path)
         if not rows:
             return [], []
@@ -54,16 +63,32 @@ class RunLog:
         return [int(row[0]) for row in rows], [float(row[at]) for row in rows]
 
     def close(self) -> None:
-        """Flush TensorBoard."""
-        self._board.close()
+        """Flush TensorBoard, and close the files.
 
-    def _open(self, kind: str, columns: list[str]) -> Any:
-        path = self._folder / f"{kind}.csv"
+        Raises:
+            OSError: Say that the disk is full; names the log.
+        """
+        with naming(self._board_folder):
+            self._board.close()
+        for kind, file in self._files.items():
+            with naming(self._path(kind)):
+                file.close()
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        # What has ended the run says more than that its logs cannot be closed.
+        with suppress(*() if kind is None else (OSError,)):
+            self.close()
+
+    def _path(self, kind: str) -> Path:
+        return self._folder / f"{kind}.csv"
+
+    def _open(self, kind: str, columns: list[str]) -> TextIO:
+        path = self._path(kind)
         kept = [row for row in _entries(path, columns)[1] if int(row[0]) < self._first_step]
         with written_whole(path) as part, part.open("w", newline="") as f:
             csv.writer(f).writerows([columns, *kept])
         # Line-buffered: what was logged survives a killed process.
-        return csv.writer(path.open("a", newline="", buffering=1))
+        return path.open("a", newline="", buffering=1)
 
 
 def _entries(path: Path, columns: list[str] | None = None) -> tuple[list[str], list[list[str]]]:

@@ -5,7 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from crevnet.convolution import use_channels_last
 from crevnet.cuda_graph import check_possible
 from crevnet.data import train_batches
 from crevnet.evaluate import score
+from crevnet.files import written_whole
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
@@ -177,7 +178,7 @@ class Trainer:
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
-        with self._divergence(), Interrupt() as interrupt, bar:
+        with self._divergence(), Interrupt() as interrupt, bar, log or nullcontext():
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))
@@ -195,8 +196,6 @@ class Trainer:
                     saved_at = self.step
                 if stop:
                     break
-        if log is not None:
-            log.close()
         if self.step < config.steps:
             command = "the same command" if run.folder else f"the same command with --run.folder {self.folder}"
             self.fabric.print(
@@ -230,7 +229,8 @@ class Trainer:
         }
         model = whole_model(self.raw_model)
         if self.main:
-            (self.folder / "metrics.json").write_text(json.dumps(result, indent=2) + "\n")
+            with written_whole(self.folder / "metrics.json") as part:
+                part.write_text(json.dumps(result, indent=2) + "\n")
             self._draw(model, dataset.batch(range(min(4, len(dataset)))))
         return result
 
@@ -306,9 +306,8 @@ class Trainer:
             prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
         else:
             self.fabric.print(f"No pictures of predictions: frames of {channels} channels are not drawn")
-        log = RunLog(self.folder, self.step + 1)
-        steps, losses = log.read("train", "loss")
-        log.close()
+        with RunLog(self.folder, self.step + 1) as log:
+            steps, losses = log.read("train", "loss")
         if steps:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 

@@ -26,7 +26,11 @@ class Uncached(AbstractContextManager[None]):
         self._regions = parametrize._cache_enabled
         # Counts the regions of all threads: taken away and given back, never set.
         parametrize._cache_enabled -= self._regions
-        torch.set_autocast_cache_enabled(False)
+        try:
+            torch.set_autocast_cache_enabled(False)
+        except BaseException:  # Ctrl-C, which Python looks for when the call is over
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
         regions, self._regions = self._regions, 0

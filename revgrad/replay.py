@@ -224,8 +224,14 @@ class Snapshot:
                 "a weight or buffer has changed in place between the forward pass and the recomputation of "
                 "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
             )
-        with InModes(self.modules, self._everything.training), self.frozen_statistics(), in_force(checks):
-            yield
+        modes, statistics = InModes(self.modules, self._everything.training), self.frozen_statistics()
+        try:
+            with modes, statistics, in_force(checks):
+                yield
+        except BaseException:  # also one that keeps a context from being left (see `mending.py`)
+            statistics.__exit__(None, None, None)
+            modes.__exit__(None, None, None)
+            raise
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""

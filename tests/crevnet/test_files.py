@@ -52,6 +52,38 @@ def test_nothing_is_left_of_a_write_that_fails(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_write_to_a_full_disk_names_the_file_and_leaves_the_one_before(tmp_path):
+    path = tmp_path / "metrics.json"
+    path.write_text("before")
+
+    def write():
+        with written_whole(path) as part:
+            part.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(OSError, match=r"No space left on device: .*/metrics\.json'") as caught:
+        write()
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_text() == "before"
+
+
+def test_a_file_that_cannot_be_made_is_named_as_the_user_knows_it(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise PermissionError(errno.EACCES, "Permission denied", str(arguments[0]))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(PermissionError) as caught, written_whole(tmp_path / "metrics.json") as part:
+        part.write_text("")
+    assert caught.value.filename == str(tmp_path / "metrics.json")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied", "frames.npy"), OSError("no network")])
+def test_an_error_of_something_else_is_passed_on(error, tmp_path):
+    with pytest.raises(OSError, match=str(error.args[-1])) as caught, written_whole(tmp_path / "x.npy"):
+        raise error
+    assert caught.value is error
+
+
 def test_of_two_that_write_at_once_the_last_one_stays(tmp_path):
     path = tmp_path / "a.txt"
     with written_whole(path) as first, written_whole(path) as second:  # two processes at once

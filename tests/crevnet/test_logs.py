@@ -1,3 +1,4 @@
+import errno
 import time
 
 import pytest
@@ -64,6 +65,61 @@ def test_tensorboard_shows_no_step_twice_after_a_resumption(tmp_path, monkeypatc
     monkeypatch.setattr(time, "time", lambda: later)
     log_steps(tmp_path, 5, range(5, 10), scale=10)
     assert board(tmp_path, "train/loss") == list(zip(range(1, 10), [1, 2, 3, 4, 50, 60, 70, 80, 90], strict=True))
+
+
+class Full:
+    """A file, or TensorBoard's writer, on a disk that is full."""
+
+    def __init__(self, *failing):
+        self.failing = failing
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            if name in self.failing:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+        return call
+
+
+def test_a_full_disk_names_the_log(tmp_path):
+    log = RunLog(tmp_path, 1)
+    log.write("train", 1, {"loss": 1.0})
+    files, log._files = log._files, {"train": Full("write")}
+    with pytest.raises(OSError, match=r"No space left on device: .*/train\.csv'"):
+        log.write("train", 2, {"loss": 1.0})
+    log._files = files
+    log.close()
+    log._board = Full("add_scalar", "close")
+    for fail in (lambda: log.write("validation", 2, {"loss": 1.0}), log.close):
+        with pytest.raises(OSError, match=r"No space left on device: .*/tensorboard'"):
+            fail()
+    log._files["validation"].close()
+
+
+def test_what_ends_a_run_is_told_though_its_logs_cannot_be_closed(tmp_path):
+    def run(log, error=None):
+        with log:
+            log._board.close()
+            log._board = Full("close")
+            if error:
+                raise error
+
+    with pytest.raises(KeyError):
+        run(RunLog(tmp_path, 1), KeyError())
+    with pytest.raises(OSError, match="tensorboard"):
+        run(RunLog(tmp_path, 1))
+
+
+def test_what_was_logged_before_an_error_is_in_tensorboard(tmp_path):
+    def fail():
+        with RunLog(tmp_path, 1) as log:
+            for step in (1, 2, 3):
+                log.write("train", step, {"loss": step})
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert board(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
 def test_a_torn_last_row_is_dropped(tmp_path):

@@ -1,6 +1,8 @@
+import errno
 import json
 import math
 import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -139,6 +141,23 @@ def test_only_rank_0_writes(trainer, monkeypatch):
     assert trainer.fit()
     trainer.finish()
     assert not trainer.folder.exists()
+
+
+def test_metrics_that_cannot_be_written_leave_those_before(train_tiny, monkeypatch):
+    folder = train_tiny({"steps": 1})
+    before = (folder / "metrics.json").read_bytes()
+    write = Path.write_text
+
+    def on_a_full_disk(path, text):
+        if "metrics" in path.name:
+            write(path, text[:10])
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", on_a_full_disk)
+    with pytest.raises(OSError, match=r"/metrics\.json'"):
+        train_tiny({"steps": 1}, folder)
+    assert (folder / "metrics.json").read_bytes() == before
 
 
 def test_the_summary_has_both_lines_and_their_ratio(tmp_path):
