@@ -9,6 +9,7 @@ import sys
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
+from crevnet.data import WorkerDied
 from crevnet.datasets import DATASETS
 from crevnet.models import MODELS
 from crevnet.training import train
@@ -29,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     try:
         train(config)
-    except (TrainingDiverged, DamagedCheckpoint, ReversibilityError, OSError, ValueError) as error:
+    except (TrainingDiverged, WorkerDied, DamagedCheckpoint, ReversibilityError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

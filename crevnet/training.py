@@ -21,7 +21,7 @@ from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.config import TrainConfig
 from crevnet.convolution import use_channels_last
 from crevnet.cuda_graph import check_possible
-from crevnet.data import train_batches
+from crevnet.data import train_batches, worker_deaths
 from crevnet.evaluate import score
 from crevnet.files import written_whole
 from crevnet.free_memory import free_bytes
@@ -158,6 +158,7 @@ class Trainer:
 
         Raises:
             TrainingDiverged: Something is not finite; the last checkpoint is untouched.
+            WorkerDied: A worker has ended; as untouched.
         """
         config, run = self.config, self.config.run
         log = RunLog(self.folder, self.step + 1) if self.main else None
@@ -178,7 +179,7 @@ class Trainer:
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
-        with self._divergence(), Interrupt() as interrupt, bar, log or nullcontext():
+        with self._divergence(), worker_deaths(), Interrupt() as interrupt, bar, log or nullcontext():
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))

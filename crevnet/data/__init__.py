@@ -5,7 +5,7 @@ from crevnet.data.digit_images import DigitImages
 from crevnet.data.digits import load_digits
 from crevnet.data.errors import DataError
 from crevnet.data.idx import read_idx
-from crevnet.data.loader import StepSampler, train_batches
+from crevnet.data.loader import StepSampler, WorkerDied, train_batches, worker_deaths
 from crevnet.data.mnist import Split, load_mnist
 from crevnet.data.mnist_config import MovingMNISTConfig
 from crevnet.data.moving_mnist import MovingMNIST
@@ -29,6 +29,7 @@ __all__ = [
     "Video",
     "VideoWindows",
     "VideosConfig",
+    "WorkerDied",
     "find_videos",
     "hold_out",
     "load_digits",
@@ -38,4 +39,5 @@ __all__ = [
     "resize",
     "to_tensor",
     "train_batches",
+    "worker_deaths",
 ]

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,6 +10,33 @@ from torch.utils.data import DataLoader, Sampler
 
 from crevnet.data.sequence_set import SequenceSet
 from crevnet.data.worker_signals import interrupts_held_back, outlive_interrupts
+
+_DEAD = "DataLoader worker (pid"
+"""How PyTorch's errors about a worker that has ended begin."""
+
+
+class WorkerDied(RuntimeError):  # noqa: N818
+    """A worker process has ended by itself, or was ended."""
+
+
+@contextmanager
+def worker_deaths() -> Iterator[None]:
+    """Around all that is done while there are workers: PyTorch raises in the midst of whatever that is when one dies.
+
+    Raises:
+        WorkerDied: One has; says what may have been the reason.
+    """
+    try:
+        yield
+    except (RuntimeError, ConnectionError, EOFError) as error:
+        # Where a batch was just being handed over, the connection is what is found broken.
+        if isinstance(error, RuntimeError) and not str(error).startswith(_DEAD):
+            raise
+        reason = str(error).strip().rstrip(".")
+        raise WorkerDied(
+            f"a worker process has ended: {reason}. The system ends processes when memory runs out: lower run.workers; "
+            "0 generates without workers"
+        ) from error
 
 
 class StepSampler(Sampler[list[int]]):

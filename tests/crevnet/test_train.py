@@ -13,6 +13,7 @@ import crevnet.train
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import CONFIGS, load_config
+from crevnet.data import WorkerDied
 from crevnet.train import main
 from crevnet.training_step import TrainingDiverged
 from revgrad import ReversibilityError
@@ -233,6 +234,7 @@ def test_a_missing_configuration_ends_with_status_2(trained, capsys):
     "error",
     [
         TrainingDiverged("step 3"),
+        WorkerDied("of one"),
         DamagedCheckpoint("all of them"),
         ReversibilityError("layer 3"),
         ValueError("other"),

@@ -1,3 +1,5 @@
+import os
+import signal
 from itertools import chain, islice
 
 import numpy as np
@@ -6,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crevnet.data import DigitImages, MovingMNIST, StepSampler, train_batches
+from crevnet.data import DigitImages, MovingMNIST, StepSampler, WorkerDied, train_batches, worker_deaths
 
 DIGITS = DigitImages(
     np.random.default_rng(0).integers(1, 256, (6, 5, 5), np.uint8), np.arange(6, dtype=np.uint8), "noise"
@@ -58,6 +60,29 @@ def test_global_generator_is_left_alone(workers):
     before = torch.get_rng_state()
     list(train_batches(dataset(), 2, steps=1, workers=workers))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_worker_that_is_killed_is_told():
+    batches = train_batches(dataset(), 2, workers=1)
+
+    def take_them():
+        try:
+            with worker_deaths():
+                next(batches)
+                os.kill(batches._workers[0].pid, signal.SIGKILL)
+                list(batches)
+        finally:
+            batches._shutdown_workers()  # else every process that ends later raises the same again
+
+    with pytest.raises(WorkerDied, match=r"a worker process has ended: .* lower run\.workers"):
+        take_them()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("other"), FileNotFoundError("a file")])
+def test_another_error_beside_workers_is_passed_on(error):
+    with pytest.raises(type(error)) as caught, worker_deaths():
+        raise error
+    assert caught.value is error
 
 
 def test_running_out_of_sequences_is_an_error():
