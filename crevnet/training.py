@@ -95,9 +95,14 @@ class Trainer:
         return True
 
     def save(self, *, best: bool = False) -> None:
-        """Write a checkpoint; only rank 0 does."""
+        """Write a checkpoint; only rank 0 does.
+
+        Raises:
+            OSError: Say that the disk is full; in all processes.
+        """
         weights, optimiser = whole(self.raw_model.state_dict()), whole(self.optimiser.state_dict())
-        if self.main:
+
+        def write() -> None:
             cuda = self.fabric.device.type == "cuda"
             state = {
                 "optimiser": optimiser,
@@ -110,7 +115,8 @@ class Trainer:
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
             self.checkpoints.save(self.step, weights, state, best=best)
-        self.fabric.barrier()
+
+        from_first(self.fabric, write)
 
     def choose_way(self) -> str:
         """Train in the fastest way that fits into memory, the same on all processes; returns a line that tells.
@@ -229,10 +235,13 @@ class Trainer:
             "data_range": 1.0,
         }
         model = whole_model(self.raw_model)
-        if self.main:
+
+        def write() -> None:
             with written_whole(self.folder / "metrics.json") as part:
                 part.write_text(json.dumps(result, indent=2) + "\n")
             self._draw(model, dataset.batch(range(min(4, len(dataset)))))
+
+        from_first(self.fabric, write)
         return result
 
     def _train_step(self, frames: Tensor) -> tuple[float, float]:

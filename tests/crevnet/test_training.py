@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import crevnet.training
 from crevnet.baselines.predrnn import PredRNNConfig
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import load_config
@@ -135,7 +136,19 @@ def test_a_run_without_steps_measures_the_random_weights(train_tiny):
 # --- processes ---
 
 
+def test_what_the_first_process_cannot_write_ends_all(trainer, monkeypatch):
+    def told(fabric, function):
+        raise OSError(errno.ENOSPC, "No space left on device", "checkpoints")
+
+    monkeypatch.setattr(crevnet.training, "from_first", told)
+    trainer = trainer({"steps": 1})
+    for write in (trainer.fit, trainer.finish):
+        with pytest.raises(OSError, match="No space left on device: 'checkpoints'"):
+            write()
+
+
 def test_only_rank_0_writes(trainer, monkeypatch):
+    monkeypatch.setattr(crevnet.training, "from_first", lambda fabric, function: None)
     trainer = trainer({"steps": 1})
     trainer.main = False
     assert trainer.fit()
