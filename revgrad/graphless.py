@@ -2,25 +2,28 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.nn.utils import parametrize
 
 
-@contextmanager
-def uncached() -> Iterator[None]:
+class Uncached(AbstractContextManager[None]):
     """Autocast and `parametrize.cached` must not cache casts and weights made here without a graph: stored layers in
     the same region would use them.
     """
-    autocast, regions = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
-    torch.set_autocast_cache_enabled(False)
-    parametrize._cache_enabled -= regions  # counts the regions of all threads: taken away and given back, never set
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(autocast)
-        parametrize._cache_enabled += regions
+
+    __slots__ = ("_autocast", "_regions")
+
+    def __enter__(self) -> None:
+        self._autocast, self._regions = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
+        torch.set_autocast_cache_enabled(False)
+        # It counts the regions of all threads: they are taken away and given back, never set.
+        parametrize._cache_enabled -= self._regions
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_cache_enabled(self._autocast)
+        parametrize._cache_enabled += self._regions
 
 
 class _NoFastPath:
@@ -53,6 +56,6 @@ _NO_FAST_PATH = _NoFastPath()
 
 @contextmanager
 def graphless() -> Iterator[None]:
-    """`uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one."""
-    with _NO_FAST_PATH, uncached():
+    """`Uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one."""
+    with _NO_FAST_PATH, Uncached():
         yield

@@ -273,12 +273,11 @@ def _rewind(
     # What the second run forgets again must not end up in the residue that later layers undo.
     residue = step.residue.clone(words=False, keep=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
-    step.leftovers = Leftovers(inputs)
     log_det_grad, step.log_det_grad = step.log_det_grad, None
     with torch.enable_grad(), step.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
     results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
-    check_closed(step.name, results, (*inputs, *states, *wrt))
+    step.leftovers = Leftovers(inputs, check_closed(step.name, results, (*inputs, *states, *wrt)))
     grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
     found = gradients(results, grads, (*inputs, *states, *wrt))
     n, m = len(inputs), len(states)

@@ -2,7 +2,7 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -24,19 +24,21 @@ class Leftovers:
     """Notices a graph that outlives its use.
 
     Args:
-        sources: Leaves that the evaluation is going to read.
+        sources: Leaves that an evaluation has read.
+        reached: What `check_closed` has returned for it.
     """
 
-    def __init__(self, sources: Sequence[Tensor]) -> None:
+    def __init__(self, sources: Sequence[Tensor], reached: Mapping[int, Any]) -> None:
         mark = _Mark()
         self._mark = weakref.ref(mark)
-        self._nodes: list[Any] = []
         if not current_checks().waiting:
             return  # what captures a pass may hold everything in it
-        # Nodes that accumulate gradients live for as long as a graph leads to them, or somebody holds them.
-        self._nodes = [get_gradient_edge(x).node for x in sources if x.requires_grad]
-        for node in self._nodes:
-            node.metadata[_KEY] = mark
+        # The node that accumulates a leaf's gradient lives for as long as any graph leads to it. Asking for it takes
+        # longer than all else here; what the outputs do not depend on may still be read by what was put aside.
+        for x in sources:
+            if x.requires_grad:
+                node = reached.get(id(x)) or get_gradient_edge(x).node
+                node.metadata[_KEY] = mark
 
     def check(self, name: str) -> None:
         """Raise if the graph is still there.
@@ -44,7 +46,6 @@ class Leftovers:
         Raises:
             ReversibilityError: It is.
         """
-        self._nodes.clear()
         if self._mark() is None:
             return
         gc.collect()  # a reference cycle is nobody's loss

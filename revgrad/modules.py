@@ -1,7 +1,7 @@
 """The modules inside a layer."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -50,15 +50,22 @@ def switch(modules: Iterable[nn.Module]) -> None:
         module.training = not module.training
 
 
-@contextmanager
-def frozen(norms: list[_NormBase]) -> Iterator[None]:
+class Frozen(AbstractContextManager[None]):
     """Running statistics of these modules stay where they are."""
-    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
-    try:
-        for buffers, statistics in before:
-            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
-        yield
-    finally:
-        for buffers, statistics in before:
+
+    __slots__ = ("_before", "_norms")
+
+    def __init__(self, norms: Sequence[_NormBase]) -> None:
+        self._norms = norms
+
+    def __enter__(self) -> None:
+        # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+        moving = [m._buffers for m in self._norms if m.training and m.track_running_stats]
+        copies = [{k: b if b is None else b.clone() for k, b in buffers.items()} for buffers in moving]
+        self._before = [(buffers, dict(buffers)) for buffers in moving]
+        for buffers, copied in zip(moving, copies, strict=True):
+            buffers.update(copied)
+
+    def __exit__(self, *error: object) -> None:
+        for buffers, statistics in self._before:
             buffers.update(statistics)

@@ -17,9 +17,9 @@ from revgrad.attributes import Change, changes_since, check_attributes, kept_ten
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
-from revgrad.graphless import uncached
+from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
-from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
+from revgrad.modules import Frozen, check_materialised, modules_of, switch, switched
 from revgrad.threads import Use
 
 
@@ -196,7 +196,7 @@ class Snapshot:
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
-        return frozen(self._everything.norms)
+        return Frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: its recomputation sees the modes of the forward pass, and must not move the
@@ -289,31 +289,45 @@ class _StandingIn(AbstractContextManager[None]):
     def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
         self._scope = scope
         self._parameters = parameters
+        self._use = Use(scope.owners, exclusive=True)
+        self._contexts: list[AbstractContextManager[None]] = []
+        norms = scope.norms
+        if kept is not None:
+            # What takes the statistics of the first evaluation moves none, unless a hook does.
+            norms = [m for m in norms if kept.get(m) is None or m._forward_hooks or m._forward_pre_hooks]
+        if norms:
+            self._contexts.append(Frozen(norms))
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
         # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
-        self._contexts: list[AbstractContextManager[None]] = [uncached()]
-        self._use = Use(scope.owners, exclusive=True)
-        if scope.norms:
-            self._contexts.append(frozen(scope.norms))
+        self._contexts.append(Uncached())
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
 
     def __enter__(self) -> None:
         scope = self._scope
         self._use.__enter__()
-        self._before = [holder[name] for holder, name, _ in scope.slots]
         self._switched = switched(scope.modules, scope.training)
+        entered = 0
+        try:
+            for context in self._contexts:
+                context.__enter__()
+                entered += 1
+        except BaseException:  # there may be no memory for copies of statistics
+            for context in self._contexts[:entered]:
+                context.__exit__(None, None, None)
+            switch(self._switched)
+            self._use.__exit__()
+            raise
+        self._before = [holder[name] for holder, name, _ in scope.slots]
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        for context in self._contexts:
-            context.__enter__()
         self._first_node = torch._C._autograd._get_sequence_nr()
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
         switch(self._switched)
         self._use.__exit__(None, None, None)
         if kind is None:
