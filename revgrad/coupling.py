@@ -261,7 +261,7 @@ class Coupling(ReversibleLayer):
             update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
         reached = check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
-        step.leftovers = Leftovers(sources, reached)
+        step.leftovers = Leftovers(sources, (*states, *wrt), reached)
         del reached
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))

@@ -19,6 +19,7 @@ from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
 from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
+from revgrad.leftovers import newest_node
 from revgrad.modules import Frozen, check_materialised, modules_of, switch, switched
 from revgrad.threads import Use
 
@@ -47,6 +48,7 @@ class Scope:
 
     def __init__(self, modules: list[nn.Module], slots: list[Slot], layer: ReversibleLayer | None = None) -> None:
         self.modules = modules
+        self.layer = layer
         self.slots = slots
         self.owners = frozenset(modules)
         self.inner = [m for m in modules if not isinstance(m, ReversibleLayer)]
@@ -99,6 +101,7 @@ class Snapshot:
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
         ]
+        self._autocasts = any(enabled for _, enabled, _ in self._autocast)
         self._changes: dict[int, list[Change]] = {}
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
         self._random_state: dict[torch.device, Tensor] | None = None
@@ -231,11 +234,13 @@ class Snapshot:
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
         states = self._random_states.get(application, {})
-        autocast = [
-            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-            for kind, enabled, dtype in self._autocast
-            if enabled or torch.is_autocast_enabled(kind)
-        ]
+        autocast = []
+        if self._autocasts or torch._C._is_any_autocast_enabled():
+            autocast = [
+                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                for kind, enabled, dtype in self._autocast
+                if enabled or torch.is_autocast_enabled(kind)
+            ]
         changes = self._changes.get(application, [])
         return _replaying(autocast, states, changes) if autocast or states or changes else nullcontext()
 
@@ -321,7 +326,8 @@ class _StandingIn(AbstractContextManager[None]):
         self._before = [holder[name] for holder, name, _ in scope.slots]
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        self._first_node = torch._C._autograd._get_sequence_nr()
+        # The rewind of a single layer looks itself.
+        self._first_node = newest_node() if scope.layer is None else None
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
@@ -330,7 +336,7 @@ class _StandingIn(AbstractContextManager[None]):
             context.__exit__(None, None, None)
         switch(self._switched)
         self._use.__exit__(None, None, None)
-        if kind is None:
+        if kind is None and self._first_node is not None:
             check_attributes(self._scope.modules, self._first_node)
 
 
@@ -379,7 +385,7 @@ def _autocast_devices() -> list[str]:
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
-    states = {_CPU: torch.get_rng_state()}
+    states = {_CPU: torch.default_generator.get_state()}
     if device.type == "cuda":
         states[device] = torch.cuda.get_rng_state(device)
     return states

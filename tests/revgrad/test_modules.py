@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import ReversibilityError
-from revgrad.modules import check_materialised, Frozen, modules_of, switch, switched
+from revgrad.modules import Frozen, check_materialised, modules_of, switch, switched
 
 
 def test_every_module_is_found_once_in_pytorchs_order():
