@@ -88,7 +88,7 @@ class Snapshot:
             check_materialised(modules)
             for module in modules:
                 if module not in slots_of:
-                    slots_of[module] = self._slots(module)
+                    slots_of[module] = self._slots(module) if module._parameters or module._buffers else []
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)

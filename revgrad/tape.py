@@ -114,7 +114,8 @@ class _PackedResidue:
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Apply a function to all that is neither a container nor a plain value in the fields of a tape."""
-    if isinstance(tree, Read) and not tree.state:
+    # Most layers have no state.
+    if tree is None or (isinstance(tree, tuple) and not tree) or (isinstance(tree, Read) and not tree.state):
         return tree
     if isinstance(tree, ChainState):
         return ChainState(*(_map(x, change) for x in tree))
