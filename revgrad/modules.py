@@ -1,10 +1,11 @@
 """The modules inside a layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from revgrad.errors import ReversibilityError
@@ -37,6 +38,17 @@ def check_materialised(modules: Iterable[nn.Module]) -> None:
             )
 
 
+def is_read(module: nn.Module, buffer: Tensor) -> bool:
+    """Whether a second evaluation reads this buffer. Normalisation layers in train mode only move theirs."""
+    return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
+
+
+def plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """By name, the buffers of a module that is no normalisation layer."""
+    if not isinstance(module, _NormBase):
+        yield from ((name, b) for name, b in module._buffers.items() if b is not None and not b.is_inference())
+
+
 # What these contexts change comes back however often they are left, and where they have not come to be entered: a net
 # for what is interrupted leaves them all (see `mending.py`).
 
@@ -63,7 +75,7 @@ class InModes(AbstractContextManager[None]):
 
 
 class Frozen(AbstractContextManager[None]):
-    """Running statistics of normalisation layers stay where they are."""
+    """Running statistics of these modules stay where they are."""
 
     __slots__ = ("_before", "_norms")
 
@@ -73,13 +85,11 @@ class Frozen(AbstractContextManager[None]):
 
     def __enter__(self) -> None:
         # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-        self._before = [(m._buffers, dict(m._buffers)) for m in self._norms if m.training and m.track_running_stats]
-        try:
-            for buffers, statistics in self._before:
-                buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
-        except BaseException:  # memory may have run out
-            self.__exit__()
-            raise
+        moving = [m._buffers for m in self._norms if m.training and m.track_running_stats]
+        copies = [{k: b if b is None else b.clone() for k, b in buffers.items()} for buffers in moving]
+        self._before = [(buffers, dict(buffers)) for buffers in moving]
+        for buffers, copied in zip(moving, copies, strict=True):
+            buffers.update(copied)
 
     def __exit__(self, *error: object) -> None:
         for buffers, statistics in self._before:

@@ -20,8 +20,9 @@ from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
 from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
+from revgrad.leftovers import newest_node
 from revgrad.mending import Mending
-from revgrad.modules import Frozen, InModes, check_materialised, modules_of
+from revgrad.modules import Frozen, InModes, check_materialised, is_read, modules_of, plain_buffers
 from revgrad.threads import Use
 
 
@@ -49,6 +50,7 @@ class Scope:
 
     def __init__(self, modules: list[nn.Module], slots: list[Slot], layer: ReversibleLayer | None = None) -> None:
         self.modules = modules
+        self.layer = layer
         self.slots = slots
         self.owners = frozenset(modules)
         self.inner = [m for m in modules if not isinstance(m, ReversibleLayer)]
@@ -88,19 +90,20 @@ class Snapshot:
             check_materialised(modules)
             for module in modules:
                 if module not in slots_of:
-                    slots_of[module] = self._slots(module)
+                    slots_of[module] = self._slots(module) if module._parameters or module._buffers else []
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
         self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         everything = self._everything
         self.slots, self.modules, self.owners = everything.slots, everything.modules, everything.owners
-        self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in _plain_buffers(m)]
+        self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in plain_buffers(m)]
         self._kept_tensors = kept_tensors(self.modules)
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
         ]
+        self._autocasts = any(enabled for _, enabled, _ in self._autocast)
         self._changes: dict[int, list[Change]] = {}
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
         self._random_state: dict[torch.device, Tensor] | None = None
@@ -114,7 +117,7 @@ class Snapshot:
         parameters, buffers = module._parameters, module._buffers
         slots = [Slot(parameters, name, self._index(x)) for name, x in parameters.items() if x is not None]
         if buffers:
-            read = [(name, x) for name, x in buffers.items() if x is not None and _is_read(module, x)]
+            read = [(name, x) for name, x in buffers.items() if x is not None and is_read(module, x)]
             slots += [Slot(buffers, name, self._index(x)) for name, x in read]
         return slots
 
@@ -236,11 +239,13 @@ class Snapshot:
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
         states = self._random_states.get(application, {})
-        autocast = [
-            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-            for kind, enabled, dtype in self._autocast
-            if enabled or torch.is_autocast_enabled(kind)
-        ]
+        autocast = []
+        if self._autocasts or torch._C._is_any_autocast_enabled():
+            autocast = [
+                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                for kind, enabled, dtype in self._autocast
+                if enabled or torch.is_autocast_enabled(kind)
+            ]
         changes = self._changes.get(application, [])
         return _replaying(autocast, states, changes) if autocast or states or changes else nullcontext()
 
@@ -301,12 +306,17 @@ class _StandingIn(AbstractContextManager[None]):
         self._snapshot = snapshot
         self._scope = scope
         self._parameters = parameters
+        self._use = Use(scope.owners, exclusive=True)
+        self._contexts: list[AbstractContextManager[None]] = [InModes(scope.modules, scope.training)]
+        norms = scope.norms
+        if kept is not None:
+            # What takes the statistics of the first evaluation moves none, unless a hook does.
+            norms = [m for m in norms if kept.get(m) is None or m._forward_hooks or m._forward_pre_hooks]
+        if norms:
+            self._contexts.append(Frozen(norms))
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
         # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
-        self._contexts: list[AbstractContextManager[None]] = [Uncached(), InModes(scope.modules, scope.training)]
-        self._use = Use(scope.owners, exclusive=True)
-        if scope.norms:
-            self._contexts.append(Frozen(scope.norms))
+        self._contexts.append(Uncached())
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
 
@@ -315,24 +325,29 @@ class _StandingIn(AbstractContextManager[None]):
         self._use.__enter__()
         self._before = [holder[name] for holder, name, _ in scope.slots]
         self.thread, self._snapshot.mending.entered = self._use.thread, self
+        try:
+            for context in self._contexts:
+                context.__enter__()
+        except BaseException:  # there may be no memory for copies of statistics
+            self.undo()
+            raise
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        for context in self._contexts:
-            context.__enter__()
-        self._first_node = torch._C._autograd._get_sequence_nr()
+        # The rewind of a single layer looks itself.
+        self._first_node = newest_node() if scope.layer is None else None
 
     def undo(self) -> None:
         """Put back what there was; may be called again."""
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
         self._use.__exit__(None, None, None)
         self._snapshot.mending.entered = None
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         self.undo()
-        if kind is None:
+        if kind is None and self._first_node is not None:
             check_attributes(self._scope.modules, self._first_node)
 
 
@@ -366,22 +381,12 @@ def _replaying(
         yield
 
 
-def _is_read(module: nn.Module, buffer: Tensor) -> bool:
-    """Whether a second evaluation reads this buffer. Normalisation layers in train mode only move theirs."""
-    return not buffer.is_inference() and not (isinstance(module, _NormBase) and module.training)
-
-
-def _plain_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if not isinstance(module, _NormBase):
-        yield from ((name, b) for name, b in module._buffers.items() if b is not None and not b.is_inference())
-
-
 def _autocast_devices() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
-    states = {_CPU: torch.get_rng_state()}
+    states = {_CPU: torch.default_generator.get_state()}
     if device.type == "cuda":
         states[device] = torch.cuda.get_rng_state(device)
     return states
