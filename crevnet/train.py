@@ -11,6 +11,7 @@ from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
 from crevnet.data import WorkerDied
 from crevnet.datasets import DATASETS
+from crevnet.heap import keep_freed_memory
 from crevnet.models import MODELS
 from crevnet.training import train
 from crevnet.training_step import TrainingDiverged
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{', '.join(DATASETS)}.",
         arguments,
     )
+    keep_freed_memory()
     try:
         train(config)
     except (TrainingDiverged, WorkerDied, DamagedCheckpoint, ReversibilityError, OSError, ValueError) as error:
