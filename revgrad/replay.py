@@ -199,8 +199,8 @@ class Snapshot:
         return frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: its recomputation sees the modes of the forward pass, and must not move the
-        statistics either. It raises where weights have changed, which PyTorch leaves to the user.
+        """For `torch.utils.checkpoint`: its recomputation sees modes and parameters of the forward pass, and must not
+        move the statistics either. It raises where weights have changed, which PyTorch leaves to the user.
         """
         versions: list[int] = []
         return self._noting(versions), _Anew(partial(self._checkpointed, versions, current_checks()))
@@ -223,10 +223,16 @@ class Snapshot:
             )
         others = switched(self.modules, self._everything.training)
         try:
+        now = [(holder, name, holder[name]) for holder, name, _ in self.slots]
             with self.frozen_statistics(), in_force(checks):
+            # `torch.func.functional_call` has put back its own by now.
+            for holder, name, i in self.slots:
+                holder[name] = self.parameters[i]
                 yield
         finally:
             switch(others)
+            for holder, name, parameter in now:
+                holder[name] = parameter
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
