@@ -21,6 +21,7 @@ from revgrad.graphless import uncached
 from revgrad.layer import ReversibleLayer
 from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
 from revgrad.threads import Use
+from revgrad.unhooked import hooked, unhooked
 
 
 class Slot(NamedTuple):
@@ -182,7 +183,7 @@ class Snapshot:
         Args:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
                 parameters fire once, on the final gradient.
-            layer: The layer that is evaluated; by default all of them.
+            layer: The layer that is evaluated, and differentiated at once; by default all of them.
             application: The application of this layer whose batch statistics are used.
 
         Raises:
@@ -192,7 +193,7 @@ class Snapshot:
         if not scope.is_replayed:
             return nullcontext()
         kept = None if application is None else self._statistics.get(application)
-        return _StandingIn(scope, parameters, kept)
+        return _StandingIn(scope, parameters, kept, differentiated=layer is not None)
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
@@ -292,7 +293,7 @@ class _StandingIn(AbstractContextManager[None]):
 
     __slots__ = ("_before", "_contexts", "_first_node", "_parameters", "_scope", "_switched", "_use")
 
-    def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None) -> None:
+    def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None, *, differentiated: bool) -> None:
         self._scope = scope
         self._parameters = parameters
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
@@ -303,6 +304,8 @@ class _StandingIn(AbstractContextManager[None]):
             self._contexts.append(frozen(scope.norms))
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
+        if differentiated and hooked():
+            self._contexts.append(unhooked())
 
     def __enter__(self) -> None:
         scope = self._scope
