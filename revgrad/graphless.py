@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn.utils import parametrize
 
 
@@ -53,6 +54,8 @@ _NO_FAST_PATH = _NoFastPath()
 
 @contextmanager
 def graphless() -> Iterator[None]:
-    """`uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one."""
-    with _NO_FAST_PATH, uncached():
+    """`uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one. What
+    they differentiate themselves in forward mode is differentiated, which an autograd Function switches off.
+    """
+    with _NO_FAST_PATH, uncached(), _set_fwd_grad_enabled(True):
         yield
