@@ -7,6 +7,7 @@ the memory of stored mode, until the graph is freed.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from revgrad.chain import run_chain, undo_chain
@@ -106,4 +107,5 @@ class DifferentiableGradients:
 
 
 def _aliases(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x.view_as(x) for x in tensors)
+    # Not views, through which a sparse gradient cannot go.
+    return tuple(torch.ops.aten.alias.default(x) for x in tensors)

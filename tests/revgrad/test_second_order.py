@@ -154,6 +154,22 @@ def test_state_that_is_handed_on(check, x):
     )
 
 
+def test_a_sparse_gradient(check, x):
+    class Looked(nn.Module):
+        """Of a word, from a table whose gradient is sparse."""
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4)
+
+        def forward(self, x, word):
+            return torch.tanh(self.last(x) * self.table(word))
+
+    model = ReversibleSequential(AdditiveCoupling(Looked()), AdditiveCoupling(Looked(), 1, 0)).double()
+    one, other = in_both_modes(model, x, check.loss, word=torch.tensor([1, 1, 4]))
+    check.same(*({k: v.to_dense() for k, v in found.items()} for found in (one, other)), rtol=1e-8)
+
+
 def test_third_derivatives(make, check, x):
     model = make.chain("additive", 3).double()
     found = []
