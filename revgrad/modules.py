@@ -1,7 +1,7 @@
 """The modules inside a layer."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -50,15 +50,20 @@ def switch(modules: Iterable[nn.Module]) -> None:
         module.training = not module.training
 
 
-@contextmanager
-def frozen(norms: list[_NormBase]) -> Iterator[None]:
+def frozen(norms: list[_NormBase]) -> AbstractContextManager[None]:
     """Running statistics of these modules stay where they are."""
     # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-    before = [(m._buffers, dict(m._buffers)) for m in norms if m.training and m.track_running_stats]
+    return copied_buffers([m for m in norms if m.training and m.track_running_stats])
+
+
+@contextmanager
+def copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """What changes buffers of these modules changes copies, which are gone in the end."""
+    before = [(m._buffers, dict(m._buffers)) for m in modules]
     try:
-        for buffers, statistics in before:
-            buffers.update({k: b if b is None else b.clone() for k, b in statistics.items()})
+        for buffers, own in before:
+            buffers.update({k: b if b is None else b.clone() for k, b in own.items()})
         yield
     finally:
-        for buffers, statistics in before:
-            buffers.update(statistics)
+        for buffers, own in before:
+            buffers.update(own)
