@@ -5,7 +5,9 @@ from functools import cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from revgrad.errors import StreamError
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
 
@@ -26,8 +28,30 @@ def fingerprint(streams: Sequence[Tensor], precise: bool = True) -> Tensor:
         precise: Whether every bit shall count: in float64, and equal streams give equal fingerprints, bit for bit.
             Otherwise sums within a piece are in float32 (but for float64), which takes a third of the time; from
             magnitudes of 1e16 on they overflow.
+
+    Raises:
+        StreamError: A tensor is of a kind that has no such sums.
     """
-    return torch.cat([_fingerprint(x.detach(), precise) for x in streams])
+    try:
+        found = torch.cat([_fingerprint(x.detach(), precise) for x in streams])
+    except (RuntimeError, TypeError) as error:
+        other = next((x for x in streams if x.is_nested or type(x).__torch_dispatch__ is not _PLAIN), None)
+        if other is None:
+            raise
+        raise _no_numbers(other) from error
+    if type(found) is not Tensor and is_traceable_wrapper_subclass(found):
+        raise _no_numbers(found)
+    return found
+
+
+def _no_numbers(x: Tensor) -> StreamError:
+    return StreamError(
+        f"a stream or message is a {type(x).__name__}, of which the backward pass cannot compare sums with those of "
+        "the forward pass: make it an ordinary tensor (of a nested one, x.values()), or choose mode='stored'"
+    )
+
+
+_PLAIN = Tensor.__torch_dispatch__
 
 
 def relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tensor:

@@ -223,17 +223,17 @@ class Snapshot:
                 "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
             )
         others = switched(self.modules, self._everything.training)
-        try:
         now = [(holder, name, holder[name]) for holder, name, _ in self.slots]
-            with self.frozen_statistics(), in_force(checks):
+        try:
             # `torch.func.functional_call` has put back its own by now.
             for holder, name, i in self.slots:
                 holder[name] = self.parameters[i]
+            with self.frozen_statistics(), in_force(checks):
                 yield
         finally:
-            switch(others)
             for holder, name, parameter in now:
                 holder[name] = parameter
+            switch(others)
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
