@@ -226,6 +226,7 @@ def test_what_cannot_be_differentiated_twice_says_so(make, check, x):
         check.loss(exact(*x)),
         check.loss(carried(*x, states=make.state(carried, dtype=torch.float64))[0]),
         check.loss(unroll(core, [x, None])[0]),
+        check.loss(unroll(core, [x])[0]),
     ):
         with pytest.raises(ReversibilityError, match=r"second derivatives .* choose mode='stored'"):
             torch.autograd.grad(value, x, create_graph=True)
