@@ -200,22 +200,26 @@ class Snapshot:
         return frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: its recomputation sees modes and parameters of the forward pass, and must not
-        move the statistics either. It raises where weights have changed, which PyTorch leaves to the user.
+        """For `torch.utils.checkpoint`: its recomputation sees modes, parameters and attributes of the forward pass,
+        and must not move the statistics either. It raises where weights have changed, which PyTorch leaves to the user.
         """
         versions: list[int] = []
-        return self._noting(versions), _Anew(partial(self._checkpointed, versions, current_checks()))
+        changes: list[Change] = []
+        return self._noting(versions, changes), _Anew(partial(self._checkpointed, versions, changes, current_checks()))
 
     @contextmanager
-    def _noting(self, versions: list[int]) -> Iterator[None]:
+    def _noting(self, versions: list[int], changes: list[Change]) -> Iterator[None]:
+        attributes = [dict(vars(module)) for module in self._everything.inner]
         yield
         versions[:] = self._weight_versions()
+        changes[:] = changes_since(self._everything.inner, attributes)
+        self.check_buffers()
 
     def _weight_versions(self) -> list[int]:
         return [x._version for x in self.parameters if not x.is_inference()]
 
     @contextmanager
-    def _checkpointed(self, versions: list[int], checks: Checks) -> Iterator[None]:
+    def _checkpointed(self, versions: list[int], changes: list[Change], checks: Checks) -> Iterator[None]:
         # None are noted yet where the forward pass itself takes a gradient, such as of an energy.
         if versions and self._weight_versions() != versions:
             raise ReversibilityError(
@@ -228,7 +232,7 @@ class Snapshot:
             # `torch.func.functional_call` has put back its own by now.
             for holder, name, i in self.slots:
                 holder[name] = self.parameters[i]
-            with self.frozen_statistics(), in_force(checks):
+            with self.frozen_statistics(), undone(changes), in_force(checks):
                 yield
         finally:
             for holder, name, parameter in now:
