@@ -8,6 +8,7 @@ from revgrad.chain import Link
 from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
 from revgrad.layer import Inverse, ReversibleLayer
+from revgrad.modules import modules_of
 
 
 def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
@@ -18,6 +19,8 @@ def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
     """
     if arithmetic not in ("auto", "exact", "float"):
         raise StreamError(f"arithmetic must be 'auto', 'exact' or 'float', got {arithmetic!r}")
+    if arithmetic == "float":
+        return False
     recalling = _recalling(links)
     if arithmetic == "exact" and recalling is not None:
         raise StreamError(
@@ -52,7 +55,7 @@ def _recalling(links: Sequence[Link]) -> str | None:
         inverted = False
         while isinstance(layer, Inverse):
             layer, inverted = layer.layer, not inverted
-        run += (-1 if inverted else 1) * sum(map(_only_forgets, layer.modules()))
+        run += (-1 if inverted else 1) * sum(map(_only_forgets, modules_of(layer)))
         if run < 0:
             return name
     return None
@@ -60,4 +63,5 @@ def _recalling(links: Sequence[Link]) -> str | None:
 
 def forgets(layer: ReversibleLayer) -> bool:
     """Whether exact arithmetic needs a residue to undo a layer, or one inside it."""
-    return any(isinstance(m, ReversibleLayer) and (m.forgets or m.inverted_cell is not None) for m in layer.modules())
+    inside = modules_of(layer)
+    return any(isinstance(m, ReversibleLayer) and (m.forgets or m.inverted_cell is not None) for m in inside)

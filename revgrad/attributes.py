@@ -1,11 +1,11 @@
 """What modules keep in attributes: the second evaluation of a layer finds them as the first one did."""
 
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from operator import is_
-from types import SimpleNamespace
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from revgrad.errors import ReversibilityError
 
 _PLAIN = frozenset((bool, int, float, str, type(None), torch.Size))
+_NO_TENSORS = _PLAIN | {tuple, list, dict, set, OrderedDict, FunctionType, BuiltinFunctionType}
 _HOLDERS = (list, tuple, dict, SimpleNamespace, Tensor)
 _OF_MODULE = frozenset(nn.Module().__dict__)
 """Where every module keeps parameters, buffers, modules and hooks."""
@@ -133,6 +134,7 @@ def kept_tensors(modules: Sequence[nn.Module]) -> list[tuple[nn.Module, str, Ten
     return [
         (module, name, x, x._version)
         for module in modules
+        if not _NO_TENSORS.issuperset(map(type, vars(module).values()))
         for name, x in vars(module).items()
         if name not in _OF_MODULE and isinstance(x, Tensor) and not x.is_inference()
     ]

@@ -9,10 +9,13 @@ from typing import NamedTuple
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from revgrad.attributes import check_attributes
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
 from revgrad.gradients import add
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Layout, Note, ReversibleLayer, State, Step, Streams
+from revgrad.leftovers import newest_node
+from revgrad.modules import modules_of
 from revgrad.residue import Residue
 
 
@@ -246,10 +249,13 @@ def rewind_chain(
         carried = into.carry if layer.carries else ()
         state_grads = (*into.states[i], *carried) if layer.stateful and into.states else ()
         indices = [*indices_of(layer), *into.conditioning(step.arguments)]
+        newest = newest_node()
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
         if step.leftovers is not None:
-            step.leftovers.check(name)
+            step.leftovers.check(name, layer, newest)
+        elif layer.evaluations_in_rewind:
+            check_attributes(modules_of(layer), newest)
         if cells is not None:
             cells[i] = step.cell
         _join(flow, joining, first, i)

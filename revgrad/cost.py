@@ -17,7 +17,7 @@ from torch.utils.flop_counter import flop_registry
 from revgrad.attributes import Contents
 from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
-from revgrad.graphless import uncached
+from revgrad.graphless import Uncached
 from revgrad.layer import NO_ARGUMENTS, ReversibleLayer, Streams
 from revgrad.modules import check_materialised
 from revgrad.program import Program, put_on_grid
@@ -153,7 +153,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         torch.random.fork_rng([device] if device.type == "cuda" else []),
         _other_random_states(),
         _undisturbed(modules),
-        uncached(),
+        Uncached(),
         _uncompiled(),
         torch.enable_grad(),
         Flops() as counter,

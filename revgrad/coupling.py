@@ -257,11 +257,12 @@ class Coupling(ReversibleLayer):
             streams[i] = laid_out(streams[i], strides)
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
-        step.leftovers = Leftovers(sources)
         with torch.enable_grad(), step.replay():
             update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
-        check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
+        reached = check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
+        step.leftovers = Leftovers(sources, (*states, *wrt), reached)
+        del reached
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)

@@ -15,7 +15,7 @@ from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Step, Streams
 from revgrad.links import Chain, chain_links, checked_state, checked_streams
-from revgrad.modules import copied_buffers
+from revgrad.modules import CopiedBuffers
 from revgrad.program import Program, put_on_grid
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -116,7 +116,7 @@ def check_invertible(
     arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
     # Layers are excepted: one that its first batch sets (ActNorm) notes that in a buffer.
     inner = [m for m in snapshot.modules if not isinstance(m, ReversibleLayer)]
-    with copied_buffers(inner):
+    with CopiedBuffers(inner):
         applications = _run(links, streams, state, arguments, residue, snapshot)
         reports = _undo(applications, residue, snapshot)
     return InvertibilityReport(tuple(reports), exact, tolerance)

@@ -1,7 +1,7 @@
 """Fingerprints: a few numbers that tell whether tensors that are computed again are what they were."""
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ def fingerprint(streams: Sequence[Tensor], precise: bool = True) -> Tensor:
         StreamError: A tensor is of a kind that has no such sums.
     """
     try:
-        found = torch.cat([_fingerprint(x.detach(), precise) for x in streams])
+        found = _numbers(streams, precise)
     except (RuntimeError, TypeError) as error:
         other = next((x for x in streams if x.is_nested or type(x).__torch_dispatch__ is not _PLAIN), None)
         if other is None:
@@ -42,6 +42,15 @@ def fingerprint(streams: Sequence[Tensor], precise: bool = True) -> Tensor:
     if type(found) is not Tensor and is_traceable_wrapper_subclass(found):
         raise _no_numbers(found)
     return found
+
+
+def _numbers(streams: Sequence[Tensor], precise: bool) -> Tensor:
+    flat = [_flat(x.detach()) for x in streams]
+    sums = torch.stack([s for x in flat for s in _sums(x, precise)]).double().view(-1, 3)
+    pieces = [max(1, -(-len(x) // _PIECE)) for x in flat]
+    if len(sums) > len(streams):
+        sums = torch.stack([of_one.sum(0) for of_one in sums.split(pieces)])
+    return (sums / _units(tuple(map(len, flat)), sums.device)).flatten()
 
 
 def _no_numbers(x: Tensor) -> StreamError:
@@ -60,19 +69,23 @@ def relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tenso
     # A stream of zeros (a velocity at the start) has no size of its own: it is judged by that of the largest
     # stream, and where all are zero, as if all were ones.
     size = expected[2::3].sqrt()
-    ones = torch.stack([size.new_full((), n) for n in numbers]).sqrt()
+    ones = _units(tuple(numbers), size.device)[:, 1]
     size = torch.where(size > 0, size, torch.where(size.any(), size.max(), ones)).clamp_min(1e-18)
     weighted, plain, squares = (found - expected).abs().unflatten(0, (-1, 3)).unbind(1)
     return (torch.stack([weighted, plain, squares / (2 * size)]) / size).max()
 
 
-def _fingerprint(x: Tensor, precise: bool) -> Tensor:
-    flat = torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
+def _flat(x: Tensor) -> Tensor:
+    return torch.view_as_real(x.resolve_conj()).flatten() if x.is_complex() else x.flatten()
+
+
+def _sums(flat: Tensor, precise: bool) -> list[Tensor]:
+    """The sums of each piece, one after the other."""
     dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
     # Where every bit counts, always read from the same buffer: a view may be unaligned, and the sum then in another
     # order.
     buffer = flat.new_empty(min(_PIECE, len(flat)), dtype=dtype) if precise or flat.dtype != dtype else None
-    weights = _weights(x.device, dtype)
+    weights = _weights(flat.device, dtype)
     sums = []
     for values in flat.split(_PIECE):
         if len(values) < _PIECE:
@@ -80,8 +93,7 @@ def _fingerprint(x: Tensor, precise: bool) -> Tensor:
         if buffer is not None:
             values = buffer[: len(values)].copy_(values)
         sums += [torch.dot(values, weights), values.sum(), torch.dot(values, values)]
-    weighted, plain, squares = torch.stack(sums).view(-1, 3).double().sum(0).unbind()
-    return torch.stack([weighted, plain / max(1, len(flat)) ** 0.5, squares])
+    return sums
 
 
 _PIECE = 65536
@@ -94,3 +106,10 @@ def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
     # that they must not be fake tensors where the first to ask runs under FakeTensorMode.
     with _disable_current_modes():
         return (torch.arange(_PIECE, device=device) * 40503 % 65536).to(dtype).mul_(2.0**-15).sub_(1)
+
+
+@lru_cache(1024)
+def _units(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    """By stream, of so many elements each, what its three sums are counted in."""
+    with _disable_current_modes():
+        return torch.tensor([[1.0, max(1, n) ** 0.5, 1.0] for n in numbers], dtype=torch.float64, device=device)

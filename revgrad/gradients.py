@@ -91,13 +91,16 @@ def filled_for_hooks(grads: tuple[Tensor | None, ...], edges: Sequence[tuple[Any
     )
 
 
-def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> None:
+def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> dict[int, Any]:
     """Raise if what a layer has computed depends on a tensor that would get no gradient.
 
     Args:
         name: How the error calls the layer.
         outputs: What was computed, with its graph.
         known: The tensors that are differentiated with respect to. What they come from is not looked at.
+
+    Returns:
+        By `id` of a leaf that the outputs depend on, the node that accumulates its gradient.
 
     Raises:
         ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state, argument or
@@ -107,17 +110,21 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     seen = {x.grad_fn for x in known}
     nodes = [y.grad_fn for y in outputs if y.grad_fn is not None and y.grad_fn not in seen]
     seen.update(nodes)
+    reached: dict[int, Any] = {}
     while nodes:
         node = nodes.pop()
         variable = getattr(node, "variable", None)
-        if isinstance(variable, Tensor) and id(variable) not in expected:
-            raise ReversibilityError(
-                f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, but "
-                "is neither its input nor its state nor a conditioning argument nor a parameter of its module, so that "
-                "its gradient would be lost: pass it as an argument (chain(x, name=tensor)), make it a parameter, or "
-                "detach it"
-            )
+        if isinstance(variable, Tensor):
+            if id(variable) not in expected:
+                raise ReversibilityError(
+                    f"{name}: the transform reads a tensor of shape {tuple(variable.shape)} that requires a gradient, "
+                    "but is neither its input nor its state nor a conditioning argument nor a parameter of its module, "
+                    "so that its gradient would be lost: pass it as an argument (chain(x, name=tensor)), make it a "
+                    "parameter, or detach it"
+                )
+            reached[id(variable)] = node
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
+    return reached

@@ -2,26 +2,29 @@
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn.utils import parametrize
 
 
-@contextmanager
-def uncached() -> Iterator[None]:
+class Uncached(AbstractContextManager[None]):
     """Autocast and `parametrize.cached` must not cache casts and weights made here without a graph: stored layers in
     the same region would use them.
     """
-    autocast, regions = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
-    torch.set_autocast_cache_enabled(False)
-    parametrize._cache_enabled -= regions  # counts the regions of all threads: taken away and given back, never set
-    try:
-        yield
-    finally:
-        torch.set_autocast_cache_enabled(autocast)
-        parametrize._cache_enabled += regions
+
+    __slots__ = ("_autocast", "_regions")
+
+    def __enter__(self) -> None:
+        self._autocast, self._regions = torch.is_autocast_cache_enabled(), parametrize._cache_enabled
+        torch.set_autocast_cache_enabled(False)
+        # It counts the regions of all threads: they are taken away and given back, never set.
+        parametrize._cache_enabled -= self._regions
+
+    def __exit__(self, *error: object) -> None:
+        torch.set_autocast_cache_enabled(self._autocast)
+        parametrize._cache_enabled += self._regions
 
 
 class _NoFastPath:
@@ -54,8 +57,8 @@ _NO_FAST_PATH = _NoFastPath()
 
 @contextmanager
 def graphless() -> Iterator[None]:
-    """`uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one. What
+    """`Uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one. What
     they differentiate themselves in forward mode is differentiated, which an autograd Function switches off.
     """
-    with _NO_FAST_PATH, uncached(), _set_fwd_grad_enabled(True):
+    with _NO_FAST_PATH, Uncached(), _set_fwd_grad_enabled(True):
         yield

@@ -270,17 +270,17 @@ def _rewind(
         flow.streams[:] = [x.detach() for x in undo(tuple(flow.streams), step)]
     inputs = tuple(map(leaf, flow.streams))
     states = tuple(map(leaf, step.state))
+    others = (*states, *wrt)
     # What the second run forgets again must not end up in the residue that later layers undo.
     residue = step.residue.clone(words=False, keep=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
-    step.leftovers = Leftovers(inputs)
     log_det_grad, step.log_det_grad = step.log_det_grad, None
     with torch.enable_grad(), step.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
     results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
-    check_closed(step.name, results, (*inputs, *states, *wrt))
+    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)))
     grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
-    found = gradients(results, grads, (*inputs, *states, *wrt))
+    found = gradients(results, grads, (*inputs, *others))
     n, m = len(inputs), len(states)
     flow.grads[:] = found[:n]
     return Rewound(found[n : n + m], found[n + m :])

@@ -2,14 +2,17 @@
 
 import gc
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from revgrad.attributes import check_attributes
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError
+from revgrad.modules import modules_of
 
 _KEY = "revgrad"
 
@@ -20,38 +23,62 @@ class _Mark:
     __slots__ = ("__weakref__",)
 
 
+def newest_node() -> int:
+    """A number that no node of a graph made from now on is below."""
+    return torch._C._autograd._get_sequence_nr()
+
+
 class Leftovers:
     """Notices a graph that outlives its use.
 
     Args:
-        sources: Leaves that the evaluation is going to read.
+        sources: Leaves that an evaluation has read.
+        others: States, parameters and conditioning tensors, leaves as well.
+        reached: What `check_closed` has returned for it.
     """
 
-    def __init__(self, sources: Sequence[Tensor]) -> None:
-        mark = _Mark()
-        self._mark = weakref.ref(mark)
-        self._nodes: list[Any] = []
-        if not current_checks().waiting:
-            return  # what captures a pass may hold everything in it
-        # Nodes that accumulate gradients live for as long as a graph leads to them, or somebody holds them.
-        self._nodes = [get_gradient_edge(x).node for x in sources if x.requires_grad]
-        for node in self._nodes:
-            node.metadata[_KEY] = mark
+    def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], reached: Mapping[int, Any]) -> None:
+        self._waiting = current_checks().waiting
+        if self._waiting:  # what captures a pass may hold everything in it
+            self._of_sources = _marked(sources, reached)
+            self._of_others = _marked(others, reached)
 
-    def check(self, name: str) -> None:
+    def check(self, name: str, layer: nn.Module, first_node: int) -> None:
         """Raise if the graph is still there.
+
+        Args:
+            name: How the error calls the layer.
+            layer: Whose modules may have put it into an attribute.
+            first_node: `newest_node` before the evaluation.
 
         Raises:
             ReversibilityError: It is.
         """
-        self._nodes.clear()
-        if self._mark() is None:
+        if self._waiting and self._of_sources() is None and self._of_others() is None:
+            return
+        check_attributes(modules_of(layer), first_node)
+        # What hooks compute from weights alone, before every call, may stay.
+        if not self._waiting or self._of_sources() is None:
             return
         gc.collect()  # a reference cycle is nobody's loss
-        if self._mark() is not None:
+        if self._of_sources() is not None:
             raise ReversibilityError(
                 f"{name}: something still refers to a tensor that its transform has computed, such as a list, a global "
                 "variable or what a hook has kept. Transforms are run without a graph, so a loss made of it would give "
                 "no gradient: keep x.detach() if it is only looked at; else return it, as part of a state or in a "
                 "stream, or choose mode='stored'"
             )
+
+
+def _marked(leaves: Sequence[Tensor], reached: Mapping[int, Any]) -> "weakref.ref[_Mark]":
+    """A mark that lives for as long as a graph leads to one of these leaves: so long lives the node that accumulates
+    its gradient.
+    """
+    mark = _Mark()
+    for x in leaves:
+        if x.requires_grad:
+            # Asking for a node takes longer than all else here, but what the outputs do not depend on may be read all
+            # the same.
+            node: Any = reached.get(id(x)) or get_gradient_edge(x).node
+            node.metadata[_KEY] = mark
+    return weakref.ref(mark)

@@ -1,10 +1,9 @@
 """The modules inside a layer."""
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
-from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
+from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from revgrad.errors import ReversibilityError
@@ -50,20 +49,33 @@ def switch(modules: Iterable[nn.Module]) -> None:
         module.training = not module.training
 
 
-def frozen(norms: list[_NormBase]) -> AbstractContextManager[None]:
-    """Running statistics of these modules stay where they are."""
-    # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-    return copied_buffers([m for m in norms if m.training and m.track_running_stats])
-
-
-@contextmanager
-def copied_buffers(modules: Sequence[nn.Module]) -> Iterator[None]:
+class CopiedBuffers(AbstractContextManager[None]):
     """What changes buffers of these modules changes copies, which are gone in the end."""
-    before = [(m._buffers, dict(m._buffers)) for m in modules]
-    try:
-        for buffers, own in before:
-            buffers.update({k: b if b is None else b.clone() for k, b in own.items()})
-        yield
-    finally:
-        for buffers, own in before:
+
+    __slots__ = ("_before", "_modules")
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+
+    def __enter__(self) -> None:
+        self._copy([m._buffers for m in self._modules])
+
+    def __exit__(self, *error: object) -> None:
+        for buffers, own in self._before:
             buffers.update(own)
+
+    def _copy(self, moving: list[dict[str, Tensor | None]]) -> None:
+        copies = [{k: b if b is None else b.clone() for k, b in buffers.items()} for buffers in moving]
+        self._before = [(buffers, dict(buffers)) for buffers in moving]
+        for buffers, copied in zip(moving, copies, strict=True):
+            buffers.update(copied)
+
+
+class Frozen(CopiedBuffers):
+    """Running statistics of these normalisation layers stay where they are."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+        self._copy([m._buffers for m in self._modules if m.training and m.track_running_stats])

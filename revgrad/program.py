@@ -4,6 +4,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -198,8 +200,12 @@ class Program:
 
     def application(self, t: int, part: Part, position: int) -> int:
         """A number for every application of a layer."""
-        before = (0, len(self.entry), len(self.entry) + len(self.core))[part]
-        return t * (len(self.entry) + len(self.core) + len(self.exit)) + before + position
+        return t * self._before[-1] + self._before[part] + position
+
+    @cached_property
+    def _before(self) -> tuple[int, ...]:
+        """How many layers of a time step come before each part, and how many it has."""
+        return (0, *accumulate(map(len, self.parts)))
 
     def is_entry(self, application: int) -> bool:
         """Whether an application is one of a layer of the entry."""

@@ -4,7 +4,7 @@ That is: the parameters given to the forward pass, train or eval mode, random nu
 first evaluation may do is kept from happening twice: running statistics of normalisation layers move once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from revgrad.anew import Anew
 from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
-from revgrad.graphless import uncached
+from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
-from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
+from revgrad.leftovers import newest_node
+from revgrad.modules import Frozen, check_materialised, modules_of, switch, switched
 from revgrad.threads import Use
 from revgrad.unhooked import hooked, unhooked
 
@@ -48,6 +50,7 @@ class Scope:
 
     def __init__(self, modules: list[nn.Module], slots: list[Slot], layer: ReversibleLayer | None = None) -> None:
         self.modules = modules
+        self.layer = layer
         self.slots = slots
         self.owners = frozenset(modules)
         self.inner = [m for m in modules if not isinstance(m, ReversibleLayer)]
@@ -87,7 +90,7 @@ class Snapshot:
             check_materialised(modules)
             for module in modules:
                 if module not in slots_of:
-                    slots_of[module] = self._slots(module)
+                    slots_of[module] = self._slots(module) if module._parameters or module._buffers else []
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
@@ -100,6 +103,7 @@ class Snapshot:
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
             for device in _autocast_devices()
         ]
+        self._autocasts = any(enabled for _, enabled, _ in self._autocast)
         self._changes: dict[int, list[Change]] = {}
         self._random_states: dict[int, dict[torch.device, Tensor]] = {}
         self._random_state: dict[torch.device, Tensor] | None = None
@@ -197,7 +201,7 @@ class Snapshot:
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
-        return frozen(self._everything.norms)
+        return Frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """For `torch.utils.checkpoint`: its recomputation sees modes, parameters and attributes of the forward pass,
@@ -205,7 +209,7 @@ class Snapshot:
         """
         versions: list[int] = []
         changes: list[Change] = []
-        return self._noting(versions, changes), _Anew(partial(self._checkpointed, versions, changes, current_checks()))
+        return self._noting(versions, changes), Anew(partial(self._checkpointed, versions, changes, current_checks()))
 
     @contextmanager
     def _noting(self, versions: list[int], changes: list[Change]) -> Iterator[None]:
@@ -242,11 +246,13 @@ class Snapshot:
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
         states = self._random_states.get(application, {})
-        autocast = [
-            torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
-            for kind, enabled, dtype in self._autocast
-            if enabled or torch.is_autocast_enabled(kind)
-        ]
+        autocast = []
+        if self._autocasts or torch._C._is_any_autocast_enabled():
+            autocast = [
+                torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False)
+                for kind, enabled, dtype in self._autocast
+                if enabled or torch.is_autocast_enabled(kind)
+            ]
         changes = self._changes.get(application, [])
         return _replaying(autocast, states, changes) if autocast or states or changes else nullcontext()
 
@@ -300,12 +306,17 @@ class _StandingIn(AbstractContextManager[None]):
     def __init__(self, scope: Scope, parameters: Sequence[Tensor], kept: Kept | None, *, differentiated: bool) -> None:
         self._scope = scope
         self._parameters = parameters
+        self._use = Use(scope.owners, exclusive=True)
+        self._contexts: list[AbstractContextManager[None]] = []
+        norms = scope.norms
+        if kept is not None:
+            # What takes the statistics of the first evaluation moves none, unless a hook does.
+            norms = [m for m in norms if kept.get(m) is None or m._forward_hooks or m._forward_pre_hooks]
+        if norms:
+            self._contexts.append(Frozen(norms))
         # A weight that parametrize.cached has kept is made of the real parameters, or of no graph at all.
         # And what autocast keeps, of an evaluation or of its gradients, would outlive them.
-        self._contexts: list[AbstractContextManager[None]] = [uncached()]
-        self._use = Use(scope.owners, exclusive=True)
-        if scope.norms:
-            self._contexts.append(frozen(scope.norms))
+        self._contexts.append(Uncached())
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
         if differentiated and hooked():
@@ -314,38 +325,33 @@ class _StandingIn(AbstractContextManager[None]):
     def __enter__(self) -> None:
         scope = self._scope
         self._use.__enter__()
-        self._before = [holder[name] for holder, name, _ in scope.slots]
         self._switched = switched(scope.modules, scope.training)
+        entered = 0
+        try:
+            for context in self._contexts:
+                context.__enter__()
+                entered += 1
+        except BaseException:  # there may be no memory for copies of statistics
+            for context in self._contexts[:entered]:
+                context.__exit__(None, None, None)
+            switch(self._switched)
+            self._use.__exit__()
+            raise
+        self._before = [holder[name] for holder, name, _ in scope.slots]
         for holder, name, i in scope.slots:
             holder[name] = self._parameters[i]
-        for context in self._contexts:
-            context.__enter__()
-        self._first_node = torch._C._autograd._get_sequence_nr()
+        # The rewind of a single layer looks itself.
+        self._first_node = newest_node() if scope.layer is None else None
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(None, None, None)
         for (holder, name, _), parameter in zip(self._scope.slots, self._before, strict=True):
             holder[name] = parameter
+        for context in reversed(self._contexts):
+            context.__exit__(None, None, None)
         switch(self._switched)
         self._use.__exit__(None, None, None)
-        if kind is None:
+        if kind is None and self._first_node is not None:
             check_attributes(self._scope.modules, self._first_node)
-
-
-class _Anew(AbstractContextManager[None]):
-    """A context that is made whenever it is entered: there may be several backward passes through the same graph."""
-
-    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
-        self._make = make
-        self._entered: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(self._make())
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
 
 
 @contextmanager
@@ -378,7 +384,7 @@ def _autocast_devices() -> list[str]:
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:
-    states = {_CPU: torch.get_rng_state()}
+    states = {_CPU: torch.default_generator.get_state()}
     if device.type == "cuda":
         states[device] = torch.cuda.get_rng_state(device)
     return states

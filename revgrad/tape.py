@@ -50,7 +50,9 @@ class Tape:
     def keep(self, t: int, part: Part, read: Read, parts: tuple[Part, ...]) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
-            self.read.setdefault((t, part), []).append(replace(read, state=self.keeper.out(read.state)))
+            if read.state:
+                read = replace(read, state=self.keeper.out(read.state))
+            self.read.setdefault((t, part), []).append(read)
 
     def anchor(self, t: int, position: int, streams: Streams) -> None:
         """Note a layer's input."""
@@ -69,9 +71,8 @@ class Tape:
         """What each layer of a part has read, which the tape then forgets."""
         reads = self.read.pop((t, part), [])
         states = iter(self.keeper.back([x for read in reads for x in read.state]))
-        reads = [replace(read, state=tuple(next(states) for _ in read.state)) for read in reads]
         self._look_ahead()
-        return reads
+        return [replace(read, state=tuple(next(states) for _ in read.state)) if read.state else read for read in reads]
 
     def take_anchor(self, t: int, position: int) -> Streams | None:
         """A layer's input, if it was kept; the tape then forgets it."""
@@ -113,7 +114,8 @@ class _PackedResidue:
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Apply a function to all that is neither a container nor a plain value in the fields of a tape."""
-    if isinstance(tree, Read) and not tree.state:
+    # Most layers have no state.
+    if tree is None or (isinstance(tree, tuple) and not tree) or (isinstance(tree, Read) and not tree.state):
         return tree
     if isinstance(tree, ChainState):
         return ChainState(*(_map(x, change) for x in tree))

@@ -30,6 +30,13 @@ def test_fingerprint_does_not_depend_on_where_the_memory_begins(dtype):
             assert torch.equal(fingerprint((view,)), fingerprint((view.clone(),))), (offset, length)
 
 
+@pytest.mark.parametrize("precise", [True, False])
+def test_streams_of_several_sizes_and_dtypes_have_one_fingerprint_each(precise):
+    streams = [torch.randn(70000), torch.randn(3, dtype=torch.float64), torch.arange(5), torch.randn(2, 140000).half()]
+    together = fingerprint(streams, precise)
+    assert torch.equal(together, torch.cat([fingerprint((x,), precise) for x in streams]))
+
+
 def test_fingerprint_is_what_it_says():
     x = torch.randn(2, 3, 41)
     weighted, plain, squares = fingerprint((x,)).tolist()

@@ -97,9 +97,9 @@ def test_a_reference_cycle_is_nobodys_loss():
 
 def test_only_a_graph_that_leads_to_the_sources_counts():
     x = torch.ones(3, requires_grad=True)
-    leftovers = Leftovers([x, torch.ones(3)])
     y = (2 * x).sum()
+    leftovers = Leftovers([x, torch.ones(3)], (), {})
     with pytest.raises(ReversibilityError, match=r"^it: something"):
-        leftovers.check("it")
+        leftovers.check("it", nn.Identity(), 0)
     del y
-    leftovers.check("it")
+    leftovers.check("it", nn.Identity(), 0)

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from revgrad import ReversibilityError
-from revgrad.modules import check_materialised, frozen, modules_of, switch, switched
+from revgrad.modules import Frozen, check_materialised, modules_of, switch, switched
 
 
 def test_every_module_is_found_once_in_pytorchs_order():
@@ -37,7 +37,7 @@ def test_frozen_statistics_come_back_after_an_error():
     buffers = dict(norm._buffers)
 
     def fail():
-        with frozen([norm]):
+        with Frozen([norm]):
             norm(torch.randn(3, 2))
             assert norm.num_batches_tracked == 1
             raise RuntimeError("inside")
