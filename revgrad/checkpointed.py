@@ -9,8 +9,10 @@ from revgrad.layer import Streams
 from revgrad.program import Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
+from revgrad.tracing import untraced
 
 
+@untraced
 def run_steps_checkpointed(
     program: Program, given: list[Streams | None], state: ChainState
 ) -> tuple[Streams, ChainState]:
@@ -38,6 +40,7 @@ def run_steps_checkpointed(
     return stack(outputs), state
 
 
+@untraced
 def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState) -> tuple[Streams, ChainState]:
     """A program's core under `torch.utils.checkpoint`, layer by layer."""
     residue = Residue(keep=False) if whole.exact else None

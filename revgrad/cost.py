@@ -1,8 +1,9 @@
 """What a chain costs: the bytes that each way to run it keeps, and the operations to compute a layer again."""
 
 import random
+import sys
 from collections.abc import Hashable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -153,6 +154,7 @@ def measure(program: Program, streams: Streams, state: ChainState) -> ChainCost:
         _other_random_states(),
         _undisturbed(modules),
         Uncached(),
+        _uncompiled(),
         torch.enable_grad(),
         Flops() as counter,
     ):
@@ -275,6 +277,7 @@ def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
         for module in modules:
             vars(module)["_parameters"] = {k: p if p is None else parameters[p] for k, p in module._parameters.items()}
             vars(module)["_buffers"] = {k: b if b is None else b.clone() for k, b in module._buffers.items()}
+            vars(module)["_modules"] = dict(module._modules)  # one that the first forward pass makes may be fake
             vars(module).update({k: x.clone() for k, x in vars(module).items() if isinstance(x, Tensor)})
         yield
     finally:
@@ -293,6 +296,15 @@ def _other_random_states() -> Iterator[None]:
     finally:
         random.setstate(before[0])
         np.random.set_state(before[1])  # noqa: NPY002
+
+
+def _uncompiled() -> AbstractContextManager[None]:
+    """Around transforms that are compiled: they run as they are written, for no compiler goes with the counting of
+    FLOPs, and with `fullgraph=True` it would raise.
+    """
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the compiler takes seconds to import
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 def _cut_off(tensors: Streams) -> Streams:

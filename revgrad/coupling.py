@@ -21,7 +21,7 @@ from revgrad.adapter import takes
 from revgrad.autocast import no_autocast
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
-from revgrad.exact_update import ExactUpdate
+from revgrad.exact_update import updated_exactly
 from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, per_sample
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
 from revgrad.layout import dense, laid_out
@@ -367,7 +367,7 @@ class Coupling(ReversibleLayer):
                 with Unchanged((target, *message), self._merge_changed):
                     return merge(target, *message)
             if recording():
-                return ExactUpdate.apply(self, undo, residue, target, *message)
+                return updated_exactly(self, undo, residue, target, *message)
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 
     def _merge_changed(self, x: Tensor) -> StreamError:

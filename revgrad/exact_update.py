@@ -7,6 +7,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revgrad.residue import Residue
+from revgrad.tracing import untraced
+
+
+def updated_exactly(coupling: Any, undo: bool, residue: Residue, target: Tensor, *message: Tensor) -> Tensor:
+    """The merge of a coupling, or where `undo` its unmerge, in exact arithmetic, with a straight-through gradient."""
+    update = _forgetting if coupling.forgets else ExactUpdate.apply
+    return update(coupling, undo, residue, target, *message)
 
 
 class ExactUpdate(torch.autograd.Function):
@@ -30,3 +37,9 @@ class ExactUpdate(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # noqa: D102
         vjp = ctx.coupling.unmerge_vjp if ctx.undo else ctx.coupling.merge_vjp
         return None, None, None, *vjp(grad, True, *ctx.saved_tensors)
+
+
+@untraced
+def _forgetting(*args: Any) -> Tensor:
+    """What forgets changes the residue, which the compiler cannot follow into an autograd Function."""
+    return ExactUpdate.apply(*args)

@@ -5,7 +5,9 @@ from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, is_traceable_wrapper_subclass
+
+from revgrad.errors import StreamError
 
 _TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-2, torch.bfloat16: 0.25, torch.float16: 0.1}
 
@@ -26,13 +28,39 @@ def fingerprint(streams: Sequence[Tensor], precise: bool = True) -> Tensor:
         precise: Whether every bit shall count: in float64, and equal streams give equal fingerprints, bit for bit.
             Otherwise sums within a piece are in float32 (but for float64), which takes a third of the time; from
             magnitudes of 1e16 on they overflow.
+
+    Raises:
+        StreamError: A tensor is of a kind that has no such sums.
     """
+    try:
+        found = _numbers(streams, precise)
+    except (RuntimeError, TypeError) as error:
+        other = next((x for x in streams if x.is_nested or type(x).__torch_dispatch__ is not _PLAIN), None)
+        if other is None:
+            raise
+        raise _no_numbers(other) from error
+    if type(found) is not Tensor and is_traceable_wrapper_subclass(found):
+        raise _no_numbers(found)
+    return found
+
+
+def _numbers(streams: Sequence[Tensor], precise: bool) -> Tensor:
     flat = [_flat(x.detach()) for x in streams]
     sums = torch.stack([s for x in flat for s in _sums(x, precise)]).double().view(-1, 3)
     pieces = [max(1, -(-len(x) // _PIECE)) for x in flat]
     if len(sums) > len(streams):
         sums = torch.stack([of_one.sum(0) for of_one in sums.split(pieces)])
     return (sums / _units(tuple(map(len, flat)), sums.device)).flatten()
+
+
+def _no_numbers(x: Tensor) -> StreamError:
+    return StreamError(
+        f"a stream or message is a {type(x).__name__}, of which the backward pass cannot compare sums with those of "
+        "the forward pass: make it an ordinary tensor (of a nested one, x.values()), or choose mode='stored'"
+    )
+
+
+_PLAIN = Tensor.__torch_dispatch__
 
 
 def relative_error(found: Tensor, expected: Tensor, numbers: list[int]) -> Tensor:

@@ -243,7 +243,7 @@ class _Outputs(torch.autograd.Function):
             program = ctx.program.filled(parameters[len(ctx.snapshot.parameters) :])
             with ctx.snapshot.mending, in_force(tape.checks):
                 token.progress = DifferentiableGradients(  # type: ignore[attr-defined]
-                    program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare
+                    program, ctx.snapshot, tape, outputs, grads, parameters, walk.compare, unrolled=ctx.stacked
                 )
         else:
             token.progress = _Progress(walk)  # type: ignore[attr-defined]

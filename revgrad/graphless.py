@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import ClassVar
 
 import torch
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.nn.utils import parametrize
 
 
@@ -70,6 +71,13 @@ class _NoFastPath(AbstractContextManager[None]):
 
 @contextmanager
 def graphless() -> Iterator[None]:
-    """`Uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one."""
-    with _NoFastPath(), Uncached():
-        yield
+    """`Uncached`, and modules take no shortcut that computes other values: transformers in eval mode have one. What
+    they differentiate themselves in forward mode is differentiated, which an autograd Function switches off.
+    """
+    uncached = Uncached()
+    try:
+        with _NoFastPath(), uncached, _set_fwd_grad_enabled(True):
+            yield
+    except BaseException:  # also one that keeps the context from being left (see `mending.py`)
+        uncached.__exit__()
+        raise

@@ -74,23 +74,34 @@ class InModes(AbstractContextManager[None]):
             module.training = mode
 
 
-class Frozen(AbstractContextManager[None]):
-    """Running statistics of these modules stay where they are."""
+class CopiedBuffers(AbstractContextManager[None]):
+    """What changes buffers of these modules changes copies, which are gone in the end."""
 
-    __slots__ = ("_before", "_norms")
+    __slots__ = ("_before", "_modules")
 
-    def __init__(self, norms: Sequence[nn.Module]) -> None:
-        self._norms = norms
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
         self._before: list[tuple[dict[str, Any], dict[str, Any]]] = []
 
     def __enter__(self) -> None:
-        # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
-        moving = [m._buffers for m in self._norms if m.training and m.track_running_stats]
+        self._copy([m._buffers for m in self._modules])
+
+    def __exit__(self, *error: object) -> None:
+        for buffers, own in self._before:
+            buffers.update(own)
+
+    def _copy(self, moving: list[dict[str, Tensor | None]]) -> None:
         copies = [{k: b if b is None else b.clone() for k, b in buffers.items()} for buffers in moving]
         self._before = [(buffers, dict(buffers)) for buffers in moving]
         for buffers, copied in zip(moving, copies, strict=True):
             buffers.update(copied)
 
-    def __exit__(self, *error: object) -> None:
-        for buffers, statistics in self._before:
-            buffers.update(statistics)
+
+class Frozen(CopiedBuffers):
+    """Running statistics of these normalisation layers stay where they are."""
+
+    __slots__ = ()
+
+    def __enter__(self) -> None:
+        # In training mode the output depends on batch statistics alone, so the second evaluation may move copies.
+        self._copy([m._buffers for m in self._modules if m.training and m.track_running_stats])

@@ -4,7 +4,7 @@ That is: the parameters given to the forward pass, train or eval mode, random nu
 first evaluation may do is kept from happening twice: running statistics of normalisation layers move once.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from threading import get_ident
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from revgrad.anew import Anew
 from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.deferred import Checks, current_checks, in_force
@@ -24,6 +25,7 @@ from revgrad.leftovers import newest_node
 from revgrad.mending import Mending
 from revgrad.modules import Frozen, InModes, check_materialised, is_read, modules_of, plain_buffers
 from revgrad.threads import Use
+from revgrad.unhooked import Unhooked, hooked
 
 
 class Slot(NamedTuple):
@@ -101,7 +103,7 @@ class Snapshot:
         self._kept_tensors = kept_tensors(self.modules)
         self._autocast = [
             (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
-            for device in _autocast_devices()
+            for device in (("cpu", "cuda") if torch.cuda.is_available() else ("cpu",))
         ]
         self._autocasts = any(enabled for _, enabled, _ in self._autocast)
         self._changes: dict[int, list[Change]] = {}
@@ -188,7 +190,7 @@ class Snapshot:
         Args:
             parameters: Stand-ins for `self.parameters`. They are leaves of their own, so that hooks on the real
                 parameters fire once, on the final gradient.
-            layer: The layer that is evaluated; by default all of them.
+            layer: The layer that is evaluated, and differentiated at once; by default all of them.
             application: The application of this layer whose batch statistics are used.
 
         Raises:
@@ -205,22 +207,26 @@ class Snapshot:
         return Frozen(self._everything.norms)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: its recomputation sees the modes of the forward pass, and must not move the
-        statistics either. It raises where weights have changed, which PyTorch leaves to the user.
+        """For `torch.utils.checkpoint`: its recomputation sees modes, parameters and attributes of the forward pass,
+        and must not move the statistics either. It raises where weights have changed, which PyTorch leaves to the user.
         """
         versions: list[int] = []
-        return self._noting(versions), _Anew(partial(self._checkpointed, versions, current_checks()))
+        changes: list[Change] = []
+        return self._noting(versions, changes), Anew(partial(self._checkpointed, versions, changes, current_checks()))
 
     @contextmanager
-    def _noting(self, versions: list[int]) -> Iterator[None]:
+    def _noting(self, versions: list[int], changes: list[Change]) -> Iterator[None]:
+        attributes = [dict(vars(module)) for module in self._everything.inner]
         yield
         versions[:] = self._weight_versions()
+        changes[:] = changes_since(self._everything.inner, attributes)
+        self.check_buffers()
 
     def _weight_versions(self) -> list[int]:
         return [x._version for x in self.parameters if not x.is_inference()]
 
     @contextmanager
-    def _checkpointed(self, versions: list[int], checks: Checks) -> Iterator[None]:
+    def _checkpointed(self, versions: list[int], changes: list[Change], checks: Checks) -> Iterator[None]:
         # None are noted yet where the forward pass itself takes a gradient, such as of an energy.
         if versions and self._weight_versions() != versions:
             raise ReversibilityError(
@@ -228,13 +234,20 @@ class Snapshot:
                 "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
             )
         modes, statistics = InModes(self.modules, self._everything.training), self.frozen_statistics()
+        now = [(holder, name, holder[name]) for holder, name, _ in self.slots]
         try:
-            with modes, statistics, in_force(checks):
+            # `torch.func.functional_call` has put back its own by now.
+            for holder, name, i in self.slots:
+                holder[name] = self.parameters[i]
+            with modes, statistics, undone(changes), in_force(checks):
                 yield
         except BaseException:  # also one that keeps a context from being left (see `mending.py`)
             statistics.__exit__(None, None, None)
             modes.__exit__(None, None, None)
             raise
+        finally:
+            for holder, name, parameter in now:
+                holder[name] = parameter
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""
@@ -319,6 +332,8 @@ class _StandingIn(AbstractContextManager[None]):
         self._contexts.append(Uncached())
         if kept is not None:
             self._contexts.append(reusing(scope.measured, kept))
+        if scope.layer is not None and hooked():
+            self._contexts.append(Unhooked())
 
     def __enter__(self) -> None:
         scope = self._scope
@@ -351,21 +366,6 @@ class _StandingIn(AbstractContextManager[None]):
             check_attributes(self._scope.modules, self._first_node)
 
 
-class _Anew(AbstractContextManager[None]):
-    """A context that is made whenever it is entered: there may be several backward passes through the same graph."""
-
-    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
-        self._make = make
-        self._entered: list[AbstractContextManager[None]] = []
-
-    def __enter__(self) -> None:
-        self._entered.append(self._make())
-        self._entered[-1].__enter__()
-
-    def __exit__(self, *error: Any) -> bool | None:
-        return self._entered.pop().__exit__(*error)
-
-
 @contextmanager
 def _replaying(
     autocast: list[torch.autocast], states: dict[torch.device, Tensor], changes: list[Change]
@@ -379,10 +379,6 @@ def _replaying(
             stack.callback(_set_random_state, device, _random_states(device)[device])
             _set_random_state(device, state)
         yield
-
-
-def _autocast_devices() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _random_states(device: torch.device) -> dict[torch.device, Tensor]:

@@ -7,6 +7,7 @@ the memory of stored mode, until the graph is freed.
 
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from revgrad.chain import run_chain, undo_chain
@@ -31,6 +32,7 @@ class DifferentiableGradients:
         grads: Gradients with respect to the outputs, then to the final states.
         parameters: Those of the snapshot and the conditioning tensors, with their graph.
         compare: Raises unless the streams are those of a fingerprint.
+        unrolled: Whether it was an unroll, if only of one time step.
 
     Raises:
         ReversibilityError: Time steps, exact arithmetic, states that go from layer to layer, or states offloaded.
@@ -45,9 +47,11 @@ class DifferentiableGradients:
         grads: Sequence[Tensor | None],
         parameters: Sequence[Tensor],
         compare: Callable[[Streams, Tensor], None],
+        *,
+        unrolled: bool,
     ) -> None:
         (segment,) = tape.segments[:1]
-        if program.exact or program.entry or program.exit or program.steps > 1 or segment.state.carry:
+        if program.exact or unrolled or segment.state.carry:
             raise ReversibilityError(
                 "second derivatives (create_graph=True) of exact arithmetic, of an unroll and of states that go from "
                 "layer to layer are not available: choose mode='stored', and arithmetic='float'"
@@ -106,4 +110,5 @@ class DifferentiableGradients:
 
 
 def _aliases(tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    return tuple(x.view_as(x) for x in tensors)
+    # Not views, through which a sparse gradient cannot go.
+    return tuple(torch.ops.aten.alias.default(x) for x in tensors)

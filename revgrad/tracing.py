@@ -102,4 +102,7 @@ def untraced(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-_REASON = "revgrad recomputes in its own backward pass: compile the transforms inside, or choose mode='stored'"
+_REASON = (
+    "revgrad recomputes in its own backward pass: compile the transforms inside, or choose mode='stored' and "
+    "arithmetic='float'"
+)

@@ -101,12 +101,13 @@ def test_functional_call(check, x, small):
     buffers = {k: torch.rand_like(b) + 0.5 if b.is_floating_point() else b for k, b in chain.named_buffers()}
     own = [p.detach().clone() for p in chain.parameters()]
     found = {}
-    for mode in ("stored", "reversible"):
+    for mode in ("stored", "reversible", "checkpoint"):
         chain.mode = mode
         y = functional_call(chain, {**weights, **buffers}, x)
         # The module has its own weights and buffers again when the backward pass comes.
         found[mode] = dict(enumerate([*y, *torch.autograd.grad(check.loss(y), (*x, *weights.values()))]))
     check.same(found["reversible"], found["stored"], rtol=1e-9)
+    check.same(found["checkpoint"], found["stored"], rtol=1e-9)
     assert all(map(torch.equal, chain.parameters(), own))
     assert all(p.grad is None for p in chain.parameters())
 

@@ -167,6 +167,20 @@ def test_compiled_model_around(small, make, check, compiling):
     assert all("revgrad" in reason or "qualname: disable" in reason for reason in compiling["graph_break"])
 
 
+@pytest.mark.parametrize("mode", ["stored", "checkpoint"])
+@pytest.mark.parametrize("kind", ["additive", "gated"])
+@pytest.mark.parametrize("arithmetic", ["float", "exact"])
+@pytest.mark.composes("Systems", "torch.compile of the model around, in stored and checkpoint mode")
+def test_compiled_model_in_other_modes(make, check, compiling, arithmetic, kind, mode):
+    model = Around(make.chain(kind, 3, arithmetic=arithmetic, mode=mode)).double()
+    x, found = make.streams(dtype=torch.float64), []
+    for call in (model, torch.compile(model, backend="aot_eager")):
+        y = call(*x)
+        found.append((*y, *torch.autograd.grad(check.loss(y), (*x, *model.parameters()))))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.composes("Systems", "what is saved for backward under torch.compile", "as much at any depth")
 def test_compiled_chains_save_no_more_at_any_depth(small, make, compiling):
     x, saved = make.streams(64), {}

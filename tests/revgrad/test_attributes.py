@@ -43,13 +43,14 @@ def chain_of(make, **options):
 @pytest.mark.parametrize("steps", [1, 2])
 def test_counters_and_replaced_tensors_are_as_under_stored_autograd(steps):
     found = {}
-    for mode in ("stored", "reversible"):
+    for mode in ("stored", "checkpoint", "reversible"):
         chain, module = chain_of(Counting, mode=mode)
         for _ in range(steps):
             sum(y.square().sum() for y in chain(*streams())).backward()
         found[mode] = (module.inner.weight.grad, module.mean, torch.tensor(module.calls))
-    for stored, reversible in zip(*found.values(), strict=True):
-        torch.testing.assert_close(reversible, stored, rtol=1e-4, atol=1e-4)
+    for stored, *others in zip(*found.values(), strict=True):
+        for other in others:
+            torch.testing.assert_close(other, stored, rtol=1e-4, atol=1e-4)
 
 
 def test_a_budget_measures_and_leaves_everything_as_it_was():

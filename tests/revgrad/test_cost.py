@@ -19,6 +19,7 @@ from revgrad import (
     ReversibleSequential,
     Split,
     Swap,
+    plan,
 )
 from revgrad.cost import Run, measure, runs_of
 from revgrad.links import checked_state
@@ -221,6 +222,31 @@ def test_measuring_leaves_no_trace(make):
     assert model[0].transform.seen == 0
     assert not hasattr(model[0].transform, "last")
     assert all(t.grad is None and t.grad_fn is None for t in x)
+
+
+def test_a_module_that_the_first_forward_pass_makes_is_not_made_of_fake_tensors(make):
+    class Late(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "inner"):
+                self.inner = nn.Linear(WIDTH, WIDTH)
+            return self.inner(x)
+
+    model, x = ReversibleSequential(AdditiveCoupling(Late())), make.streams()
+    plan(model, x)
+    assert not list(model.parameters())
+    with torch.no_grad():
+        model(*x)
+    model(*x)[1].sum().backward()
+    assert all(type(p) is nn.Parameter and p.grad.any() for p in model.parameters())
+
+
+def test_compiled_transforms_are_measured_as_they_are_written(make):
+    model, x = make.chain("additive", 3, memory_budget="free"), make.streams()
+    expected = plan(model, x)
+    for layer in model:
+        layer.transform.compile(backend="eager", fullgraph=True)
+    model(*x)[1].sum().backward()
+    assert plan(model, x) == expected
 
 
 def test_a_layer_that_sets_its_parameters_by_its_first_input_is_left_as_it_was():

@@ -3,8 +3,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import spectral_norm
 
 from revgrad import (
+    ActNorm,
     AdditiveCoupling,
     GatedCoupling,
     Inverse,
@@ -224,3 +226,11 @@ def test_a_stream_of_integers_comes_first(make):
     assert report.exact
     x = (torch.randint(0, 9, (3,)), *make.streams(dtype=torch.float64))
     assert check_invertible(model.double(), x, arithmetic="float").tolerance == 1e-9
+
+
+def test_buffers_that_a_transform_changes_are_left_alone(make):
+    model = ReversibleSequential(ActNorm(4), AdditiveCoupling(spectral_norm(nn.Linear(4, 4))))
+    before = {name: b.clone() for name, b in model.named_buffers()}
+    check_invertible(model, make.streams(8))
+    for name, b in model.named_buffers():
+        assert torch.equal(b, before[name]) == ("transform" in name), name

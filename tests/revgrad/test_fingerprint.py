@@ -2,8 +2,12 @@ import contextlib
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.masked import MaskedTensor
+from torch.testing._internal.two_tensor import TwoTensor
 
+from revgrad import AdditiveCoupling, ReversibleSequential, StreamError
 from revgrad.fingerprint import _weights, fingerprint, relative_error, tolerance_of
 
 
@@ -104,3 +108,20 @@ def test_tolerances_grow_with_coarser_numbers():
     assert sorted(map(tolerance_of, dtypes)) == list(map(tolerance_of, dtypes))
     assert tolerance_of(torch.complex64) == tolerance_of(torch.float32)
     assert tolerance_of(torch.int64) == 0
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.composes("Misuse", "nested, masked or wrapped tensors as streams", "error: *cannot compare sums*")
+@pytest.mark.parametrize("kind", ["nested", "wrapped", "masked"])
+def test_tensors_without_sums_say_so(kind):
+    x = torch.randn(3, 4)
+    if kind == "nested":
+        x = torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)
+    else:
+        x = TwoTensor(x, x) if kind == "wrapped" else MaskedTensor(x, x > 0)
+    chain = ReversibleSequential(AdditiveCoupling(nn.Linear(4, 4) if kind != "masked" else nn.Identity()))
+    inputs = (x, x.detach().requires_grad_())
+    with pytest.raises(StreamError, match=f"is a {type(x).__name__}, of which .* cannot compare sums"):
+        chain(*inputs)
+    chain.mode = "stored"
+    chain(*inputs)

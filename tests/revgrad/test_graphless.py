@@ -4,6 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 from revgrad import AdditiveCoupling, ReversibleSequential
@@ -37,6 +38,26 @@ def test_a_transformer_in_eval_mode_computes_what_it_computes_with_a_graph(arith
         found.append((*y, *torch.autograd.grad(sum(v.square().sum() for v in y), list(chain.parameters()))))
     for stored, reversible in zip(*found, strict=True):
         torch.testing.assert_close(reversible, stored, rtol=1e-3, atol=1e-3 * float(stored.detach().abs().max()))
+
+
+class Slope(nn.Module):
+    """The derivative of a network in the direction of ones, in forward mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(4, 4)
+
+    def forward(self, x):
+        with forward_ad.dual_level():
+            y = torch.tanh(self.net(forward_ad.make_dual(x, torch.ones_like(x))))
+            return forward_ad.unpack_dual(y).tangent
+
+
+@pytest.mark.composes("Autograd", "forward-mode differentiation inside a transform")
+def test_a_transform_may_differentiate_in_forward_mode(make, check):
+    model, x = ReversibleSequential(AdditiveCoupling(Slope()), AdditiveCoupling(Slope(), 1, 0)), make.streams()
+    check.same(check.gradients(model, x), check.gradients(model, x, "stored"), rtol=1e-5)
+    assert torch._C._is_fwd_grad_enabled()
 
 
 def test_the_settings_come_back_after_an_error():

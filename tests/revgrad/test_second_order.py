@@ -154,6 +154,22 @@ def test_state_that_is_handed_on(check, x):
     )
 
 
+def test_a_sparse_gradient(check, x):
+    class Looked(nn.Module):
+        """Of a word, from a table whose gradient is sparse."""
+
+        def __init__(self):
+            super().__init__()
+            self.table, self.last = nn.Embedding(5, 4, sparse=True), nn.Linear(4, 4)
+
+        def forward(self, x, word):
+            return torch.tanh(self.last(x) * self.table(word))
+
+    model = ReversibleSequential(AdditiveCoupling(Looked()), AdditiveCoupling(Looked(), 1, 0)).double()
+    one, other = in_both_modes(model, x, check.loss, word=torch.tensor([1, 1, 4]))
+    check.same(*({k: v.to_dense() for k, v in found.items()} for found in (one, other)), rtol=1e-8)
+
+
 def test_third_derivatives(make, check, x):
     model = make.chain("additive", 3).double()
     found = []
@@ -210,6 +226,7 @@ def test_what_cannot_be_differentiated_twice_says_so(make, check, x):
         check.loss(exact(*x)),
         check.loss(carried(*x, states=make.state(carried, dtype=torch.float64))[0]),
         check.loss(unroll(core, [x, None])[0]),
+        check.loss(unroll(core, [x])[0]),
     ):
         with pytest.raises(ReversibilityError, match=r"second derivatives .* choose mode='stored'"):
             torch.autograd.grad(value, x, create_graph=True)
