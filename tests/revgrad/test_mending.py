@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import revgrad
 from revgrad import AdditiveCoupling, GatedCoupling, ReversibleSequential
+from revgrad.graphless import _NoFastPath
 from revgrad.mending import Mending
 from revgrad.message import NOTED
 from revgrad.threads import _USES
@@ -65,7 +66,11 @@ class At(TorchDispatchMode):
 
 
 class InterruptAt:
-    """Ctrl-C at the n-th line of the engine; not in generators, whose end may come where nothing can be raised."""
+    """Ctrl-C at the n-th line of the engine. Not in generators, whose end may come where nothing can be raised, nor
+    where a lock is held: a line ends before `with` lets go of it, and Python looks for Ctrl-C only after that.
+    """
+
+    locked = _NoFastPath.__enter__.__code__, _NoFastPath.__exit__.__code__
 
     def __init__(self, n):
         self.left = n
@@ -73,7 +78,8 @@ class InterruptAt:
 
     def __call__(self, frame, event, argument):
         code = frame.f_code
-        if not code.co_filename.startswith(self.folder) or code.co_flags & inspect.CO_GENERATOR:
+        ours = code.co_filename.startswith(self.folder) and code not in self.locked
+        if not ours or code.co_flags & inspect.CO_GENERATOR:
             return None
         self.left -= 1
         if self.left == 0:
