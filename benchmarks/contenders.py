@@ -29,6 +29,10 @@ class Contender:
     ours: bool = False
     measures: bool = False
     """Whether its first forward pass of a stack measures what layers take, and is longer for that."""
+    seldom: bool = False
+    """Whether it is far from the others in time, and is timed in one round out of `SELDOM`."""
+    resizes: bool = False
+    """Whether it frees what is still referred to, by resizing its storage."""
 
     @property
     def reversible(self) -> bool:
@@ -112,6 +116,7 @@ def _joined(stack: Stack, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
     return torch.cat(run(*x.chunk(2, stack.dim)), stack.dim)
 
 
+SELDOM = 3
 STORED = Contender("stored autograd", stored)
 FREE = Contender(
     "revgrad float, free budget",
@@ -122,9 +127,9 @@ FREE = Contender(
 EXACT = Contender("revgrad exact", partial(by_revgrad, arithmetic="exact"), ours=True)
 CONTENDERS = (
     STORED,
-    Contender("checkpoint per block", checkpointed),
-    Contender("checkpoint, square root", lambda stack: checkpointed(stack, isqrt(len(stack.blocks)))),
-    Contender("memcnn", by_memcnn, "memcnn"),
+    Contender("checkpoint per block", checkpointed, seldom=True),
+    Contender("checkpoint, square root", lambda stack: checkpointed(stack, isqrt(len(stack.blocks))), seldom=True),
+    Contender("memcnn", by_memcnn, "memcnn", seldom=True, resizes=True),
     Contender("RevTorch", by_revtorch, "revtorch"),
     Contender("revlib", by_revlib, "revlib"),
     Contender("revgrad float", partial(by_revgrad, arithmetic="float"), ours=True),

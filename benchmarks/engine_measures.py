@@ -40,8 +40,8 @@ def training_step(model: Model, x: Tensor, weight: Tensor) -> None:
     (model(x) * weight).sum().backward()
 
 
-def counts(model: Model, stack: Stack, x: Tensor) -> Counts:
-    """Take one training step and count."""
+def counts(model: Model, stack: Stack, x: Tensor, *, resized: bool = True) -> Counts:
+    """Take one training step and count; `resized` as in `LiveMemory`."""
     weight = loss_weight(x)
     weights = list(stack.blocks.parameters())
     for leaf in (*weights, x):
@@ -51,7 +51,7 @@ def counts(model: Model, stack: Stack, x: Tensor) -> Counts:
     # With the cycle collector off, whatever is freed is freed because nothing refers to it.
     gc.disable()
     try:
-        with LiveMemory(resized=True) as memory:
+        with LiveMemory(resized=resized) as memory:
             training_step(model, x, weight)
     finally:
         gc.enable()

@@ -14,7 +14,6 @@ from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.config import TrainConfig
 from crevnet.datasets import DATASETS
 from crevnet.files import written_whole
-from crevnet.heap import keep_freed_memory
 from crevnet.models import MODELS
 from revgrad import ReversibilityError
 
@@ -133,7 +132,6 @@ def load_config(path: Path) -> TrainConfig:
 
 def run_command(function: Callable[..., Any]) -> None:
     """Run a function as a command line; what the user can mend ends with a message instead of a traceback."""
-    keep_freed_memory()
     try:
         auto_cli(function, as_positional=True)
     except (ValueError, OSError, DamagedCheckpoint, ReversibilityError) as error:

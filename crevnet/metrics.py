@@ -23,7 +23,11 @@ SSIM_WINDOW = 11
 """Side of the Gaussian SSIM window (pixels), with a standard deviation of 1.5 pixels."""
 
 _METRICS = ("mse", "ssim", "psnr")
-_FRAMES_PER_CHUNK = 64  # bounds the five float64 copies of every frame that SSIM makes
+_FRAMES_PER_CHUNK = 64
+"""Bounds the five float64 copies of every frame that SSIM makes."""
+_CPU_VALUES_PER_CHUNK = 4096
+"""There a convolution in float64 lays out its input once for every pixel of the window. Blocks of more than 32 MiB are
+made anew by the system each time, all in zeros, which takes longer than the convolution."""
 _RANGE_SLACK = 1e-4  # what resizing may overshoot
 
 
@@ -233,8 +237,8 @@ def _ssim(prediction: Tensor, target: Tensor) -> Tensor:
         window = f"{SSIM_WINDOW} x {SSIM_WINDOW}"
         raise ValueError(f"frames of {height} x {width} pixels are smaller than the {window} SSIM window")
     predicted, wanted = prediction.flatten(0, 1), target.flatten(0, 1)
-    starts = range(0, len(wanted), _FRAMES_PER_CHUNK)
-    chunks = [slice(start, start + _FRAMES_PER_CHUNK) for start in starts]
+    size = max(1, _CPU_VALUES_PER_CHUNK // wanted[0].numel()) if wanted.is_cpu else _FRAMES_PER_CHUNK
+    chunks = [slice(start, start + size) for start in range(0, len(wanted), size)]
     return torch.cat([_ssim_of_images(predicted[chunk], wanted[chunk]) for chunk in chunks]).reshape(batch, frames)
 
 

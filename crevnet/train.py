@@ -11,7 +11,6 @@ from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
 from crevnet.data import WorkerDied
 from crevnet.datasets import DATASETS
-from crevnet.heap import keep_freed_memory
 from crevnet.models import MODELS
 from crevnet.training import train
 from crevnet.training_step import TrainingDiverged
@@ -29,7 +28,6 @@ def main(arguments: list[str] | None = None) -> int:
         f"{', '.join(DATASETS)}.",
         arguments,
     )
-    keep_freed_memory()
     try:
         train(config)
     except (TrainingDiverged, WorkerDied, DamagedCheckpoint, ReversibilityError, OSError, ValueError) as error:
