@@ -12,9 +12,8 @@ from torch.utils._pytree import tree_leaves
 from revgrad.attributes import check_attributes
 from revgrad.cell import position_of, without
 from revgrad.errors import StreamError
-from revgrad.gradients import add
+from revgrad.gradients import add, newest_node
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Layout, Note, ReversibleLayer, State, Step, Streams
-from revgrad.leftovers import newest_node
 from revgrad.modules import modules_of
 from revgrad.residue import Residue
 

@@ -22,7 +22,7 @@ from revgrad.autocast import no_autocast
 from revgrad.cell import Merge, Recall, update_for
 from revgrad.errors import StreamError
 from revgrad.exact_update import updated_exactly
-from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, per_sample
+from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, newest_node, per_sample
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
 from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
@@ -257,12 +257,14 @@ class Coupling(ReversibleLayer):
             streams[i] = laid_out(streams[i], strides)
         sources = tuple(leaf(streams[i]) for i in self._sources)
         states = tuple(map(leaf, step.state))
+        before = newest_node()
         with torch.enable_grad(), step.replay():
             update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
-        reached = check_closed(step.name, (*message, *new_state), (*sources, *states, *wrt))
-        step.leftovers = Leftovers(sources, (*states, *wrt), reached)
-        del reached
+        made, others = newest_node() - before, (*states, *wrt)
+        graph = check_closed(step.name, (*message, *new_state), (*sources, *others))
+        step.leftovers = Leftovers(sources, others, graph, made)
+        del graph
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, (*message, *new_state)))
         values = tuple(m.detach() for m in message)

@@ -1,7 +1,7 @@
 """Gradients of one evaluation: where they begin and end, and their sums, in which None stands for zero."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -91,16 +91,27 @@ def filled_for_hooks(grads: tuple[Tensor | None, ...], edges: Sequence[tuple[Any
     )
 
 
-def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> dict[int, Any]:
+class Closed(NamedTuple):
+    """The graph of what has been computed."""
+
+    leaves: dict[int, Any]
+    """By `id` of a leaf, the node that accumulates its gradient."""
+    inner: int
+    """The number of all other nodes."""
+
+
+def newest_node() -> int:
+    """A number that grows by one with every node that this thread makes."""
+    return torch._C._autograd._get_sequence_nr()
+
+
+def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) -> Closed:
     """Raise if what a layer has computed depends on a tensor that would get no gradient.
 
     Args:
         name: How the error calls the layer.
         outputs: What was computed, with its graph.
         known: The tensors that are differentiated with respect to. What they come from is not looked at.
-
-    Returns:
-        By `id` of a leaf that the outputs depend on, the node that accumulates its gradient.
 
     Raises:
         ReversibilityError: A tensor that requires a gradient came in some other way than as stream, state, argument or
@@ -110,7 +121,8 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
     seen = {x.grad_fn for x in known}
     nodes = [y.grad_fn for y in outputs if y.grad_fn is not None and y.grad_fn not in seen]
     seen.update(nodes)
-    reached: dict[int, Any] = {}
+    leaves: dict[int, Any] = {}
+    inner = 0
     while nodes:
         node = nodes.pop()
         variable = getattr(node, "variable", None)
@@ -122,9 +134,11 @@ def check_closed(name: str, outputs: Sequence[Tensor], known: Sequence[Tensor]) 
                     "so that its gradient would be lost: pass it as an argument (chain(x, name=tensor)), make it a "
                     "parameter, or detach it"
                 )
-            reached[id(variable)] = node
+            leaves[id(variable)] = node
+        else:
+            inner += 1
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return reached
+    return Closed(leaves, inner)

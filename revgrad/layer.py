@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from revgrad.errors import StreamError
-from revgrad.gradients import check_closed, gradients, leaf, negated
+from revgrad.gradients import check_closed, gradients, leaf, negated, newest_node
 from revgrad.leftovers import Leftovers
 from revgrad.residue import Residue
 from revgrad.unchanged import Unchanged
@@ -275,10 +275,12 @@ def _rewind(
     residue = step.residue.clone(words=False, keep=False) if step.residue is not None else None
     again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
     log_det_grad, step.log_det_grad = step.log_det_grad, None
+    before = newest_node()
     with torch.enable_grad(), step.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
     results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
-    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)))
+    made = newest_node() - before
+    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)), made)
     grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
     found = gradients(results, grads, (*inputs, *others))
     n, m = len(inputs), len(states)

@@ -2,16 +2,16 @@
 
 import gc
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from revgrad.attributes import check_attributes
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError
+from revgrad.gradients import Closed
 from revgrad.modules import modules_of
 
 _KEY = "revgrad"
@@ -23,25 +23,23 @@ class _Mark:
     __slots__ = ("__weakref__",)
 
 
-def newest_node() -> int:
-    """A number that no node of a graph made from now on is below."""
-    return torch._C._autograd._get_sequence_nr()
-
-
 class Leftovers:
     """Notices a graph that outlives its use.
 
     Args:
         sources: Leaves that an evaluation has read.
         others: States, parameters and conditioning tensors, leaves as well.
-        reached: What `check_closed` has returned for it.
+        graph: What `check_closed` has returned for it.
+        made: How many nodes the evaluation has made, by `newest_node`.
     """
 
-    def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], reached: Mapping[int, Any]) -> None:
+    def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], graph: Closed, made: int) -> None:
         self._waiting = current_checks().waiting
+        self._aside = made != graph.inner
+        """Whether something was computed that the outputs do not depend on."""
         if self._waiting:  # what captures a pass may hold everything in it
-            self._of_sources = _marked(sources, reached)
-            self._of_others = _marked(others, reached)
+            self._of_sources = _marked(sources, graph)
+            self._of_others = _marked(others, graph)
 
     def check(self, name: str, layer: nn.Module, first_node: int) -> None:
         """Raise if the graph is still there.
@@ -54,8 +52,9 @@ class Leftovers:
         Raises:
             ReversibilityError: It is.
         """
-        if self._waiting and self._of_sources() is None and self._of_others() is None:
+        if self._waiting and not self._aside and self._of_sources() is None and self._of_others() is None:
             return
+        # Looking through all attributes takes longer than all else here.
         check_attributes(modules_of(layer), first_node)
         # What hooks compute from weights alone, before every call, may stay.
         if not self._waiting or self._of_sources() is None:
@@ -70,15 +69,14 @@ class Leftovers:
             )
 
 
-def _marked(leaves: Sequence[Tensor], reached: Mapping[int, Any]) -> "weakref.ref[_Mark]":
+def _marked(leaves: Sequence[Tensor], graph: Closed) -> "weakref.ref[_Mark]":
     """A mark that lives for as long as a graph leads to one of these leaves: so long lives the node that accumulates
     its gradient.
     """
     mark = _Mark()
     for x in leaves:
         if x.requires_grad:
-            # Asking for a node takes longer than all else here, but what the outputs do not depend on may be read all
-            # the same.
-            node: Any = reached.get(id(x)) or get_gradient_edge(x).node
+            # What the outputs do not depend on may be read all the same.
+            node: Any = graph.leaves.get(id(x)) or get_gradient_edge(x).node
             node.metadata[_KEY] = mark
     return weakref.ref(mark)

@@ -19,9 +19,9 @@ from revgrad.attributes import Change, changes_since, check_attributes, kept_ten
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
 from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
+from revgrad.gradients import newest_node
 from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
-from revgrad.leftovers import newest_node
 from revgrad.mending import Mending
 from revgrad.modules import Frozen, InModes, check_materialised, is_read, modules_of, plain_buffers
 from revgrad.threads import Use

@@ -96,6 +96,30 @@ def test_a_value_computed_from_a_parameter_and_kept_has_no_gradient():
         chain(*streams())[1].sum().backward()
 
 
+OTHER = nn.Parameter(torch.ones(4))
+
+
+class Foreign(nn.Linear):
+    """Puts aside a loss that depends on none of its own parameters."""
+
+    def __init__(self, put):
+        super().__init__(4, 4)
+        self.losses, self.put = [], put
+
+    def forward(self, x):
+        self.put(self, OTHER.square().sum())
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    "put", [lambda module, loss: setattr(module, "loss", loss), lambda module, loss: module.losses.append(loss)]
+)
+def test_a_loss_of_foreign_parameters_put_aside_raises(put):
+    chain, _ = chain_of(lambda: Foreign(put))
+    with pytest.raises(ReversibilityError, match=r"Foreign keeps a tensor .* in its attribute 'loss"):
+        chain(*streams())[1].sum().backward()
+
+
 class Averaging(nn.Module):
     def __init__(self):
         super().__init__()

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, ReversibilityError, ReversibleSequential, wrap
+from revgrad.gradients import Closed
 from revgrad.leftovers import Leftovers
 
 KEPT = []
@@ -98,7 +99,7 @@ def test_a_reference_cycle_is_nobodys_loss():
 def test_only_a_graph_that_leads_to_the_sources_counts():
     x = torch.ones(3, requires_grad=True)
     y = (2 * x).sum()
-    leftovers = Leftovers([x, torch.ones(3)], (), {})
+    leftovers = Leftovers([x, torch.ones(3)], (), Closed({}, 0), 0)
     with pytest.raises(ReversibilityError, match=r"^it: something"):
         leftovers.check("it", nn.Identity(), 0)
     del y
