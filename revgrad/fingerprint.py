@@ -112,4 +112,7 @@ def _weights(device: torch.device, dtype: torch.dtype) -> Tensor:
 def _units(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     """By stream, of so many elements each, what its three sums are counted in."""
     with _disable_current_modes():
-        return torch.tensor([[1.0, max(1, n) ** 0.5, 1.0] for n in numbers], dtype=torch.float64, device=device)
+        units = torch.ones(len(numbers), 3, dtype=torch.float64, device=device)
+        for i, n in enumerate(numbers):
+            units[i, 1].fill_(max(1, n) ** 0.5)  # nothing goes from the host to the device
+        return units
