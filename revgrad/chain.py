@@ -252,7 +252,7 @@ def rewind_chain(
         with around(i):
             back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
         if step.leftovers is not None:
-            step.leftovers.check(name, layer, newest)
+            step.leftovers.check(name, layer)
         elif layer.evaluations_in_rewind:
             check_attributes(modules_of(layer), newest)
         if cells is not None:

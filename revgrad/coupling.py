@@ -261,14 +261,13 @@ class Coupling(ReversibleLayer):
         with torch.enable_grad(), step.replay():
             update, states = update_for(self.inverted_cell, step, states, known=True)
             message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
-        made, others = newest_node() - before, (*states, *wrt)
-        graph = check_closed(step.name, (*message, *new_state), (*sources, *others))
-        step.leftovers = Leftovers(sources, others, graph, made)
-        del graph
+        others = (*states, *wrt)
+        results = (*message, *new_state)
+        step.leftovers = Leftovers(sources, others, check_closed(step.name, results, (*sources, *others)), before)
         # From here on the graph alone decides which messages and states stay alive, and until when.
-        outputs = tuple(map(edge, (*message, *new_state)))
+        outputs = tuple(map(edge, results))
         values = tuple(m.detach() for m in message)
-        del message, new_state
+        del message, new_state, results
         if step.note is not None:
             compare_with(step.note, values, tuple(x.detach() for x in sources), step.name)
         return sources, states, outputs, values, update

@@ -279,8 +279,7 @@ def _rewind(
     with torch.enable_grad(), step.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
     results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
-    made = newest_node() - before
-    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)), made)
+    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)), before)
     grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
     found = gradients(results, grads, (*inputs, *others))
     n, m = len(inputs), len(states)

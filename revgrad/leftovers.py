@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 from revgrad.attributes import check_attributes
 from revgrad.deferred import current_checks
 from revgrad.errors import ReversibilityError
-from revgrad.gradients import Closed
+from revgrad.gradients import Closed, newest_node
 from revgrad.modules import modules_of
 
 _KEY = "revgrad"
@@ -30,24 +30,24 @@ class Leftovers:
         sources: Leaves that an evaluation has read.
         others: States, parameters and conditioning tensors, leaves as well.
         graph: What `check_closed` has returned for it.
-        made: How many nodes the evaluation has made, by `newest_node`.
+        first_node: `newest_node` before the evaluation.
     """
 
-    def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], graph: Closed, made: int) -> None:
+    def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], graph: Closed, first_node: int) -> None:
+        self._first_node = first_node
         self._waiting = current_checks().waiting
-        self._aside = made != graph.inner
+        self._aside = newest_node() - first_node != graph.inner
         """Whether something was computed that the outputs do not depend on."""
         if self._waiting:  # what captures a pass may hold everything in it
             self._of_sources = _marked(sources, graph)
             self._of_others = _marked(others, graph)
 
-    def check(self, name: str, layer: nn.Module, first_node: int) -> None:
+    def check(self, name: str, layer: nn.Module) -> None:
         """Raise if the graph is still there.
 
         Args:
             name: How the error calls the layer.
             layer: Whose modules may have put it into an attribute.
-            first_node: `newest_node` before the evaluation.
 
         Raises:
             ReversibilityError: It is.
@@ -55,7 +55,7 @@ class Leftovers:
         if self._waiting and not self._aside and self._of_sources() is None and self._of_others() is None:
             return
         # Looking through all attributes takes longer than all else here.
-        check_attributes(modules_of(layer), first_node)
+        check_attributes(modules_of(layer), self._first_node)
         # What hooks compute from weights alone, before every call, may stay.
         if not self._waiting or self._of_sources() is None:
             return

@@ -101,6 +101,6 @@ def test_only_a_graph_that_leads_to_the_sources_counts():
     y = (2 * x).sum()
     leftovers = Leftovers([x, torch.ones(3)], (), Closed({}, 0), 0)
     with pytest.raises(ReversibilityError, match=r"^it: something"):
-        leftovers.check("it", nn.Identity(), 0)
+        leftovers.check("it", nn.Identity())
     del y
-    leftovers.check("it", nn.Identity(), 0)
+    leftovers.check("it", nn.Identity())
