@@ -3,7 +3,7 @@
 from typing import Literal
 
 import torch
-from revgrad_kernels.backend import fused
+from revgrad_kernels.backend import uses_triton
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -73,7 +73,7 @@ def convolve(layer: Convolution, x: Tensor) -> tuple[Tensor, Tensor | None]:
     On a GPU a bias takes a pass over the output of its own. Where no kernel is used the bias is in the output, and None
     is returned for it: on a CPU adding it costs nothing.
     """
-    if layer.bias is None or not fused("auto", x):
+    if layer.bias is None or not uses_triton("auto", x):
         return layer(x), None
     function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv3d
     return function(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), layer.bias

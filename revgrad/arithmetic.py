@@ -7,7 +7,7 @@ from torch import nn
 from revgrad.chain import Link
 from revgrad.coupling import Coupling
 from revgrad.errors import StreamError
-from revgrad.layer import Inverse, ReversibleLayer
+from revgrad.layer import ReversibleLayer, unwrapped
 from revgrad.modules import modules_of
 
 
@@ -38,9 +38,8 @@ def is_exact(arithmetic: str, links: Sequence[Link]) -> bool:
 
 def _is_coupling_in_floats(layer: ReversibleLayer) -> bool:
     """Other layers say themselves what they cannot do, and those of users need not say that they can."""
-    while isinstance(layer, Inverse):
-        layer = layer.layer
-    return isinstance(layer, Coupling) and not layer.has_exact_form()
+    inner, _ = unwrapped(layer)
+    return isinstance(inner, Coupling) and not inner.has_exact_form()
 
 
 def _only_forgets(module: nn.Module) -> bool:
@@ -52,10 +51,8 @@ def _recalling(links: Sequence[Link]) -> str | None:
     """The first layer that undoes more layers that forget than have been run."""
     run = 0
     for name, layer in links:
-        inverted = False
-        while isinstance(layer, Inverse):
-            layer, inverted = layer.layer, not inverted
-        run += (-1 if inverted else 1) * sum(map(_only_forgets, modules_of(layer)))
+        inner, inverted = unwrapped(layer)
+        run += (-1 if inverted else 1) * sum(map(_only_forgets, modules_of(inner)))
         if run < 0:
             return name
     return None

@@ -58,7 +58,7 @@ def undone(changes: Sequence[Change]) -> Iterator[None]:
         yield
     finally:
         for (module, name, _), value in zip(changes, now, strict=True):
-            graph = any(x.grad_fn is not None for x in tensors_in(vars(module).get(name)))
+            graph = any(x.grad_fn is not None for x in held_tensors(vars(module).get(name)))
             if not graph or name in _computed_by_hooks(module):
                 _put(module, name, value)
 
@@ -105,7 +105,7 @@ def check_attributes(modules: Sequence[nn.Module], first_node: int) -> None:
                 continue
             if kind in (tuple, list) and _PLAIN.issuperset(map(type, value)):
                 continue
-            for x in tensors_in(value):
+            for x in held_tensors(value):
                 if x.grad_fn is None or x.grad_fn._sequence_nr() < first_node or name in _computed_by_hooks(module):
                     continue
                 raise ReversibilityError(
@@ -116,7 +116,7 @@ def check_attributes(modules: Sequence[nn.Module], first_node: int) -> None:
                 )
 
 
-def tensors_in(value: object) -> Iterator[Tensor]:
+def held_tensors(value: object) -> Iterator[Tensor]:
     """The tensors in a value, or in lists, tuples, dictionaries and namespaces in it, as deep as they go."""
     rest, seen = [value], set()
     while rest:

@@ -13,4 +13,4 @@ def no_autocast(x: Tensor) -> AbstractContextManager[object]:
     if not torch._C._is_any_autocast_enabled():
         return _NOTHING
     kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _NOTHING

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from revgrad.errors import StreamError
 from revgrad.layer import State, Step
 from revgrad.residue import Residue, grid_of
-from revgrad.tracing import recording, untraced
+from revgrad.tracing import records_graph, untraced
 
 
 class CellUpdate(Protocol):
@@ -95,7 +95,7 @@ class Merge(_Update):
         self._cell = cell
 
     def _updated(self, decay: Tensor, increment: Tensor) -> Tensor:
-        if recording():
+        if records_graph():
             new = _MergeFunction.apply(self.residue, self._cell, decay, increment)
         else:
             new = _merge(self.residue, self._cell, torch.sigmoid(decay), increment)
@@ -219,11 +219,6 @@ def update_for(
         )
     recall = Recall(step.name, step.residue, step.cell)
     return recall, completed(state, inverted_cell, recall.stand_in)
-
-
-def position_of(inverted_cell: int | None, exact: bool) -> int | None:
-    """Where in a state the cell is that is recovered; None where there is none, or float arithmetic keeps it."""
-    return inverted_cell if exact else None
 
 
 def without(state: State, position: int | None) -> State:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from revgrad.attributes import check_attributes
-from revgrad.cell import position_of, without
+from revgrad.cell import without
 from revgrad.errors import StreamError
 from revgrad.gradients import add, newest_node
 from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Layout, Note, ReversibleLayer, State, Step, Streams
@@ -74,7 +74,7 @@ def cells_of(links: Iterable[Link], state: ChainState, exact: bool) -> list[Tens
     """
     cells: list[Tensor | None] = []
     for (name, layer), own in zip(links, state.layers, strict=True):
-        position = position_of(layer.inverted_cell, exact)
+        position = layer.recovered_cell(exact)
         if position is not None and position >= len(own):
             raise StreamError(
                 f"{name}: inverted_cell={position}, but the layer's own state has {len(own)} tensor(s), counted from 0"
@@ -126,7 +126,7 @@ def run_chain(
         with around(i):
             streams = layer.run(streams, step)
         if keep is not None:
-            read = without(step.state, position_of(layer.inverted_cell, residue is not None))
+            read = without(step.state, layer.recovered_cell(residue is not None))
             keep(Read(read, step.strides, step.note))
         own, carry = split_carry(layer, step.new_state, carry)
         new_states.append(own)
@@ -151,7 +151,7 @@ def undo_chain(
         name, layer = links[i]
         step = Step(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
         step.layout = layouts[i] if layouts else None
-        position = position_of(layer.inverted_cell, residue is not None)
+        position = layer.recovered_cell(residue is not None)
         if position is not None and new_state is not None:
             step.cell = new_state.layers[i][position]
         with around(i):

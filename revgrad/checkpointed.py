@@ -1,5 +1,6 @@
 """A program under `torch.utils.checkpoint`: every time step, or every layer, keeps its input and is run again."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.utils.checkpoint import checkpoint
@@ -22,20 +23,15 @@ def run_steps_checkpointed(
     features: Streams = ()
     outputs: list[Streams] = []
     for t, streams in enumerate(given):
-        start = residue.clone(words=False, keep=False) if residue is not None else None
 
-        def run(streams: Streams | None, features: Streams, state: ChainState, t: int = t, start: Any = start) -> Any:
-            local = start.clone(words=False, keep=False) if start is not None else None
-            entered = None if streams is None else program.enter(streams, local)
-            features, state = program.run_core(t, entered, features, state, local)
-            outputs = program.run_exit(t, features, local)
-            if local is not None:
-                local.check_range()
-            return outputs, features, state, local
+        def run(
+            residue: Residue | None, streams: Streams | None, features: Streams, state: ChainState, t: int = t
+        ) -> tuple[Streams, Streams, ChainState]:
+            entered = None if streams is None else program.enter(streams, residue)
+            features, state = program.run_core(t, entered, features, state, residue)
+            return program.run_exit(t, features, residue), features, state
 
-        out, features, state, residue = checkpoint(
-            run, streams, features, state, use_reentrant=False, context_fn=snapshot.checkpoint_contexts
-        )
+        (out, features, state), residue = _checkpointed(snapshot, run, residue, streams, features, state)
         outputs.append(out)
     return stack(outputs), state
 
@@ -51,23 +47,31 @@ def run_layers_checkpointed(whole: Program, streams: Streams, state: ChainState)
         residue.check_range()
     for i, (link, layer_state) in enumerate(zip(whole.core, state.layers, strict=True)):
         program = Program.of_chain((link,), exact=whole.exact, arguments=whole.arguments.core[i : i + 1])
-        snapshot = Snapshot([link.layer])
-        start = residue.clone(words=False, keep=False) if residue is not None else None
 
-        def run(streams: Streams, state: ChainState, program: Program = program, start: Any = start) -> Any:
-            local = start.clone(words=False, keep=False) if start is not None else None
-            streams, state = program.run_core(0, streams, (), state, local)
-            if local is not None:
-                local.check_range()
-            return streams, state, local
+        def run(
+            residue: Residue | None, streams: Streams, state: ChainState, program: Program = program
+        ) -> tuple[Streams, ChainState]:
+            return program.run_core(0, streams, (), state, residue)
 
-        streams, new_state, residue = checkpoint(
-            run,
-            streams,
-            ChainState((layer_state,), carry),
-            use_reentrant=False,
-            context_fn=snapshot.checkpoint_contexts,
+        (streams, new_state), residue = _checkpointed(
+            Snapshot([link.layer]), run, residue, streams, ChainState((layer_state,), carry)
         )
         own.append(new_state.layers[0])
         carry = new_state.carry
     return streams, ChainState(tuple(own), carry)
+
+
+def _checkpointed(
+    snapshot: Snapshot, run: Callable[..., Any], residue: Residue | None, *inputs: Any
+) -> tuple[Any, Residue | None]:
+    """`run(residue, *inputs)` under `torch.utils.checkpoint`, and the residue after it. Every evaluation adds to a copy
+    of the residue, which is as it was for the next one."""
+
+    def evaluate(*inputs: Any) -> tuple[Any, Residue | None]:
+        own = residue.clone(words=False, keep=False) if residue is not None else None
+        results = run(own, *inputs)
+        if own is not None:
+            own.check_range()
+        return results, own
+
+    return checkpoint(evaluate, *inputs, use_reentrant=False, context_fn=snapshot.checkpoint_contexts)

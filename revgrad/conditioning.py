@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from revgrad.chain import Link
 from revgrad.errors import StreamError
-from revgrad.layer import Arguments, Inverse, ReversibleLayer
+from revgrad.layer import Arguments, ReversibleLayer, unwrapped
 
 
 class Place:
@@ -61,13 +61,11 @@ def bind(
 
 def _may_accept(link: Link) -> bool:
     """Whether there are arguments at all that a layer takes, by some name."""
-    layer = link.layer
-    while isinstance(layer, Inverse):
-        layer = layer.layer
-    return type(layer).accepts is not ReversibleLayer.accepts
+    inner, _ = unwrapped(link.layer)
+    return type(inner).accepts is not ReversibleLayer.accepts
 
 
-def tensors_in(arguments: Any, kind: type = Tensor) -> list[Any]:
+def distinct_leaves(arguments: Any, kind: type = Tensor) -> list[Any]:
     """All tensors (or places) in nested arguments, each once."""
     return list({id(x): x for x in tree_leaves(arguments) if isinstance(x, kind)}.values())
 

@@ -28,7 +28,7 @@ from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
-from revgrad.tracing import recording
+from revgrad.tracing import records_graph
 from revgrad.unchanged import Unchanged
 
 
@@ -53,8 +53,7 @@ class Coupling(ReversibleLayer):
 
     Raises:
         StreamError: Source or target are no numbers, or there is no source, one is given twice, or the target is
-            among them; a cell is to be inverted of a
-            transform that has no state or takes no `update`.
+            among them; a cell is to be inverted of a transform that has no state or takes no `update`.
     """
 
     tensors_in_message = 1
@@ -367,7 +366,7 @@ class Coupling(ReversibleLayer):
                     return merge(target, *message)
                 with Unchanged((target, *message), self._merge_changed):
                     return merge(target, *message)
-            if recording():
+            if records_graph():
                 return updated_exactly(self, undo, residue, target, *message)
             return (self.unmerge_exact if undo else self.merge_exact)(residue, target, *message)
 

@@ -20,7 +20,7 @@ from revgrad.words import FixedWords, GrowingWords, Words
 class Checks:
     """Checks at once."""
 
-    waiting = True
+    may_wait = True
     """Whether the host may wait for the device."""
 
     def require(self, ok: Tensor | bool, error: Callable[[], Exception]) -> None:
@@ -109,7 +109,7 @@ class DeferredChecks(Checks):
         capacities: Those that are given, or that measuring has found.
     """
 
-    waiting = False
+    may_wait = False
 
     def __init__(self, *, margin: float = 2.0, capacities: dict[int, int] | None = None) -> None:
         if not margin >= 1:
@@ -136,11 +136,8 @@ class DeferredChecks(Checks):
     def measuring(self) -> Iterator[None]:
         """Checks at once, and notes how much room the residue needs. What was noted before is forgotten."""
         found = _Measuring()
-        token = _current.set(found)
-        try:
+        with in_force(found):
             yield
-        finally:
-            _current.reset(token)
         self.capacities = {n: min(math.ceil(self.margin * need), most) for n, (need, most) in found.needs.items()}
         self._measured = True
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from revgrad.arithmetic import is_exact
-from revgrad.cell import position_of, without
+from revgrad.cell import without
 from revgrad.chain import ChainState, Link, split_carry, with_carry
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
-from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Step, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Step, Streams, unwrapped
 from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.modules import CopiedBuffers
 from revgrad.program import Program, put_on_grid
@@ -102,7 +102,8 @@ def check_invertible(
         StreamError: Streams or states do not fit.
     """
     links = chain_links(module)
-    chosen = arithmetic or (module.arithmetic if isinstance(module, ReversibleSequential) else "auto")
+    chain, _ = unwrapped(module)
+    chosen = arithmetic or (chain.arithmetic if isinstance(chain, ReversibleSequential) else "auto")
     exact = is_exact(chosen, links)
     streams = checked_streams("check_invertible", (inputs,) if isinstance(inputs, Tensor) else inputs)
     if exact:
@@ -154,7 +155,7 @@ def _run(
         if layer.stateful:
             step.state = with_carry(name, layer, own, carry)
         before = residue.used_bits if residue is not None else 0.0
-        with snapshot.recording(i, streams[0].device):
+        with snapshot.first_evaluation(i, streams[0].device):
             outputs = layer.run(streams, step)
         _, carry = split_carry(layer, step.new_state, carry)
         updated = sum(y.numel() for x, y in zip(streams, outputs, strict=False) if x is not y)
@@ -177,7 +178,7 @@ def _undo(applications: list[_Application], residue: Residue | None, snapshot: S
     recovered = applications[-1].outputs if applications else ()
     for i, (link, inputs, outputs, state, new_state, arguments, behind, bits) in reversed([*enumerate(applications)]):
         name, layer = link
-        position = position_of(layer.inverted_cell, residue is not None)
+        position = layer.recovered_cell(residue is not None)
         errors: list[float] = []
         for given, bits_left in ((outputs, behind), (recovered, residue)):
             step = Step(name, without(state, position), arguments=arguments, residue=bits_left)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from revgrad import fused_steps
+from revgrad import fused_optimisers
 from revgrad.chain import ChainGradients, ChainState, cells_of
 from revgrad.conditioning import conditioning_changed
 from revgrad.deferred import current_checks, in_force
@@ -39,7 +39,7 @@ from revgrad.residue import Residue
 from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
 from revgrad.threads import Use
-from revgrad.tracing import check_recording, check_surroundings, untraced
+from revgrad.tracing import check_surroundings, refuse_inference_mode, untraced
 from revgrad.unchanged import Unchanged
 from revgrad.walk import Walk
 
@@ -77,20 +77,20 @@ def run_reversible(
     Returns:
         The output streams and the final state.
     """
-    fused_steps.notice()
+    fused_optimisers.watch_fused_optimisers()
     snapshot = Snapshot(program.layers())
     inputs = flat(given)
-    stages, waiting = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
+    stages, late = _order_of_release(program, snapshot, sum(x.nbytes for x in inputs) // _PORTIONS)
     checks = current_checks()
-    check_surroundings(snapshot.modules, inputs[0].device, waiting=checks.waiting)
-    if program.offload and not checks.waiting:
+    check_surroundings(snapshot.modules, inputs[0].device, may_wait=checks.may_wait)
+    if program.offload and not checks.may_wait:
         raise ReversibilityError(
             "offload=True waits for copies to the host, where checks are deferred: choose offload=False"
         )
     conditioning = program.conditioning()
-    held = [*(snapshot.parameters[i] for i in waiting), *conditioning]
-    waiting += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))
-    token = _Inputs.apply(len(inputs), waiting, *inputs, *state.tensors(), *held)
+    held = [*(snapshot.parameters[i] for i in late), *conditioning]
+    late += range(len(snapshot.parameters), len(snapshot.parameters) + len(conditioning))
+    token = _Inputs.apply(len(inputs), late, *inputs, *state.tensors(), *held)
     for application, indices in stages:
         lowest = application == stages[0][0]
         token = _Parameters.apply(application, indices, lowest, token, *(snapshot.parameters[i] for i in indices))
@@ -116,7 +116,7 @@ def _order_of_release(
         portion: Bytes from which on gradients are released, rather than wait for those of an earlier layer.
     """
     stages: list[tuple[int, list[int]]] = []
-    waiting: list[int] = []
+    late: list[int] = []
     seen: set[int] = set()
     room = 0
     for part, links in zip(Part, program.parts, strict=True):
@@ -128,22 +128,22 @@ def _order_of_release(
                     continue
                 seen.add(i)
                 if not (parameter.is_leaf and parameter.grad is not None):
-                    waiting.append(i)
+                    late.append(i)
                     continue
                 if full:
                     stages.append((program.application(0, part, position), []))
                     room, full = portion, False
                 stages[-1][1].append(i)
                 room -= parameter.nbytes
-    return stages, waiting
+    return stages, late
 
 
 class _Inputs(torch.autograd.Function):
-    """Inputs, initial state, waiting parameters and conditioning; last in the backward pass, which it completes."""
+    """Inputs, initial state, late parameters and conditioning; last in the backward pass, which it completes."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: int, waiting: list[int], *tensors: Tensor) -> Tensor:
-        ctx.inputs, ctx.waiting = inputs, waiting
+    def forward(ctx: Any, inputs: int, late: list[int], *tensors: Tensor) -> Tensor:
+        ctx.inputs, ctx.late = inputs, late
         return torch.empty(0, device=tensors[0].device)
 
     @staticmethod
@@ -151,7 +151,7 @@ class _Inputs(torch.autograd.Function):
         progress = token.progress
         progress.to_the_end()
         input_grads = progress.input_grads() or (None,) * ctx.inputs
-        grads = (*input_grads, *progress.state_grads(), *progress.take(ctx.waiting))
+        grads = (*input_grads, *progress.state_grads(), *progress.take(ctx.late))
         return None, None, *filled_for_hooks(grads, ctx.next_functions)
 
 
@@ -217,7 +217,7 @@ class _Outputs(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
-        check_recording()
+        refuse_inference_mode()
         ctx.snapshot.check_attributes("since the forward pass")
         outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
@@ -300,9 +300,9 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
 
     idle = bool(program.entry) and not program.entry_wants_gradients(given)
 
-    def recording(application: int) -> AbstractContextManager[None]:
+    def first_evaluation(application: int) -> AbstractContextManager[None]:
         # Measuring beforehand has told that nothing draws random numbers.
-        recorded = snapshot.recording(application, device) if tape.checks.waiting else nullcontext()
+        recorded = snapshot.first_evaluation(application, device) if tape.checks.may_wait else nullcontext()
         return _with_graph(recorded) if idle and program.is_entry(application) else recorded
 
     for t in range(program.steps):
@@ -325,8 +325,8 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
                 tape.anchor(t, position, streams)
 
         keep = partial(tape.keep, t, parts=(ENTRY, EXIT) if recompute else tuple(Part))
-        features, state = program.run_core(t, entered, features, state, residue, recording, keep, entering)
-        y = program.run_exit(t, features, residue, recording, keep)
+        features, state = program.run_core(t, entered, features, state, residue, first_evaluation, keep, entering)
+        y = program.run_exit(t, features, residue, first_evaluation, keep)
         tape.keeper.settle()
         if not stacked:
             outputs = y

@@ -121,9 +121,9 @@ class ReversibleLayer(nn.Module):
         """By name, the options of a chain that are not at their defaults; a layer has none."""
         return {}
 
-    def is_guarded(self) -> bool:
-        """Whether the drift guard of a chain watches the pass that begins, which is counted; a layer has none."""
-        return False
+    def recovered_cell(self, exact: bool) -> int | None:
+        """Position in the layer's own state of the cell that is recovered; None where float arithmetic keeps it."""
+        return self.inverted_cell if exact else None
 
     def updates(self) -> int | None:
         """Index of the only stream that the layer changes; None where it may change any."""
@@ -243,6 +243,14 @@ class Inverse(ReversibleLayer):
     def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Rewind the inner layer's `run`."""
         return self.layer.rewind(flow, step, state_grads, wrt)
+
+
+def unwrapped(layer: Any) -> tuple[Any, bool]:
+    """The layer inside all inverses around it, and whether it is run backwards."""
+    inverted = False
+    while isinstance(layer, Inverse):
+        layer, inverted = layer.layer, not inverted
+    return layer, inverted
 
 
 def _undo_changed(name: str, x: Tensor) -> StreamError:

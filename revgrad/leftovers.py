@@ -35,10 +35,10 @@ class Leftovers:
 
     def __init__(self, sources: Sequence[Tensor], others: Sequence[Tensor], graph: Closed, first_node: int) -> None:
         self._first_node = first_node
-        self._waiting = current_checks().waiting
+        self._may_wait = current_checks().may_wait
         self._aside = newest_node() - first_node != graph.inner
         """Whether something was computed that the outputs do not depend on."""
-        if self._waiting:  # what captures a pass may hold everything in it
+        if self._may_wait:  # what captures a pass may hold everything in it
             self._of_sources = _marked(sources, graph)
             self._of_others = _marked(others, graph)
 
@@ -52,12 +52,12 @@ class Leftovers:
         Raises:
             ReversibilityError: It is.
         """
-        if self._waiting and not self._aside and self._of_sources() is None and self._of_others() is None:
+        if self._may_wait and not self._aside and self._of_sources() is None and self._of_others() is None:
             return
         # Looking through all attributes takes longer than all else here.
         check_attributes(modules_of(layer), self._first_node)
         # What hooks compute from weights alone, before every call, may stay.
-        if not self._waiting or self._of_sources() is None:
+        if not self._may_wait or self._of_sources() is None:
             return
         gc.collect()  # a reference cycle is nobody's loss
         if self._of_sources() is not None:

@@ -3,9 +3,7 @@
 from functools import partial
 from typing import Any
 
-from revgrad_kernels.backend import observed
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from revgrad.cell import Merge, Recall
 from revgrad.deferred import current_checks
@@ -14,6 +12,7 @@ from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
 from revgrad.gradients import is_differentiable
 from revgrad.hints import not_given, wrong_number, wrong_shape
 from revgrad.layer import Arguments, Note, Streams
+from revgrad.tracing import has_values
 from revgrad.unchanged import Unchanged
 
 NOTED = 3
@@ -119,7 +118,7 @@ def check_message(message: tuple[Any, ...], count: int, target: Tensor, index: i
 
 def note_of(message: Streams, sources: Streams) -> Note | None:
     """What a message is compared with in the backward pass; None where it has no values to look at yet."""
-    if observed() or not current_checks().waiting or any(isinstance(m, FakeTensor) or m.is_meta for m in message):
+    if not (current_checks().may_wait and has_values(message)):
         return None
     return tuple(fingerprint((*message, *sources), precise=False).tolist())
 

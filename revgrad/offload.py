@@ -87,7 +87,7 @@ class Offloaded(Keeper):
         key = (StorageWeakRef(storage), x._version)
         copy = self._copies.get(key)
         if copy is None:
-            copy = self._copies[key] = _Copy(self._transfer.out(_whole(storage, torch.uint8, x.device)))
+            copy = self._copies[key] = _Copy(self._transfer.out(_bytes_of(storage, x.device)))
             self._leaving.append(copy)
         return Stowed(copy, x.dtype, int(x.storage_offset()), x.size(), x.stride(), weakref.ref(x), x._version)
 
@@ -188,8 +188,8 @@ def _is_plain(x: Any) -> bool:
     return type(x) is Tensor and x.layout is torch.strided and not (x.is_conj() or x.is_neg() or x.is_quantized)
 
 
-def _whole(storage: torch.UntypedStorage, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(0, dtype=dtype, device=device).set_(storage)
+def _bytes_of(storage: torch.UntypedStorage, device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=device).set_(storage)
 
 
 class CudaTransfer:

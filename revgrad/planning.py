@@ -13,7 +13,7 @@ from revgrad.budget import choose_stored, parse_budget
 from revgrad.chain import ChainState, Link
 from revgrad.conditioning import bind
 from revgrad.cost import ChainCost, measure
-from revgrad.layer import NO_ARGUMENTS, Arguments, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, Streams, unwrapped
 from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.program import Program
 from revgrad.sequential import ReversibleSequential
@@ -106,7 +106,8 @@ def plan(
         RuntimeError: From fake tensors, where a transform looks at values (`if x.max() > 1`).
     """
     links = chain_links(model)
-    own = model if isinstance(model, ReversibleSequential) else ReversibleSequential()
+    chain, _ = unwrapped(model)
+    own = chain if isinstance(chain, ReversibleSequential) else ReversibleSequential()
     streams = checked_streams("plan", (inputs,) if isinstance(inputs, Tensor) else inputs)
     state = checked_state(links, states)
     arguments = bind(links, conditioning)

@@ -14,7 +14,7 @@ from torch import Tensor
 from revgrad.arithmetic import is_exact
 from revgrad.cell import replaced_at
 from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain, undo_chain
-from revgrad.conditioning import Place, bind, replaced, tensors_in
+from revgrad.conditioning import Place, bind, distinct_leaves, replaced
 from revgrad.errors import StreamError
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Streams
@@ -165,7 +165,7 @@ class Program:
 
     def conditioning(self) -> list[Tensor]:
         """The tensors in the arguments, each once."""
-        return tensors_in(self.arguments) if any(self.arguments) else []
+        return distinct_leaves(self.arguments) if any(self.arguments) else []
 
     def wants_gradients(self, given: Iterable[Streams | None], state: ChainState) -> bool:
         """Whether anything that the program knows of requires a gradient.
@@ -183,7 +183,7 @@ class Program:
         """Whether anything that the entry reads requires a gradient, as far as the program knows."""
         inputs = (x for streams in given if streams is not None for x in streams)
         parameters = (p for _, layer in self.entry for p in layer.parameters())
-        return any(x.requires_grad for x in (*inputs, *parameters, *tensors_in(self.arguments.entry)))
+        return any(x.requires_grad for x in (*inputs, *parameters, *distinct_leaves(self.arguments.entry)))
 
     def emptied(self) -> "Program":
         """The same program with places in its arguments instead of tensors."""
@@ -196,7 +196,7 @@ class Program:
         """An emptied program with tensors in these places."""
         if not tensors:
             return self
-        return replace(self, arguments=replaced(self.arguments, tensors_in(self.arguments, Place), tensors))
+        return replace(self, arguments=replaced(self.arguments, distinct_leaves(self.arguments, Place), tensors))
 
     def application(self, t: int, part: Part, position: int) -> int:
         """A number for every application of a layer."""

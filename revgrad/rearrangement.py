@@ -152,13 +152,7 @@ def _unfold_signal(x: Tensor, n: int, *, order: Order) -> Tensor:
 class PixelShuffle(PixelUnshuffle):
     """Unfold channels into space: the inverse of `PixelUnshuffle` with the same arguments."""
 
-    def run(self, streams: Streams, step: Step) -> Streams:
-        """Channels to space."""
-        return super().undo(streams, step)
-
-    def undo(self, streams: Streams, step: Step) -> Streams:
-        """Space to channels."""
-        return super().run(streams, step)
+    run, undo = PixelUnshuffle.undo, PixelUnshuffle.run
 
 
 class Split(Rearrangement):
@@ -241,13 +235,7 @@ class Concatenate(Split):
         target: Index of the first of them, which the result replaces; None where there are no others.
     """
 
-    def run(self, streams: Streams, step: Step) -> Streams:
-        """Several streams to one."""
-        return super().undo(streams, step)
-
-    def undo(self, streams: Streams, step: Step) -> Streams:
-        """One stream to several."""
-        return super().run(streams, step)
+    run, undo = Split.undo, Split.run
 
 
 class Permute(Rearrangement):

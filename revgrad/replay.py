@@ -129,7 +129,7 @@ class Snapshot:
             self.parameters.append(parameter)
         return index
 
-    def recording(self, application: int, device: torch.device) -> AbstractContextManager[None]:
+    def first_evaluation(self, application: int, device: torch.device) -> AbstractContextManager[None]:
         """Around the first evaluation: keep the random state it started from, if it drew anything, and statistics."""
         scope = self._by_position[application % len(self._by_position)]
         if not scope.is_replayed:
@@ -138,7 +138,7 @@ class Snapshot:
         if scope.measured:
             kept = self._statistics[application] = {}
             norms = keeping(scope.measured, kept)
-        return _Recording(self, scope, application, device, norms)
+        return _FirstEvaluation(self, scope, application, device, norms)
 
     def drawing(self) -> list[int]:
         """The applications that have drawn random numbers."""
@@ -266,8 +266,8 @@ class Snapshot:
 # Classes: written as generators these contexts would take several times as long, and every half-step enters both.
 
 
-class _Recording(AbstractContextManager[None]):
-    """See `Snapshot.recording`."""
+class _FirstEvaluation(AbstractContextManager[None]):
+    """See `Snapshot.first_evaluation`."""
 
     __slots__ = ("_application", "_attributes", "_before", "_device", "_norms", "_scope", "_snapshot", "thread")
 

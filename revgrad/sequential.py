@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from revgrad.arithmetic import is_exact
 from revgrad.budget import Budget, parse_budget, run_partly_stored, stored_layers
-from revgrad.cell import position_of, without
+from revgrad.cell import without
 from revgrad.chain import ChainState, undo_chain
 from revgrad.checkpointed import run_layers_checkpointed
 from revgrad.conditioning import bind
@@ -181,7 +181,7 @@ class ReversibleSequential(ReversibleLayer):
         """
         check_offload(self.offload, self.mode)
         recomputes = self.mode == "reversible" and recomputing()
-        program = self._program(conditioning, per_layer, guarded=recomputes and self.is_guarded())
+        program = self._program(conditioning, per_layer, guarded=recomputes and self.count_pass())
         streams = checked_streams("ReversibleSequential", streams)
         state = program.enter_state(checked_state(program.core, states))
         if residue is not None and torch.is_grad_enabled():
@@ -243,12 +243,13 @@ class ReversibleSequential(ReversibleLayer):
         state = checked_state(program.core, states)
         if state.carry:
             raise StreamError(
-                "inverse: what one layer carries to the next is not determined by the states alone; see undo_chain"
+                "inverse: what one layer carries to the next is not determined by the states alone: choose carries=0, "
+                "with which every layer keeps its own"
             )
         bits = (residue if residue is not None else Residue()) if program.exact else None
         after = None if new_states is None else checked_state(program.core, new_states)
         read = [
-            without(own, position_of(layer.inverted_cell, program.exact))
+            without(own, layer.recovered_cell(program.exact))
             for (_, layer), own in zip(program.core, state.layers, strict=True)
         ]
         links = program.core
@@ -286,8 +287,8 @@ class ReversibleSequential(ReversibleLayer):
             offload=self.offload,
         )
 
-    def is_guarded(self) -> bool:
-        """Whether the drift guard watches the pass that begins, which is counted."""
+    def count_pass(self) -> bool:
+        """Count the pass that begins; whether the drift guard watches it."""
         if isinstance(self.drift_guard, bool):
             return self.drift_guard
         self._passes += 1
@@ -306,4 +307,4 @@ def _result(streams: Streams) -> Result:
 _DEFAULTS = {
     p.name: p.default for p in inspect.signature(ReversibleSequential).parameters.values() if p.kind is p.KEYWORD_ONLY
 }
-"""The options of a chain, each of which is an attribute of the same name."""
+"""The options of a chain and their defaults; each is an attribute of the same name."""

@@ -160,13 +160,12 @@ def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
 
 
 def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
-    return Tape(
-        _map(tape.segments, change),
-        _map(tape.read, change),
-        _map(tape.residue, change),
-        tape.fingerprints,
-        _map(tape.anchors, change),
-        tape.keeper.anew(),
-        _map(tape.cells, change),
-        tape.checks,
+    return replace(
+        tape,
+        segments=_map(tape.segments, change),
+        read=_map(tape.read, change),
+        residue=_map(tape.residue, change),
+        anchors=_map(tape.anchors, change),
+        keeper=tape.keeper.anew(),
+        cells=_map(tape.cells, change),
     )

@@ -6,7 +6,9 @@ from collections.abc import Callable, Iterable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch import nn
+from revgrad_kernels.backend import observed
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from revgrad.errors import ReversibilityError
 
@@ -14,7 +16,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def recording() -> bool:
+def records_graph() -> bool:
     """Whether autograd records what is run: in inference mode it does not, whatever `torch.enable_grad` says there."""
     # The compiler cannot ask for inference mode.
     return torch.is_grad_enabled() and (torch.compiler.is_compiling() or not torch.is_inference_mode_enabled())
@@ -27,7 +29,7 @@ def recomputing() -> bool:
     they differentiate, batch or write down what is run, so it is run as in stored mode.
     """
     return (
-        recording()
+        records_graph()
         and not _transforming()
         and torch.autograd.forward_ad._current_level < 0
         and not torch.compiler.is_exporting()
@@ -43,13 +45,18 @@ def _transforming() -> bool:
 _transforming._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def check_surroundings(modules: Iterable[nn.Module], device: torch.device, *, waiting: bool = True) -> None:
+def has_values(tensors: Iterable[Tensor]) -> bool:
+    """Whether there are numbers to look at: not where tensors are traced, batched, fake or on the meta device."""
+    return not (observed() or any(isinstance(x, FakeTensor) or x.is_meta for x in tensors))
+
+
+def check_surroundings(modules: Iterable[nn.Module], device: torch.device, *, may_wait: bool = True) -> None:
     """Raise where a backward pass that recomputes would not work.
 
     Args:
         modules: Those of the chain.
         device: Where it runs.
-        waiting: Whether it waits for the device.
+        may_wait: Whether the host may wait for the device.
 
     Raises:
         ReversibilityError: A module inside is sharded by itself: FSDP gathers its weights when it is called, and waits
@@ -63,14 +70,14 @@ def check_surroundings(modules: Iterable[nn.Module], device: torch.device, *, wa
             f"a {type(inside).__name__} inside the sequence is sharded by itself: call fully_shard on the sequence as "
             "a whole, or on several shorter sequences to gather fewer weights at a time"
         )
-    if waiting and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if may_wait and device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise ReversibilityError(
             "a CUDA graph cannot capture a backward pass that checks at once what it has recovered: defer its checks, "
             "with DeferredChecks(), or choose mode='stored'"
         )
 
 
-def check_recording() -> None:
+def refuse_inference_mode() -> None:
     """Raise where a backward pass could not differentiate what it computes again.
 
     Raises:

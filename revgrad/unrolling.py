@@ -14,7 +14,7 @@ from revgrad.chain import ChainState, Link
 from revgrad.checkpointed import run_steps_checkpointed
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
-from revgrad.layer import NO_ARGUMENTS, Arguments, Inverse, ReversibleLayer, Streams
+from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, Streams, unwrapped
 from revgrad.links import (
     Arithmetic,
     Chain,
@@ -26,6 +26,7 @@ from revgrad.links import (
 )
 from revgrad.program import Program, stack
 from revgrad.residue import Residue
+from revgrad.sequential import ReversibleSequential
 from revgrad.tracing import recomputing
 
 
@@ -79,7 +80,7 @@ def unroll(
         StreamError: An option of the core that is not passed to `unroll` as well, no input at the first step, unknown
             mode, wrong number of streams or states, conditioning that no layer takes.
     """
-    arithmetic = _agreed_arithmetic(
+    arithmetic = _agreed_with_core(
         core,
         mode=mode,
         arithmetic=arithmetic,
@@ -118,13 +119,13 @@ def unroll(
     return _run_stored(program, given, state)
 
 
-def _agreed_arithmetic(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
+def _agreed_with_core(core: Chain, arithmetic: Arithmetic, **given: Any) -> Arithmetic:
     """The arithmetic, which may be the core's own.
 
     Raises:
         StreamError: The core has been given an option that `unroll` has been given otherwise, or does not have.
     """
-    core = _chain_of(core)
+    core, _ = unwrapped(core)
     own = core.chosen_options() if isinstance(core, ReversibleLayer) else {}
     if not isinstance(given["drift_guard"], bool) and "drift_guard" not in own:
         raise StreamError(
@@ -145,19 +146,12 @@ def _agreed_arithmetic(core: Chain, arithmetic: Arithmetic, **given: Any) -> Ari
     return arithmetic
 
 
-def _chain_of(core: Chain) -> Chain:
-    """The core, or what it is the inverse of."""
-    while isinstance(core, Inverse):
-        core = core.layer
-    return core
-
-
 def _is_guarded(core: Chain, drift_guard: bool | int) -> bool:
     """Whether a drift guard watches the pass that begins; a number of first passes the core counts."""
     if isinstance(drift_guard, bool):
         return drift_guard
-    chain = _chain_of(core)
-    return isinstance(chain, ReversibleLayer) and chain.is_guarded()
+    chain, _ = unwrapped(core)
+    return isinstance(chain, ReversibleSequential) and chain.count_pass()
 
 
 def _segment_length(every: int | str, steps: int) -> int:

@@ -17,8 +17,6 @@ from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
 
-_EXACT = "arithmetic='exact' or "
-
 
 class Walk:
     """One backward pass. It owns the references to outputs and gradients, and drops each one when used.
@@ -221,11 +219,12 @@ def _input_differs(
     # Exact arithmetic, where there is such a thing and it is not in use.
     fits = all(dtype in (torch.float32, torch.float64) for dtype in dtypes)
     possible = not exact and fits and all(layer.has_exact_form() for layer in layers)
+    instead = "arithmetic='exact' or " if possible else ""
     return ReversibilityError(
         f"the input {of_layer}recovered in the backward pass differs from the one given {by}, so the gradient "
         f"would be wrong: {why}. "
         f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
-        f"{_EXACT if possible else ''}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
+        f"{instead}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
     )
 
 

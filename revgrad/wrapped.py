@@ -5,13 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from revgrad_kernels.backend import observed
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import tolerance_of
 from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.tracing import has_values
 from revgrad.unchanged import Unchanged
 
 
@@ -79,9 +78,7 @@ class Wrapped(ReversibleLayer):
         if step.residue is not None:
             raise StreamError(f"{step.name}: a wrapped function has no exact form; choose arithmetic='float'")
         out = _streams(there, streams, step)
-        # What is traced, batched, fake or on the meta device has no values to compare yet.
-        traced = observed()
-        if not (self._checked or traced or any(isinstance(x, FakeTensor) or x.is_meta for x in (*streams, *out))):
+        if not self._checked and has_values((*streams, *out)):
             with torch.no_grad():
                 _compare(_streams(back, out, step), streams, step)
             self._checked = True

@@ -1,7 +1,7 @@
 """Fused operators of reversible and recurrent networks, each usable on its own.
 
-Each is a file: a reference in plain PyTorch, which runs on any device and is the truth; a Triton kernel, which runs on
-CUDA tensors; and the operator that is registered with `torch.library`. `revgrad_kernels.backend` says which one runs.
+Each has a reference in plain PyTorch, which runs on any device and is the truth; a Triton kernel, which runs on CUDA
+tensors; and the operator that is registered with `torch.library`. `revgrad_kernels.backend` says which one runs.
 """
 
 from revgrad_kernels.cell_update import cell_update

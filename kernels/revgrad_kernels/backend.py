@@ -1,7 +1,9 @@
-"""Which code computes an operator: a Triton kernel or the plain-PyTorch reference. Decided here and nowhere else.
+"""Which code computes an operator: a Triton kernel, or plain PyTorch.
 
-`auto` is Triton for CUDA tensors and the reference for all others, and where functions are transformed (`torch.func`,
-forward-mode differentiation); `REVGRAD_KERNELS` in the environment changes what `auto` means. With
+`auto` is Triton for CUDA tensors and plain PyTorch for all others, and where functions are transformed (`torch.func`,
+forward-mode differentiation). On a CPU the recurrent operators and pixel shuffle have code of their own besides their
+reference (`recurrent_cpu`, `pixel_shuffle_cpu`), for sizes where it is faster. `REVGRAD_KERNELS` in the environment
+changes what `auto` means. With
 `TRITON_INTERPRET=1`, set before Python starts, Triton's interpreter runs the kernels on the CPU, slowly: for tests.
 """
 
@@ -45,7 +47,7 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot compute this."""
 
 
-def fused(backend: str, *tensors: Tensor, operator: str = "this operator") -> bool:
+def uses_triton(backend: str, *tensors: Tensor, operator: str = "this operator") -> bool:
     """Whether Triton computes, as asked for in the call or else in the environment.
 
     Args:

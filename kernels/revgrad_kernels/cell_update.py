@@ -12,10 +12,10 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     refuse_gradient,
     tl,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import dense, tile, tuned
 from revgrad_kernels.recurrent import (
@@ -57,7 +57,7 @@ def cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None = None, *, back
         gates = biased(gates, bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return updated(cell, *gates.unsafe_chunk(3, 1)) if small else _OnCPU.compute(gates, cell)
-    if fused(backend, gates, cell, *given(bias), operator="cell_update"):
+    if uses_triton(backend, gates, cell, *given(bias), operator="cell_update"):
         return _cell_update(gates, cell, bias)
     return _reference(gates, cell, bias)
 

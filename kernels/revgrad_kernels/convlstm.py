@@ -18,10 +18,10 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     refuse_gradient,
     tl,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, tile, tuned
 from revgrad_kernels.recurrent import (
@@ -75,7 +75,7 @@ def convlstm(
         gates = biased(gates, bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return (_plain if small else _OnCPU.compute)(gates, cell, peephole)
-    if fused(backend, gates, cell, peephole, *given(bias), operator="convlstm"):
+    if uses_triton(backend, gates, cell, peephole, *given(bias), operator="convlstm"):
         return _convlstm(gates, cell, peephole, bias)
     return _reference(gates, cell, peephole, bias)
 

@@ -17,11 +17,11 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     on_device,
     tl,
     transformed,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import canonical, elements, expanded, laid_out_like, size_class, tuned
 
@@ -52,11 +52,11 @@ def exact_additive_inverse(merged: Tensor, message: Tensor, *, backend: str = "a
 
 
 def _sum(name: str, target: Tensor, message: Tensor, undo: bool, backend: str) -> Tensor:
-    (message,) = on_grid(name, target, message=message)
+    (message,) = broadcast_to_grid(name, target, message=message)
     return dispatch(_exact_additive, _reference, backend, (target, message), undo)
 
 
-def on_grid(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
+def broadcast_to_grid(operator: str, x: Tensor, **tensors: Tensor) -> tuple[Tensor, ...]:
     """The tensors, each broadcast to the shape of the grid values `x`.
 
     Raises:
@@ -84,7 +84,7 @@ def dispatch(
     What is compiled gets the operator too: a compiler that rewrites the reference may round a gate another way than
     the uncompiled inverse does. The reference is not differentiable, rounding having no slope; the operator is.
     """
-    kernel = fused(backend, *tensors)
+    kernel = uses_triton(backend, *tensors)
     recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     if kernel or recorded or torch.compiler.is_compiling():
         return operator(*tensors, *flags, kernel)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from revgrad_kernels.backend import arithmetic, can_run, check_floats, converted, on_device, refuse_gradient, tl, triton
-from revgrad_kernels.exact_additive import FRACTION_BITS, dispatch, line, nearest_integer, on_grid
+from revgrad_kernels.exact_additive import FRACTION_BITS, broadcast_to_grid, dispatch, line, nearest_integer
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tuned
 from revgrad_kernels.reservoir import (
     FULL,
@@ -60,7 +60,7 @@ def exact_weighted_sum(
     """
     check_floats("exact_weighted_sum", logits=logits, x=x, h=h)
     check_reservoirs("exact_weighted_sum", x, reservoir=reservoir, level=level, costs=costs)
-    logits, h = on_grid("exact_weighted_sum", x, logits=logits, h=h)
+    logits, h = broadcast_to_grid("exact_weighted_sum", x, logits=logits, h=h)
     return dispatch(_exact_weighted_sum, _reference, backend, (logits, x, h, reservoir, level, costs))
 
 
@@ -81,7 +81,7 @@ def exact_weighted_sum_refill(
     """
     check_floats("exact_weighted_sum_refill", logits=logits, y=y)
     check_reservoirs("exact_weighted_sum_refill", y, level=level, costs=costs)
-    (logits,) = on_grid("exact_weighted_sum_refill", y, logits=logits)
+    (logits,) = broadcast_to_grid("exact_weighted_sum_refill", y, logits=logits)
     return dispatch(_exact_weighted_sum_refill, _reference_refill, backend, (logits, y, level, costs))
 
 
@@ -105,7 +105,7 @@ def exact_weighted_sum_inverse(
     """
     check_floats("exact_weighted_sum_inverse", logits=logits, y=y, h=h)
     check_reservoirs("exact_weighted_sum_inverse", y, reservoir=reservoir, word=word, refill=refill)
-    logits, h = on_grid("exact_weighted_sum_inverse", y, logits=logits, h=h)
+    logits, h = broadcast_to_grid("exact_weighted_sum_inverse", y, logits=logits, h=h)
     tensors = logits, y, h, reservoir, word, refill
     return dispatch(_exact_weighted_sum_inverse, _reference_inverse, backend, tensors)
 
@@ -126,7 +126,7 @@ def exact_weighted_sum_backward(
         backend: As in `exact_weighted_sum`.
     """
     check_floats("exact_weighted_sum_backward", logits=logits, x=x, h=h, grad=grad)
-    logits, h, grad = on_grid("exact_weighted_sum_backward", x, logits=logits, h=h, grad=grad)
+    logits, h, grad = broadcast_to_grid("exact_weighted_sum_backward", x, logits=logits, h=h, grad=grad)
     return dispatch(_exact_weighted_sum_backward, _reference_backward, backend, (logits, x, h, grad))
 
 

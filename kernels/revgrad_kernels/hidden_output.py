@@ -12,11 +12,11 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     on_device,
     refuse_gradient,
     tl,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tile, tuned
 from revgrad_kernels.recurrent import gated, given, recompute, sigmoid, sigmoid_backward, tanh, tanh_backward
@@ -45,7 +45,7 @@ def hidden_output(output_gate: Tensor, update: Tensor, added: Tensor | None = No
         if update.numel() < recurrent_cpu.SMALL:
             return gated(output_gate if added is None else output_gate + added, update)
         return _OnCPU.compute(*tensors)
-    if fused(backend, *tensors, operator="hidden_output"):
+    if uses_triton(backend, *tensors, operator="hidden_output"):
         return _hidden_output(output_gate, update, added)
     return converted(_reference(_summed(output_gate, update, added), update), _dtype(output_gate, update))
 

@@ -41,10 +41,10 @@ def laid_out_like(x: Tensor, t: Tensor) -> Tensor:
     return t.contiguous(memory_format=memory_format(x))
 
 
-def side_by_side_like(x: Tensor, groups: int, dtype: torch.dtype | None = None) -> Tensor:
+def side_by_side_like(x: Tensor, groups: int) -> Tensor:
     """An empty tensor for so many groups of channels, each like the canonical `x`, in its memory layout."""
     shape = (x.shape[0], groups * x.shape[1], *x.shape[2:])
-    return torch.empty(shape, dtype=dtype or x.dtype, device=x.device, memory_format=memory_format(x))
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
 def dense(bias: Tensor | None) -> Tensor | None:

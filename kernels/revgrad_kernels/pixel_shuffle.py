@@ -21,7 +21,7 @@ from torch import Tensor
 
 from revgrad_kernels import pixel_shuffle_cpu as on_cpu
 from revgrad_kernels import pixel_shuffle_reference as reference
-from revgrad_kernels.backend import can_run, fused, on_device, tl, triton
+from revgrad_kernels.backend import can_run, on_device, tl, triton, uses_triton
 from revgrad_kernels.layout import (
     canonical,
     is_channels_last,
@@ -58,7 +58,7 @@ def pixel_unshuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend
     if on_cpu.takes(backend, x):
         return on_cpu.unshuffle("pixel_unshuffle", x, factor, order)[0]
     reference.check_unshuffle("pixel_unshuffle", x.shape, factor)
-    if fused(backend, x, operator="pixel_unshuffle"):
+    if uses_triton(backend, x, operator="pixel_unshuffle"):
         return _pixel_unshuffle(x, factor, order)
     return reference.unshuffle(x, factor, order)[0]
 
@@ -77,7 +77,7 @@ def pixel_shuffle(x: Tensor, factor: int, *, order: Order = "pytorch", backend: 
     if on_cpu.takes(backend, x):
         return on_cpu.shuffle("pixel_shuffle", [x], factor, order)
     reference.check_shuffle("pixel_shuffle", x.shape, factor)
-    if fused(backend, x, operator="pixel_shuffle"):
+    if uses_triton(backend, x, operator="pixel_shuffle"):
         return _pixel_shuffle(x, factor, order)
     return reference.shuffle([x], factor, order)
 
@@ -98,7 +98,7 @@ def pixel_unshuffle_split(
         first, second = on_cpu.unshuffle("pixel_unshuffle_split", x, factor, order, groups=2)
         return first, second
     reference.check_unshuffle("pixel_unshuffle_split", x.shape, factor, groups=2)
-    if fused(backend, x, operator="pixel_unshuffle_split"):
+    if uses_triton(backend, x, operator="pixel_unshuffle_split"):
         return _pixel_unshuffle_split(x, factor, order)
     first, second = reference.unshuffle(x, factor, order, groups=2)
     return first, second
@@ -130,7 +130,7 @@ def pixel_shuffle_concatenate(
     if on_cpu.takes(backend, first, second):
         return on_cpu.shuffle("pixel_shuffle_concatenate", [first, second], factor, order)
     reference.check_shuffle("pixel_shuffle_concatenate", first.shape, factor, groups=2)
-    if fused(backend, first, second, operator="pixel_shuffle_concatenate"):
+    if uses_triton(backend, first, second, operator="pixel_shuffle_concatenate"):
         return _pixel_shuffle_concatenate(first, second, factor, order)
     return reference.shuffle([first, second], factor, order)
 

@@ -20,10 +20,10 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     refuse_gradient,
     tl,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import dense, memory_format, tile, tuned
 from revgrad_kernels.recurrent import (
@@ -89,7 +89,7 @@ def stlstm_states(
         gates, memory_gates = biased(gates, bias, cell.dtype), biased(memory_gates, memory_bias, cell.dtype)
         small = cell.numel() < recurrent_cpu.SMALL
         return (_plain if small else _OnCPU.compute)(gates, memory_gates, cell, memory)
-    if fused(backend, gates, memory_gates, cell, memory, *given(bias, memory_bias), operator="stlstm_states"):
+    if uses_triton(backend, gates, memory_gates, cell, memory, *given(bias, memory_bias), operator="stlstm_states"):
         return _stlstm_states(gates, memory_gates, cell, memory, bias, memory_bias)
     return _reference(gates, memory_gates, cell, memory, bias, memory_bias)
 

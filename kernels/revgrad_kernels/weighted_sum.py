@@ -16,11 +16,11 @@ from revgrad_kernels.backend import (
     can_run,
     check_floats,
     converted,
-    fused,
     on_device,
     refuse_gradient,
     tl,
     triton,
+    uses_triton,
 )
 from revgrad_kernels.layout import (
     Matrix,
@@ -59,7 +59,7 @@ def weighted_sum(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None = Non
     """
     check_floats("weighted_sum", logits=logits, x=x, h=h, bias=bias)
     logits, h = _checked("weighted_sum", x, bias, logits=logits, h=h)
-    if fused(backend, logits, x, h, *_given(bias), operator="weighted_sum"):
+    if uses_triton(backend, logits, x, h, *_given(bias), operator="weighted_sum"):
         return _weighted_sum(logits, x, h, bias)
     return _reference(logits, x, h, bias)
 
@@ -74,7 +74,7 @@ def weighted_sum_inverse(
     """
     check_floats("weighted_sum_inverse", logits=logits, y=y, h=h, bias=bias)
     logits, h = _checked("weighted_sum_inverse", y, bias, logits=logits, h=h)
-    if fused(backend, logits, y, h, *_given(bias), operator="weighted_sum_inverse"):
+    if uses_triton(backend, logits, y, h, *_given(bias), operator="weighted_sum_inverse"):
         return _weighted_sum_inverse(logits, y, h, bias)
     return _reference_inverse(logits, y, h, bias)
 
@@ -93,7 +93,7 @@ def weighted_sum_backward(
     """
     check_floats("weighted_sum_backward", logits=logits, x=x, h=h, grad=grad)
     logits, h, grad = _checked("weighted_sum_backward", x, None, logits=logits, h=h, grad=grad)
-    if fused(backend, logits, x, h, grad, operator="weighted_sum_backward"):
+    if uses_triton(backend, logits, x, h, grad, operator="weighted_sum_backward"):
         return _weighted_sum_backward(logits, x, h, grad, None)[:3]
     return _reference_backward(logits, x, h, grad, None)
 

@@ -17,9 +17,9 @@ CPU, META = torch.zeros(2), torch.zeros(2, device="meta")
 
 
 def test_auto_is_the_reference_away_from_cuda():
-    assert not backend.fused("auto", CPU)
-    assert not backend.fused("auto", META)
-    assert not backend.fused("reference", CPU)
+    assert not backend.uses_triton("auto", CPU)
+    assert not backend.uses_triton("auto", META)
+    assert not backend.uses_triton("reference", CPU)
 
 
 @needs_triton
@@ -28,9 +28,9 @@ def test_transforms_of_functions_take_the_reference(transform):
     with FakeTensorMode():
         gpu = torch.empty(2, device="cuda")
     decided = []
-    transform(lambda t: (decided.append(backend.fused("auto", gpu)), t * t)[1], CPU)
+    transform(lambda t: (decided.append(backend.uses_triton("auto", gpu)), t * t)[1], CPU)
     assert decided == [False]
-    assert backend.fused("auto", gpu)
+    assert backend.uses_triton("auto", gpu)
     with pytest.raises(
         backend.BackendError, match=r"weighted_sum: .* neither .* torch\.func .* choose backend='reference'"
     ):
@@ -41,8 +41,8 @@ def test_transforms_of_functions_take_the_reference(transform):
 def test_forward_mode_takes_the_reference_for_tensors_with_a_tangent():
     with FakeTensorMode(), forward_ad.dual_level():
         gpu, integers = torch.empty(2, device="cuda"), torch.zeros(2, dtype=torch.int64, device="cuda")
-        assert backend.fused("auto", gpu, integers)
-        assert not backend.fused("auto", integers, forward_ad.make_dual(gpu, gpu))
+        assert backend.uses_triton("auto", gpu, integers)
+        assert not backend.uses_triton("auto", integers, forward_ad.make_dual(gpu, gpu))
     x = torch.zeros(2, 3, device=DEVICE)
     with forward_ad.dual_level():
         assert torch.equal(weighted_sum(x, x, x, backend="triton"), x)
@@ -53,8 +53,8 @@ def test_forward_mode_takes_the_reference_for_tensors_with_a_tangent():
 @needs_triton
 def test_the_environment_changes_what_auto_means_and_the_call_has_the_last_word(monkeypatch):
     monkeypatch.setattr(backend, "AUTO", "reference")
-    assert backend.fused("triton", torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu"))
-    assert not backend.fused("auto", CPU)
+    assert backend.uses_triton("triton", torch.zeros(2, device="cuda" if torch.cuda.is_available() else "cpu"))
+    assert not backend.uses_triton("auto", CPU)
 
 
 def test_triton_where_it_cannot_run_is_an_error():
@@ -66,7 +66,7 @@ def test_triton_where_it_cannot_run_is_an_error():
 def test_an_unknown_backend_is_named_with_its_origin(name, where, monkeypatch):
     monkeypatch.setattr(backend, "AUTO", "fast")
     with pytest.raises(ValueError, match=f"{where} must be one of auto, triton, reference, got"):
-        backend.fused(name, CPU)
+        backend.uses_triton(name, CPU)
 
 
 def test_an_empty_variable_in_the_environment_is_none():
@@ -78,7 +78,7 @@ def test_an_empty_variable_in_the_environment_is_none():
 
 def test_one_device_for_all():
     with pytest.raises(backend.BackendError, match="one device, got cpu, meta"):
-        backend.fused("auto", CPU, META)
+        backend.uses_triton("auto", CPU, META)
 
 
 def test_without_triton_the_reference_computes_and_an_explicit_request_says_what_is_missing():

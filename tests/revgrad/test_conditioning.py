@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, StreamError, Swap, wrap
-from revgrad.conditioning import Place, bind, replaced, tensors_in
+from revgrad.conditioning import Place, bind, distinct_leaves, replaced
 from revgrad.links import chain_links
 
 
@@ -61,12 +61,12 @@ def test_a_sequential_that_hides_what_takes_an_argument_is_pointed_out():
 def test_tensors_are_taken_out_once_and_put_back():
     a, b = torch.ones(1), torch.ones(2)
     arguments = ({"context": (a, [b, "text"]), "scale": None}, {}, {"mask": a})
-    tensors = tensors_in(arguments)
+    tensors = distinct_leaves(arguments)
     assert [id(x) for x in tensors] == [id(a), id(b)]
     places = [Place(), Place()]
     emptied = replaced(arguments, tensors, places)
-    assert tensors_in(emptied) == []
-    assert tensors_in(emptied, Place) == places
+    assert distinct_leaves(emptied) == []
+    assert distinct_leaves(emptied, Place) == places
     assert emptied == ({"context": (places[0], [places[1], "text"]), "scale": None}, {}, {"mask": places[0]})
     again = replaced(emptied, places, tensors)
     assert again[0]["context"][1][0] is b

@@ -147,6 +147,12 @@ def test_takes_layers_lists_and_inverses_and_a_lone_stream(make):
     assert check_invertible(Split(2), x).invertible
 
 
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_an_inverse_has_the_arithmetic_of_its_chain(make, arithmetic):
+    report = check_invertible(Inverse(make.chain("additive", 2, arithmetic=arithmetic)), make.streams(8))
+    assert report.exact is (arithmetic == "exact")
+
+
 @pytest.mark.parametrize("carries", [0, 1])
 def test_states(make, carries):
     chain = make.recurrent("gated", 4, states=1, carries=carries)

@@ -63,10 +63,10 @@ def test_gradients_wait_until_they_are_a_portion(make, layers, expected):
     chain = with_gradients(make.chain("additive", 6))
     size = sum(p.numel() * p.element_size() for p in chain[0].parameters())
     program = Program.of_chain(chain_links(chain), exact=False)
-    stages, waiting = _order_of_release(program, Snapshot(chain), int(layers * size))
+    stages, late = _order_of_release(program, Snapshot(chain), int(layers * size))
     assert [application for application, _ in stages] == expected
     assert sorted(i for _, indices in stages for i in indices) == list(range(24))
-    assert waiting == []
+    assert late == []
 
 
 @pytest.mark.composes("Hooks", "an optimizer step in the backward pass")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from revgrad import AdditiveCoupling, LiveMemory, StreamError, plan
+from revgrad import AdditiveCoupling, Inverse, LiveMemory, StreamError, plan
 from tests.revgrad.test_cost import CHAINS, Told
 
 pytestmark = pytest.mark.usefixtures("single_thread", "warm")
@@ -131,6 +131,13 @@ def test_anchors_count(make):
     x = make.streams(64)
     free, anchored = (plan(make.chain("additive", 4, anchor_every=n), x).reversible for n in (None, 2))
     assert anchored.kept_bytes - free.kept_bytes == 2 * 64 * 4 * 4
+
+
+def test_an_inverse_has_the_options_of_its_chain(make):
+    chain = make.chain("additive", 4, memory_budget="1 KiB")
+    assert [way.name for way in plan(Inverse(chain), make.streams(64)).budgeted] == [
+        way.name for way in plan(chain, make.streams(64)).budgeted
+    ]
 
 
 def test_reads_well(make):

@@ -96,7 +96,7 @@ def test_random_states_are_kept_only_where_something_was_drawn(make):
     snapshot = Snapshot(chain)
     x = make.streams()
     for i, layer in enumerate(chain):
-        with snapshot.recording(i, torch.device("cpu")):
+        with snapshot.first_evaluation(i, torch.device("cpu")):
             layer.transform(x[0])
     assert list(snapshot._random_states) == [2]
 

@@ -11,7 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 
 @cache
-def notice() -> None:
+def watch_fused_optimisers() -> None:
     """From now on count the steps of fused optimisers as changes in place of their weights, as other steps are."""
     register_optimizer_step_post_hook(_count)
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from revgrad import fused_steps
+from revgrad import fused_optimisers
 
 OPTIMISERS = [torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad]
 
@@ -29,7 +29,7 @@ def test_weights_without_a_gradient_have_not_changed(make, check):
 
 def test_noticed_once():
     for _ in range(2):
-        fused_steps.notice()
+        fused_optimisers.watch_fused_optimisers()
     weight = torch.nn.Parameter(torch.ones(3))
     weight.grad = torch.ones(3)
     before = weight._version
