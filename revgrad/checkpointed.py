@@ -1,12 +1,19 @@
 """A program under `torch.utils.checkpoint`: every time step, or every layer, keeps its input and is run again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from revgrad.attributes import Change, changes_since, undone
 from revgrad.chain import ChainState
+from revgrad.deferred import Checks, current_checks, in_force
+from revgrad.errors import ReversibilityError
 from revgrad.layer import Streams
+from revgrad.modules import InModes
 from revgrad.program import Program, stack
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
@@ -74,4 +81,69 @@ def _checkpointed(
             own.check_range()
         return results, own
 
-    return checkpoint(evaluate, *inputs, use_reentrant=False, context_fn=snapshot.checkpoint_contexts)
+    return checkpoint(evaluate, *inputs, use_reentrant=False, context_fn=partial(_contexts, snapshot))
+
+
+def _contexts(snapshot: Snapshot) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """For `torch.utils.checkpoint`, around the forward pass and around its recomputation, which sees modes, parameters
+    and attributes of the forward pass, and must not move the statistics either. It raises where weights have changed,
+    which PyTorch leaves to the user.
+    """
+    versions: list[int] = []
+    changes: list[Change] = []
+    recomputing = partial(_recomputing, snapshot, versions, changes, current_checks())
+    return _noting(snapshot, versions, changes), _Anew(recomputing)
+
+
+@contextmanager
+def _noting(snapshot: Snapshot, versions: list[int], changes: list[Change]) -> Iterator[None]:
+    inner = snapshot.everything.inner
+    attributes = [dict(vars(module)) for module in inner]
+    yield
+    versions[:] = _versions(snapshot.parameters)
+    changes[:] = changes_since(inner, attributes)
+    snapshot.check_buffers()
+
+
+def _versions(weights: list[Tensor]) -> list[int]:
+    return [x._version for x in weights if not x.is_inference()]
+
+
+@contextmanager
+def _recomputing(snapshot: Snapshot, versions: list[int], changes: list[Change], checks: Checks) -> Iterator[None]:
+    # None are noted yet where the forward pass itself takes a gradient, such as of an energy.
+    if versions and _versions(snapshot.parameters) != versions:
+        raise ReversibilityError(
+            "a weight or buffer has changed in place between the forward pass and the recomputation of "
+            "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
+        )
+    modes, statistics = InModes(snapshot.modules, snapshot.everything.training), snapshot.frozen_statistics()
+    now = [(holder, name, holder[name]) for holder, name, _ in snapshot.slots]
+    try:
+        # `torch.func.functional_call` has put back its own by now.
+        for holder, name, i in snapshot.slots:
+            holder[name] = snapshot.parameters[i]
+        with modes, statistics, undone(changes), in_force(checks):
+            yield
+    except BaseException:  # also one that keeps a context from being left (see `mending.py`)
+        statistics.__exit__(None, None, None)
+        modes.__exit__(None, None, None)
+        raise
+    finally:
+        for holder, name, parameter in now:
+            holder[name] = parameter
+
+
+class _Anew(AbstractContextManager[None]):
+    """A context that is made whenever it is entered: there may be several backward passes through the same graph."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[None]]) -> None:
+        self._make = make
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> None:
+        self._entered.append(self._make())
+        self._entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self._entered.pop().__exit__(*error)

@@ -6,7 +6,6 @@ first evaluation may do is kept from happening twice: running statistics of norm
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
 from threading import get_ident
 from typing import Any, NamedTuple
 
@@ -14,10 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from revgrad.anew import Anew
 from revgrad.attributes import Change, changes_since, check_attributes, kept_tensors, renew, undone
 from revgrad.batch_statistics import Kept, keeping, reusable, reusing
-from revgrad.deferred import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
 from revgrad.gradients import newest_node
 from revgrad.graphless import Uncached
@@ -96,8 +93,8 @@ class Snapshot:
                 slots += slots_of[module]
             scope = self._scopes[id(layer)] = Scope(modules, slots, layer)
             self._by_position.append(scope)
-        self._everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
-        everything = self._everything
+        self.everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
+        everything = self.everything
         self.slots, self.modules, self.owners = everything.slots, everything.modules, everything.owners
         self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in plain_buffers(m)]
         self._kept_tensors = kept_tensors(self.modules)
@@ -196,7 +193,7 @@ class Snapshot:
         Raises:
             ReversibilityError: A module has put a tensor with a graph aside, in an attribute.
         """
-        scope = self._everything if layer is None else self._scopes[id(layer)]
+        scope = self.everything if layer is None else self._scopes[id(layer)]
         if not scope.is_replayed:
             return nullcontext()
         kept = None if application is None else self._statistics.get(application)
@@ -204,50 +201,7 @@ class Snapshot:
 
     def frozen_statistics(self) -> AbstractContextManager[None]:
         """Around a second evaluation: running statistics of normalisation layers stay where they are."""
-        return Frozen(self._everything.norms)
-
-    def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        """For `torch.utils.checkpoint`: its recomputation sees modes, parameters and attributes of the forward pass,
-        and must not move the statistics either. It raises where weights have changed, which PyTorch leaves to the user.
-        """
-        versions: list[int] = []
-        changes: list[Change] = []
-        return self._noting(versions, changes), Anew(partial(self._checkpointed, versions, changes, current_checks()))
-
-    @contextmanager
-    def _noting(self, versions: list[int], changes: list[Change]) -> Iterator[None]:
-        attributes = [dict(vars(module)) for module in self._everything.inner]
-        yield
-        versions[:] = self._weight_versions()
-        changes[:] = changes_since(self._everything.inner, attributes)
-        self.check_buffers()
-
-    def _weight_versions(self) -> list[int]:
-        return [x._version for x in self.parameters if not x.is_inference()]
-
-    @contextmanager
-    def _checkpointed(self, versions: list[int], changes: list[Change], checks: Checks) -> Iterator[None]:
-        # None are noted yet where the forward pass itself takes a gradient, such as of an energy.
-        if versions and self._weight_versions() != versions:
-            raise ReversibilityError(
-                "a weight or buffer has changed in place between the forward pass and the recomputation of "
-                "mode='checkpoint', so the gradient would be wrong: step the optimiser after the backward pass"
-            )
-        modes, statistics = InModes(self.modules, self._everything.training), self.frozen_statistics()
-        now = [(holder, name, holder[name]) for holder, name, _ in self.slots]
-        try:
-            # `torch.func.functional_call` has put back its own by now.
-            for holder, name, i in self.slots:
-                holder[name] = self.parameters[i]
-            with modes, statistics, undone(changes), in_force(checks):
-                yield
-        except BaseException:  # also one that keeps a context from being left (see `mending.py`)
-            statistics.__exit__(None, None, None)
-            modes.__exit__(None, None, None)
-            raise
-        finally:
-            for holder, name, parameter in now:
-                holder[name] = parameter
+        return Frozen(self.everything.norms)
 
     def replaying(self, application: int) -> AbstractContextManager[object]:
         """Around a second evaluation: random state and autocast of the first."""

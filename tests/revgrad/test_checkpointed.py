@@ -1,7 +1,10 @@
+from contextlib import contextmanager
+
 import pytest
 import torch
 
 from revgrad import unroll
+from revgrad.checkpointed import _Anew
 from revgrad.words import GrowingWords
 
 
@@ -40,3 +43,21 @@ def test_no_word_of_the_residue_is_kept(make, monkeypatch):
         chain.mode = mode
         sum(y.sum() for y in chain(*x)).backward()
         assert bool(kept) == counted, mode
+
+
+def test_a_context_is_made_whenever_it_is_entered():
+    seen = []
+
+    @contextmanager
+    def make():
+        mine = len(seen)
+        seen.append(f"in {mine}")
+        yield
+        seen.append(f"out {mine}")
+
+    anew = _Anew(make)
+    with anew, anew:
+        pass
+    with anew:
+        pass
+    assert seen == ["in 0", "in 1", "out 1", "out 0", "in 4", "out 4"]
