@@ -19,7 +19,7 @@ from crevnet.frame_size import check_foldable
 from crevnet.predictor import AttentionNorm, reversible_predictor
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import ChainState, Inverse, Residue, unroll
-from revgrad.chain import Read
+from revgrad.chain import Saved
 from revgrad.layer import State, Streams
 from revgrad.program import CORE, Part, Program
 from revgrad.replay import Snapshot
@@ -228,7 +228,7 @@ class CrevNet(VideoModel):
         chain = states.chain if states is not None else self.initial_state(clip)  # type: ignore[arg-type]
         read: list[State] = []
 
-        def keep(part: Part, what: Read) -> None:
+        def keep(part: Part, what: Saved) -> None:
             if part is CORE:
                 read.append(what.state)
 

@@ -7,18 +7,18 @@ from revgrad.additive import AdditiveCoupling
 from revgrad.affine import AffineCoupling
 from revgrad.cell import CellUpdate, update_cell
 from revgrad.chain import ChainState
+from revgrad.checks import DeferredChecks
 from revgrad.convert import MomentumNetwork, from_groups, from_pairs, momentum_from
 from revgrad.coupling import Coupling
-from revgrad.deferred import DeferredChecks
 from revgrad.diagnostics import InvertibilityReport, LayerReport, check_invertible
 from revgrad.errors import ResidueOverflow, ReversibilityError, StreamError
 from revgrad.gated import GatedCoupling
 from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCoupling, SymmetricTransform
 from revgrad.invertible_conv import InvertibleConv1x1
-from revgrad.layer import Inverse, ReversibleLayer, Step
+from revgrad.layer import Inverse, LayerCall, ReversibleLayer
 from revgrad.memory import LiveMemory
 from revgrad.momentum import MomentumStep, VelocityCoupling
-from revgrad.planning import Plan, Way, plan
+from revgrad.planning import ModeCost, Plan, plan
 from revgrad.rearrangement import Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.residue import Residue, snap
 from revgrad.sequential import ReversibleSequential
@@ -39,9 +39,11 @@ __all__ = [
     "Inverse",
     "InvertibilityReport",
     "InvertibleConv1x1",
+    "LayerCall",
     "LayerReport",
     "LeapfrogStep",
     "LiveMemory",
+    "ModeCost",
     "MomentumNetwork",
     "MomentumStep",
     "Permute",
@@ -55,12 +57,10 @@ __all__ = [
     "ReversibleLayer",
     "ReversibleSequential",
     "Split",
-    "Step",
     "StreamError",
     "Swap",
     "SymmetricTransform",
     "VelocityCoupling",
-    "Way",
     "check_invertible",
     "from_groups",
     "from_pairs",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from revgrad.channelwise import Channelwise, per_channel
 from revgrad.errors import StreamError
-from revgrad.layer import Step
+from revgrad.layer import LayerCall
 
 _SMALLEST = 1e-6
 """A channel that deviates by less is taken for constant."""
@@ -57,14 +57,14 @@ class ActNorm(Channelwise):
         self.initialised = bool(state)
 
     @torch.no_grad()
-    def prepare(self, x: Tensor, step: Step, *, undo: bool) -> None:
+    def prepare(self, x: Tensor, call: LayerCall, *, undo: bool) -> None:
         """Initialise, if that is due. A rewind finds it done in the forward pass, whatever the direction."""
         if self.initialised or not self.training:
             return
         values = x.detach().to(self.bias.dtype).transpose(0, 1).flatten(1)
         if values.shape[1] < 2:
             raise StreamError(
-                f"{step.name}: the first batch sets mean and scale and needs more than one value per channel, "
+                f"{call.name}: the first batch sets mean and scale and needs more than one value per channel, "
                 f"got shape {tuple(x.shape)}"
             )
         deviation, mean = torch.std_mean(values, dim=1, correction=0)

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple
 import torch
 
 from revgrad.chain import ChainState, run_chain
-from revgrad.cost import ChainCost, Run, Storages, measure, runs_of, union
+from revgrad.cost import ChainCost, Span, Storages, measure, spans_of, union
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import State, Streams
@@ -171,13 +171,13 @@ class _Cut:
             first -= 1
         while last < len(self.units) and not self.stored[last]:
             last += 1
-        saved = self._cost.run_storages(Run(self.units[unit].first, self.units[unit].last, stored=True))
+        saved = self._cost.run_storages(Span(self.units[unit].first, self.units[unit].last, stored=True))
         return [self._reversed(first, last)], [saved, self._reversed(first, unit), self._reversed(unit + 1, last)]
 
     def _reversed(self, first: int, last: int) -> Storages:
         if first == last:
             return {}
-        run = Run(self.units[first].first, self.units[last - 1].last, stored=False)
+        run = Span(self.units[first].first, self.units[last - 1].last, stored=False)
         return self._cost.run_storages(run, self._anchor_every)
 
     def _exchange(self, removed: list[Storages], added: list[Storages]) -> None:
@@ -216,7 +216,7 @@ def run_partly_stored(
     residue = Residue(keep=False) if program.exact else None
     own: list[State] = []
     carry = state.carry
-    for first, last, is_stored in runs_of(stored):
+    for first, last, is_stored in spans_of(stored):
         arguments = PartArguments(core=program.arguments.core[first:last])
         part = replace(program, core=program.core[first:last], arguments=arguments, on_grid=first > 0)
         carries = any(layer.carries for _, layer in part.core)

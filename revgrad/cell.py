@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from revgrad.errors import StreamError
-from revgrad.layer import State, Step
+from revgrad.layer import LayerCall, State
 from revgrad.residue import Residue, grid_of
 from revgrad.tracing import records_graph, untraced
 
@@ -87,7 +87,7 @@ class _Update(ABC):
             )
 
 
-class Merge(_Update):
+class CellMerge(_Update):
     """Forwards: the cell is merged exactly, what it forgets goes to the residue."""
 
     def __init__(self, name: str, residue: Residue, cell: Tensor) -> None:
@@ -103,7 +103,7 @@ class Merge(_Update):
         return new
 
 
-class Recall(_Update):
+class CellRecall(_Update):
     """Backwards: the new cell is known; the cell before follows once all later merges are undone, by `recover`.
 
     With gradients the stand-in is a leaf, which gets the gradient of the cell that it stands for.
@@ -129,6 +129,10 @@ class Recall(_Update):
         with torch.no_grad():
             self._recovered.append(_unmerge(self.residue, self._known, gate, increment))
         return self._recovered[0]
+
+
+ExactCellUpdate = CellMerge | CellRecall
+"""The `CellUpdate` of exact arithmetic, in either direction."""
 
 
 class _MergeFunction(torch.autograd.Function):
@@ -194,30 +198,30 @@ def _numerator(gate: Tensor) -> Tensor:
 
 
 def update_for(
-    inverted_cell: int | None, step: Step, state: State, *, known: bool
-) -> tuple[Merge | Recall | None, State]:
+    inverted_cell: int | None, call: LayerCall, state: State, *, known: bool
+) -> tuple[ExactCellUpdate | None, State]:
     """What a transform is to update its cell with (None where it is kept), and the state that it is to be given.
 
     Args:
         inverted_cell: The cell's position.
-        step: The application.
+        call: The call.
         state: Its state; where the cell after the step is known, without the cell.
         known: Whether it is, rather than the cell before.
 
     Raises:
         StreamError: It is to be known and is not.
     """
-    if inverted_cell is None or step.residue is None:
+    if inverted_cell is None or call.residue is None:
         return None, state
     if not known:
-        merge = Merge(step.name, step.residue, state[inverted_cell])
+        merge = CellMerge(call.name, call.residue, state[inverted_cell])
         return merge, replaced_at(state, inverted_cell, merge.stand_in)
-    if step.cell is None:
+    if call.cell is None:
         raise StreamError(
-            f"{step.name}: a cell that is inverted can only be recovered from the state after the step: give it to "
+            f"{call.name}: a cell that is inverted can only be recovered from the state after the step: give it to "
             "inverse as new_states=; a coupling inside Inverse(...) is to be made without inverted_cell"
         )
-    recall = Recall(step.name, step.residue, step.cell)
+    recall = CellRecall(call.name, call.residue, call.cell)
     return recall, completed(state, inverted_cell, recall.stand_in)
 
 

@@ -13,7 +13,18 @@ from revgrad.attributes import check_attributes
 from revgrad.cell import without
 from revgrad.errors import StreamError
 from revgrad.gradients import add, newest_node
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, Layout, Note, ReversibleLayer, State, Step, Streams
+from revgrad.layer import (
+    NO_ARGUMENTS,
+    Arguments,
+    Grads,
+    LayerCall,
+    Layout,
+    Note,
+    ReversibleLayer,
+    State,
+    StreamGrads,
+    Streams,
+)
 from revgrad.modules import modules_of
 from revgrad.residue import Residue
 
@@ -26,15 +37,15 @@ class Link(NamedTuple):
 
 
 @dataclass
-class Read:
+class Saved:
     """What a layer has read besides the streams."""
 
     state: State
     """Its own state and the carry, without a cell that is recovered."""
     strides: Layout
-    """See `Step.strides`."""
+    """See `LayerCall.strides`."""
     note: Note | None = None
-    """See `Step.note`."""
+    """See `LayerCall.note`."""
 
 
 class ChainState(NamedTuple):
@@ -95,7 +106,7 @@ def run_chain(
     residue: Residue | None,
     *,
     around: Around = no_context,
-    keep: Callable[[Read], None] | None = None,
+    keep: Callable[[Saved], None] | None = None,
     arguments: Sequence[Arguments] = (),
     entering: Callable[[int, Streams], None] | None = None,
     layouts: Sequence[Layout] = (),
@@ -116,19 +127,19 @@ def run_chain(
     new_states: list[State] = []
     carry = state.carry
     for i, (name, layer) in enumerate(links):
-        step = Step(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
-        step.noting = keep is not None
-        step.layout = layouts[i] if layouts else None
+        call = LayerCall(name=name, residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        call.noting = keep is not None
+        call.layout = layouts[i] if layouts else None
         if layer.stateful:
-            step.state = with_carry(name, layer, state.layers[i], carry)
+            call.state = with_carry(name, layer, state.layers[i], carry)
         if entering is not None:
             entering(i, streams)
         with around(i):
-            streams = layer.run(streams, step)
+            streams = layer.run(streams, call)
         if keep is not None:
-            read = without(step.state, layer.recovered_cell(residue is not None))
-            keep(Read(read, step.strides, step.note))
-        own, carry = split_carry(layer, step.new_state, carry)
+            state_read = without(call.state, layer.recovered_cell(residue is not None))
+            keep(Saved(state_read, call.strides, call.note))
+        own, carry = split_carry(layer, call.new_state, carry)
         new_states.append(own)
     return streams, ChainState(tuple(new_states), carry)
 
@@ -144,18 +155,18 @@ def undo_chain(
     new_state: ChainState | None = None,
     layouts: Sequence[Layout] = (),
 ) -> Streams:
-    """Undo all layers, last first, given what each has read (`Read.state`), and the state that they have left, where it
-    has cells that are recovered. `layouts` as in `run_chain`.
+    """Undo all layers, last first, given what each has read (`Saved.state`), and the state that they have left, where
+    it has cells that are recovered. `layouts` as in `run_chain`.
     """
     for i in reversed(range(len(links))):
         name, layer = links[i]
-        step = Step(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
-        step.layout = layouts[i] if layouts else None
+        call = LayerCall(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        call.layout = layouts[i] if layouts else None
         position = layer.recovered_cell(residue is not None)
         if position is not None and new_state is not None:
-            step.cell = new_state.layers[i][position]
+            call.cell = new_state.layers[i][position]
         with around(i):
-            streams = layer.undo(streams, step)
+            streams = layer.undo(streams, call)
     return streams
 
 
@@ -203,8 +214,8 @@ class ChainGradients:
 
 def rewind_chain(
     links: tuple[Link, ...],
-    flow: Flow,
-    reads: list[Read],
+    backward: StreamGrads,
+    kept: list[Saved],
     residue: Residue | None,
     *,
     around: Around,
@@ -219,8 +230,8 @@ def rewind_chain(
 
     Args:
         links: The layers.
-        flow: Outputs of the chain and gradients with respect to them; becomes its inputs and theirs.
-        reads: What each layer has read; is used up.
+        backward: Outputs of the chain and gradients with respect to them; becomes its inputs and theirs.
+        kept: What each layer has read; is used up.
         residue: None in float arithmetic.
         around: Context manager around each layer.
         replaying: Context manager for the second evaluation of each layer.
@@ -235,29 +246,31 @@ def rewind_chain(
         The position of each layer that has been rewound.
     """
     first = first_updates(links, len(joining))
-    _join(flow, joining, first, len(links))
+    _join(backward, joining, first, len(links))
     for i in reversed(range(len(links))):
         name, layer = links[i]
-        read = reads.pop()
-        step = Step(name=name, state=read.state, strides=read.strides, residue=residue, replay=partial(replaying, i))
-        step.note = read.note
+        saved = kept.pop()
+        call = LayerCall(
+            name=name, state=saved.state, strides=saved.strides, residue=residue, replay=partial(replaying, i)
+        )
+        call.note = saved.note
         if arguments:
-            step.arguments = arguments[i]
+            call.arguments = arguments[i]
         if cells is not None:
-            step.cell, cells[i] = cells[i], None
+            call.cell, cells[i] = cells[i], None
         carried = into.carry if layer.carries else ()
         state_grads = (*into.states[i], *carried) if layer.stateful and into.states else ()
-        indices = [*indices_of(layer), *into.conditioning(step.arguments)]
+        indices = [*indices_of(layer), *into.conditioning(call.arguments)]
         newest = newest_node()
         with around(i):
-            back = layer.rewind(flow, step, state_grads, [into.parameters[j] for j in indices])
-        if step.leftovers is not None:
-            step.leftovers.check(name, layer)
+            back = layer.rewind(backward, call, state_grads, [into.parameters[j] for j in indices])
+        if call.leftovers is not None:
+            call.leftovers.check(name, layer)
         elif layer.evaluations_in_rewind:
             check_attributes(modules_of(layer), newest)
         if cells is not None:
-            cells[i] = step.cell
-        _join(flow, joining, first, i)
+            cells[i] = call.cell
+        _join(backward, joining, first, i)
         into.add(indices, back.parameter_grads)
         if layer.stateful:
             cut = len(back.state_grads) - layer.carries
@@ -265,7 +278,7 @@ def rewind_chain(
             if layer.carries:
                 into.carry = back.state_grads[cut:]
         # What a paused rewind still names would stay alive.
-        del read, step, carried, state_grads, back
+        del saved, call, carried, state_grads, back
         yield i
 
 
@@ -281,10 +294,10 @@ def first_updates(links: tuple[Link, ...], count: int) -> list[int]:
     return first
 
 
-def _join(flow: Flow, joining: Grads, first: list[int], position: int) -> None:
+def _join(backward: StreamGrads, joining: Grads, first: list[int], position: int) -> None:
     for s, at in enumerate(first):
         if at == position:
-            flow.grads[s] = add(joining[s], flow.grads[s])
+            backward.grads[s] = add(joining[s], backward.grads[s])
 
 
 def with_carry(name: str, layer: ReversibleLayer, own: State, carry: State) -> State:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from revgrad.autocast import no_autocast
 from revgrad.errors import StreamError
-from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.layer import LayerCall, ReversibleLayer, Streams
 
 
 class Channelwise(ReversibleLayer):
@@ -49,40 +49,40 @@ class Channelwise(ReversibleLayer):
         """Log-determinant of the map at one position, a tensor without dimensions."""
         raise TypeError(f"{type(self).__name__} does not define log_volume()")
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Transform the target."""
-        x = self._stream(streams, step)
-        self.prepare(x, step, undo=False)
+        x = self._stream(streams, call)
+        self.prepare(x, call, undo=False)
         with no_autocast(x):
             return self._replaced(streams, self.transformed(x))
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Restore the target."""
-        y = self._stream(streams, step)
-        self.prepare(y, step, undo=True)
+        y = self._stream(streams, call)
+        self.prepare(y, call, undo=True)
         with no_autocast(y):
             return self._replaced(streams, self.restored(y))
 
-    def log_det(self, streams: Streams, step: Step) -> Tensor:
+    def log_det(self, streams: Streams, call: LayerCall) -> Tensor:
         """`log_volume` for every position of a sample."""
-        x = self._stream(streams, step)
+        x = self._stream(streams, call)
         with no_autocast(x):
             return (self.log_volume() * math.prod(x.shape[2:])).expand(len(x))
 
-    def prepare(self, x: Tensor, step: Step, *, undo: bool) -> None:
+    def prepare(self, x: Tensor, call: LayerCall, *, undo: bool) -> None:
         """Called with the stream before it is transformed or restored; does nothing by default."""
 
-    def _stream(self, streams: Streams, step: Step) -> Tensor:
-        if step.residue is not None:
-            raise StreamError(f"{step.name}: {type(self).__name__} has no exact form; choose arithmetic='float'")
+    def _stream(self, streams: Streams, call: LayerCall) -> Tensor:
+        if call.residue is not None:
+            raise StreamError(f"{call.name}: {type(self).__name__} has no exact form; choose arithmetic='float'")
         if len(streams) <= self.target:
             raise StreamError(
-                f"{step.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
+                f"{call.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
             )
         x = streams[self.target]
         if x.dim() < 2 or x.shape[1] != self.channels:
             raise StreamError(
-                f"{step.name}: the stream must be [B, {self.channels}, ...], but has shape {tuple(x.shape)}"
+                f"{call.name}: the stream must be [B, {self.channels}, ...], but has shape {tuple(x.shape)}"
             )
         return x
 

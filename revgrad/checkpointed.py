@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from revgrad.attributes import Change, changes_since, undone
 from revgrad.chain import ChainState
-from revgrad.deferred import Checks, current_checks, in_force
+from revgrad.checks import Checks, current_checks, in_force
 from revgrad.errors import ReversibilityError
 from revgrad.layer import Streams
 from revgrad.modules import InModes

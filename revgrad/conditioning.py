@@ -15,7 +15,7 @@ from revgrad.errors import StreamError
 from revgrad.layer import Arguments, ReversibleLayer, unwrapped
 
 
-class Place:
+class Placeholder:
     """Stands for a tensor that has been taken out."""
 
 

@@ -29,7 +29,7 @@ Storages = dict[Hashable, int]
 _FINGERPRINT_BYTES = 3 * 8
 
 
-class Stream(NamedTuple):
+class StreamStorage(NamedTuple):
     """One stream at one place of a chain."""
 
     storage: Hashable
@@ -55,7 +55,7 @@ class LayerCost:
     """Its batch statistics, likewise."""
 
 
-class Run(NamedTuple):
+class Span(NamedTuple):
     """Consecutive layers that are all stored or all reversed: positions, the last one not included."""
 
     first: int
@@ -68,7 +68,7 @@ class ChainCost:
     """What the layers of a chain cost. What exists before the forward pass counts nothing."""
 
     layers: tuple[LayerCost, ...]
-    streams: tuple[tuple[Stream, ...], ...]
+    streams: tuple[tuple[StreamStorage, ...], ...]
     """In front of every layer, and behind the last one."""
     reservoirs: tuple[Storages, ...]
     """Of exact arithmetic, likewise. The words that spill out of them depend on the data, and are not counted."""
@@ -82,7 +82,7 @@ class ChainCost:
         """
         found = dict(self.returned)
         copied: set[Hashable] = set()
-        for run in runs_of(stored):
+        for run in spans_of(stored):
             # Behind a run that has copied a stream, its copy is the stream.
             found |= {k: n for k, n in self.run_storages(run, anchor_every).items() if k not in copied}
             copied |= {self.streams[run.last][i].storage for i in self._copies(run)}
@@ -96,7 +96,7 @@ class ChainCost:
                 found += [_storages(streams), layer.read, reservoirs]
         return sum(union(found).values())
 
-    def run_storages(self, run: Run, anchor_every: int | None = None) -> Storages:
+    def run_storages(self, run: Span, anchor_every: int | None = None) -> Storages:
         """What one run keeps alive."""
         layers = self.layers[run.first : run.last]
         if run.stored:
@@ -115,7 +115,7 @@ class ChainCost:
         found |= {("fingerprint", run.first): _FINGERPRINT_BYTES * len(self.streams[run.first])}
         return found | self.reservoirs[run.first] | self.reservoirs[run.last]
 
-    def _copies(self, run: Run) -> dict[int, int]:
+    def _copies(self, run: Span) -> dict[int, int]:
         """Which outputs of a run are copies, and their bytes: of a reversed run those that no layer has touched, since
         an output must not be the caller's tensor. Putting the input on the grid has made copies already.
         """
@@ -125,12 +125,12 @@ class ChainCost:
         return {i: x.own_bytes for i, x in enumerate(self.streams[run.last]) if x.storage in given}
 
 
-def runs_of(stored: Sequence[bool]) -> list[Run]:
+def spans_of(stored: Sequence[bool]) -> list[Span]:
     """Cut a chain where stored and reversed layers meet."""
     runs, first = [], 0
     for kind, group in groupby(stored):
         last = first + len(list(group))
-        runs.append(Run(first, last, kind))
+        runs.append(Span(first, last, kind))
         first = last
     return runs
 
@@ -221,13 +221,15 @@ class _Ledger:
         """What tensors keep alive; what was there before counts nothing."""
         return _storages(self.streams(tensors))
 
-    def streams(self, tensors: Iterable[Tensor]) -> tuple[Stream, ...]:
+    def streams(self, tensors: Iterable[Tensor]) -> tuple[StreamStorage, ...]:
         """The same, one by one."""
         found = []
         for x in tensors:
             storage = x.untyped_storage()
             number = self._number(storage)
-            found.append(Stream(number, 0 if number in self._given else storage.nbytes(), x.numel() * x.element_size()))
+            found.append(
+                StreamStorage(number, 0 if number in self._given else storage.nbytes(), x.numel() * x.element_size())
+            )
         return tuple(found)
 
     @contextmanager
@@ -316,7 +318,7 @@ def _tensors(residue: Residue | None) -> list[Tensor]:
     return [] if residue is None else [x for x in residue.tensors() if x.numel()]
 
 
-def _storages(streams: Iterable[Stream]) -> Storages:
+def _storages(streams: Iterable[StreamStorage]) -> Storages:
     return {stream.storage: stream.storage_bytes for stream in streams}
 
 

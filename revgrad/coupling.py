@@ -19,17 +19,17 @@ from torch.autograd.graph import GradientEdge
 
 from revgrad.adapter import takes
 from revgrad.autocast import no_autocast
-from revgrad.cell import Merge, Recall, update_for
+from revgrad.cell import CellRecall, ExactCellUpdate, update_for
 from revgrad.errors import StreamError
 from revgrad.exact_update import updated_exactly
 from revgrad.gradients import add, check_closed, edge, gradients, leaf, negated, newest_node, per_sample
-from revgrad.layer import NO_ARGUMENTS, Arguments, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
+from revgrad.in_place import Unchanged
+from revgrad.layer import NO_ARGUMENTS, Arguments, Grads, LayerCall, ReversibleLayer, Rewound, StreamGrads, Streams
 from revgrad.layout import dense, laid_out
 from revgrad.leftovers import Leftovers
 from revgrad.message import NOTED, check_message, compare_with, evaluate, note_of, parted
 from revgrad.residue import Residue
 from revgrad.tracing import records_graph
-from revgrad.unchanged import Unchanged
 
 
 class Coupling(ReversibleLayer):
@@ -167,70 +167,72 @@ class Coupling(ReversibleLayer):
             "log_derivative(target, *message); return None where it is zero"
         )
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Update the target."""
-        return self._update(streams, step, undo=False)[0]
+        return self._applied(streams, call, undo=False)[0]
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Restore the target."""
-        return self._update(streams, step, undo=True)[0]
+        return self._applied(streams, call, undo=True)[0]
 
-    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def run_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """As `run`, with the sum of the target's logarithmic derivatives."""
-        out, message = self._update(streams, step, undo=False)
+        out, message = self._applied(streams, call, undo=False)
         return out, self._log_det(streams[self.target], message)
 
-    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def undo_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """As `undo`, with the opposite sum."""
-        out, message = self._update(streams, step, undo=True)
+        out, message = self._applied(streams, call, undo=True)
         return out, negated(self._log_det(out[self.target], message))
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Restore the target and pull the gradients back, with one evaluation of the transform."""
-        return self._rewind(flow, step, state_grads, wrt, undo=False)
+        return self._rewind(backward, call, state_grads, wrt, undo=False)
 
-    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, for an application of `undo`."""
-        return self._rewind(flow, step, state_grads, wrt, undo=True)
+        return self._rewind(backward, call, state_grads, wrt, undo=True)
 
-    def _update(self, streams: Streams, step: Step, *, undo: bool) -> tuple[Streams, Streams]:
+    def _applied(self, streams: Streams, call: LayerCall, *, undo: bool) -> tuple[Streams, Streams]:
         """The streams after `run` or `undo`, and the message."""
-        self._check_streams(streams, step)
+        self._check_streams(streams, call)
         sources, target = tuple(dense(streams[s]) for s in self._sources), streams[self.target]
-        if step.layout is not None:
-            sources = tuple(map(laid_out, sources, step.layout))
-        step.strides = tuple(x.stride() for x in sources)
-        update, state = update_for(self.inverted_cell, step, step.state, known=undo)
+        if call.layout is not None:
+            sources = tuple(map(laid_out, sources, call.layout))
+        call.strides = tuple(x.stride() for x in sources)
+        update, state = update_for(self.inverted_cell, call, call.state, known=undo)
         if undo and update is not None and torch.is_grad_enabled():
-            raise StreamError(f"{step.name}: undoing an inverted cell has no gradient: call it in torch.no_grad()")
-        message, step.new_state = self._message(sources, target, state, step.name, step.arguments, update)
-        if step.noting and self._noted < NOTED:
-            step.note = note_of(message, sources)
-            self._noted += step.note is not None
-        updated = self._updated(target, message, step.residue, undo=undo)
-        if isinstance(update, Recall):
-            step.cell = update.recover()
-        if step.residue is not None:
-            step.residue.watch(step.name, updated)
+            raise StreamError(f"{call.name}: undoing an inverted cell has no gradient: call it in torch.no_grad()")
+        message, call.new_state = self._message(sources, target, state, call.name, call.arguments, update)
+        if call.noting and self._noted < NOTED:
+            call.note = note_of(message, sources)
+            self._noted += call.note is not None
+        updated = self._merged(target, message, call.residue, undo=undo)
+        if isinstance(update, CellRecall):
+            call.cell = update.recover()
+        if call.residue is not None:
+            call.residue.watch(call.name, updated)
         return _replace(streams, self.target, updated), message
 
-    def _rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool) -> Rewound:
+    def _rewind(
+        self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool
+    ) -> Rewound:
         """Evaluate the transform again, restore the target, pull the gradients back: through merge, then transform."""
-        sources, states, outputs, message, update = self._evaluated_again(flow.streams, step, wrt)
-        log_det_grad, step.log_det_grad = step.log_det_grad, None
+        sources, states, outputs, message, update = self._evaluated_again(backward.streams, call, wrt)
+        log_det_grad, call.log_det_grad = call.log_det_grad, None
         # The log-determinant is taken where the merge reads its target: at what `undo` put out, or at what is restored.
         if undo:
-            log_det_grads = self._pull_log_det(flow, negated(log_det_grad), message, wrt)
-        self._restore(flow.streams, step, message, update, undo=undo)
+            log_det_grads = self._pull_log_det(backward, negated(log_det_grad), message, wrt)
+        self._restore(backward.streams, call, message, update, undo=undo)
         del update
-        merge_grads = self._pull_merge(flow, step, message, wrt, undo=undo)
+        merge_grads = self._pull_merge(backward, call, message, wrt, undo=undo)
         if not undo:
-            log_det_grads = self._pull_log_det(flow, log_det_grad, message, wrt)
+            log_det_grads = self._pull_log_det(backward, log_det_grad, message, wrt)
         message_grads = tuple(map(add, merge_grads[0], log_det_grads[0]))
         wrt_grads = tuple(map(add, merge_grads[1], log_det_grads[1]))
         # Only the sums go on: nothing else waits beside the graph while it is differentiated.
         del message, merge_grads, log_det_grads
-        grads = flow.grads
+        grads = backward.grads
         # The source is an output too: its gradient from later layers comes first in the sum, as under stored autograd.
         found = gradients(
             (*outputs, *sources),
@@ -243,8 +245,8 @@ class Coupling(ReversibleLayer):
         return Rewound(found[n : n + m], tuple(map(add, found[n + m :], wrt_grads)))
 
     def _evaluated_again(
-        self, streams: list[Tensor], step: Step, wrt: Sequence[Tensor]
-    ) -> tuple[Streams, Streams, tuple[GradientEdge | None, ...], Streams, Merge | Recall | None]:
+        self, streams: list[Tensor], call: LayerCall, wrt: Sequence[Tensor]
+    ) -> tuple[Streams, Streams, tuple[GradientEdge | None, ...], Streams, ExactCellUpdate | None]:
         """Evaluate the transform with a graph, on what the forward pass gave it.
 
         Returns:
@@ -252,49 +254,49 @@ class Coupling(ReversibleLayer):
             values of the message, and what has updated an inverted cell.
         """
         # A copy in the layout of the forward pass takes the stream's place: there are never both.
-        for i, strides in zip(self._sources, step.strides or (), strict=step.strides is not None):
+        for i, strides in zip(self._sources, call.strides or (), strict=call.strides is not None):
             streams[i] = laid_out(streams[i], strides)
         sources = tuple(leaf(streams[i]) for i in self._sources)
-        states = tuple(map(leaf, step.state))
+        states = tuple(map(leaf, call.state))
         before = newest_node()
-        with torch.enable_grad(), step.replay():
-            update, states = update_for(self.inverted_cell, step, states, known=True)
-            message, new_state = self._message(sources, streams[self.target], states, step.name, step.arguments, update)
+        with torch.enable_grad(), call.replay():
+            update, states = update_for(self.inverted_cell, call, states, known=True)
+            message, new_state = self._message(sources, streams[self.target], states, call.name, call.arguments, update)
         others = (*states, *wrt)
         results = (*message, *new_state)
-        step.leftovers = Leftovers(sources, others, check_closed(step.name, results, (*sources, *others)), before)
+        call.leftovers = Leftovers(sources, others, check_closed(call.name, results, (*sources, *others)), before)
         # From here on the graph alone decides which messages and states stay alive, and until when.
         outputs = tuple(map(edge, results))
         values = tuple(m.detach() for m in message)
         del message, new_state, results
-        if step.note is not None:
-            compare_with(step.note, values, tuple(x.detach() for x in sources), step.name)
+        if call.note is not None:
+            compare_with(call.note, values, tuple(x.detach() for x in sources), call.name)
         return sources, states, outputs, values, update
 
     def _restore(
-        self, streams: list[Tensor], step: Step, message: Streams, update: Merge | Recall | None, *, undo: bool
+        self, streams: list[Tensor], call: LayerCall, message: Streams, update: ExactCellUpdate | None, *, undo: bool
     ) -> None:
         """Put back what the application found as target, and as inverted cell."""
         with torch.no_grad():
-            streams[self.target] = self._updated(streams[self.target], message, step.residue, undo=not undo)
-        if isinstance(update, Recall):
-            step.cell = update.recover()
+            streams[self.target] = self._merged(streams[self.target], message, call.residue, undo=not undo)
+        if isinstance(update, CellRecall):
+            call.cell = update.recover()
 
     def _pull_merge(
-        self, flow: Flow, step: Step, message: Streams, wrt: Sequence[Tensor], *, undo: bool
+        self, backward: StreamGrads, call: LayerCall, message: Streams, wrt: Sequence[Tensor], *, undo: bool
     ) -> tuple[Grads, Grads]:
         """Take the target's gradient back through the merge; gradients of the message, and of `wrt`."""
-        grad = flow.grads[self.target]
+        grad = backward.grads[self.target]
         if grad is None:
             return (None,) * len(message), (None,) * len(wrt)
-        kind, target = type(self), flow.streams[self.target]
+        kind, target = type(self), backward.streams[self.target]
         with no_autocast(grad):
             if (kind.unmerge_vjp is Coupling.unmerge_vjp) if undo else (kind.merge_vjp is Coupling.merge_vjp):
                 found, own = self._vjp(self.unmerge if undo else self.merge, grad, target, *message, wrt=wrt)
             else:
                 vjp = self.unmerge_vjp if undo else self.merge_vjp
-                found, own = vjp(grad, step.residue is not None, target, *message), (None,) * len(wrt)
-        flow.grads[self.target], *rest = found
+                found, own = vjp(grad, call.residue is not None, target, *message), (None,) * len(wrt)
+        backward.grads[self.target], *rest = found
         return tuple(rest), own
 
     def _vjp(
@@ -321,18 +323,18 @@ class Coupling(ReversibleLayer):
         return per_sample(derivative)
 
     def _pull_log_det(
-        self, flow: Flow, grad: Tensor | None, message: Streams, wrt: Sequence[Tensor]
+        self, backward: StreamGrads, grad: Tensor | None, message: Streams, wrt: Sequence[Tensor]
     ) -> tuple[Grads, Grads]:
         """Add what the log-determinant contributes to the target's gradient; gradients of the message, and of `wrt`."""
         if grad is None:
             return (None,) * len(message), (None,) * len(wrt)
         with torch.enable_grad():
-            target, *leaves = map(leaf, (flow.streams[self.target], *message))
+            target, *leaves = map(leaf, (backward.streams[self.target], *message))
             log_det = self._log_det(target, tuple(leaves))
         if log_det is not None:
             check_closed(type(self).__name__, (log_det,), (target, *leaves, *wrt))
         own, *rest = gradients((log_det,), (grad,), (target, *leaves, *wrt))
-        flow.grads[self.target] = add(flow.grads[self.target], own)
+        backward.grads[self.target] = add(backward.grads[self.target], own)
         return tuple(rest[: len(leaves)]), tuple(rest[len(leaves) :])
 
     def _message(
@@ -342,7 +344,7 @@ class Coupling(ReversibleLayer):
         state: Streams,
         name: str,
         arguments: Arguments = NO_ARGUMENTS,
-        update: Merge | Recall | None = None,
+        update: ExactCellUpdate | None = None,
     ) -> tuple[Streams, Streams]:
         """Evaluate the transform; message and new state, checked."""
         out = evaluate(
@@ -357,7 +359,7 @@ class Coupling(ReversibleLayer):
         check_message(message, self.tensors_in_message, target, self.target, name, type(self).__name__)
         return message, new_state
 
-    def _updated(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
+    def _merged(self, target: Tensor, message: Streams, residue: Residue | None, *, undo: bool) -> Tensor:
         with no_autocast(target):
             if residue is None:
                 message = tuple([converted(m, target.dtype) for m in message])
@@ -376,13 +378,13 @@ class Coupling(ReversibleLayer):
             f"shape {tuple(x.shape)} was changed: make the operation out of place"
         )
 
-    def _check_streams(self, streams: Streams, step: Step) -> None:
+    def _check_streams(self, streams: Streams, call: LayerCall) -> None:
         if len(streams) <= max(*self._sources, self.target):
             n = len(streams)
             found = (
                 "is one stream; put a Split before it, or give it more" if n == 1 else f"are {n} streams, 0 to {n - 1}"
             )
-            raise StreamError(f"{step.name}: couples stream {self.source} to stream {self.target}, but there {found}")
+            raise StreamError(f"{call.name}: couples stream {self.source} to stream {self.target}, but there {found}")
 
     def _no_exact_form(self) -> StreamError:
         return StreamError(f"{type(self).__name__} has no exact form; choose arithmetic='float'")

@@ -13,7 +13,7 @@ from revgrad.cell import without
 from revgrad.chain import ChainState, Link, split_carry, with_carry
 from revgrad.conditioning import bind
 from revgrad.gradients import is_differentiable
-from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Step, Streams, unwrapped
+from revgrad.layer import NO_ARGUMENTS, Arguments, LayerCall, ReversibleLayer, State, Streams, unwrapped
 from revgrad.links import Chain, chain_links, checked_state, checked_streams
 from revgrad.modules import CopiedBuffers
 from revgrad.program import Program, put_on_grid
@@ -151,17 +151,17 @@ def _run(
     carry = state.carry
     for i, (link, own, given) in enumerate(zip(links, state.layers, arguments, strict=True)):
         name, layer = link
-        step = Step(name=name, arguments=given, residue=residue)
+        call = LayerCall(name=name, arguments=given, residue=residue)
         if layer.stateful:
-            step.state = with_carry(name, layer, own, carry)
+            call.state = with_carry(name, layer, own, carry)
         before = residue.used_bits if residue is not None else 0.0
         with snapshot.first_evaluation(i, streams[0].device):
-            outputs = layer.run(streams, step)
-        _, carry = split_carry(layer, step.new_state, carry)
+            outputs = layer.run(streams, call)
+        _, carry = split_carry(layer, call.new_state, carry)
         updated = sum(y.numel() for x, y in zip(streams, outputs, strict=False) if x is not y)
         bits = (residue.used_bits - before) / max(1, updated) if residue is not None else 0.0
         behind = residue.clone() if residue is not None else None
-        applications.append(_Application(link, streams, outputs, step.state, step.new_state, given, behind, bits))
+        applications.append(_Application(link, streams, outputs, call.state, call.new_state, given, behind, bits))
         streams = outputs
     return applications
 
@@ -181,13 +181,13 @@ def _undo(applications: list[_Application], residue: Residue | None, snapshot: S
         position = layer.recovered_cell(residue is not None)
         errors: list[float] = []
         for given, bits_left in ((outputs, behind), (recovered, residue)):
-            step = Step(name, without(state, position), arguments=arguments, residue=bits_left)
+            call = LayerCall(name, without(state, position), arguments=arguments, residue=bits_left)
             expected = inputs
             if position is not None:
-                step.cell, expected = new_state[position], (*expected, state[position])
+                call.cell, expected = new_state[position], (*expected, state[position])
             with snapshot.replaying(i):
-                found = recovered = layer.undo(given, step)
-            errors.append(_error(found if step.cell is None else (*found, step.cell), expected))
+                found = recovered = layer.undo(given, call)
+            errors.append(_error(found if call.cell is None else (*found, call.cell), expected))
         reports.append(LayerReport(name, errors[0], errors[1], bits))
     return reports[::-1]
 

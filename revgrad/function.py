@@ -24,14 +24,16 @@ import torch
 from torch import Tensor, nn
 
 from revgrad import fused_optimisers
+from revgrad.backward import BackwardPass
 from revgrad.chain import ChainGradients, ChainState, cells_of
+from revgrad.checks import current_checks, in_force
 from revgrad.conditioning import conditioning_changed
-from revgrad.deferred import current_checks, in_force
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
 from revgrad.gradients import check_closed, filled_for_hooks
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, Streams
+from revgrad.in_place import Unchanged
+from revgrad.layer import Grads, StreamGrads, Streams
 from revgrad.offload import keeper_for
 from revgrad.program import CORE, ENTRY, EXIT, Part, Program, flat
 from revgrad.replay import Snapshot
@@ -40,8 +42,6 @@ from revgrad.second_order import DifferentiableGradients
 from revgrad.tape import Segment, Tape, pack, unpack
 from revgrad.threads import Use
 from revgrad.tracing import check_surroundings, refuse_inference_mode, untraced
-from revgrad.unchanged import Unchanged
-from revgrad.walk import Walk
 
 
 class _Run(NamedTuple):
@@ -189,7 +189,7 @@ class _Outputs(torch.autograd.Function):
     def forward(ctx: Any, run: _Run, token: Tensor) -> Any:
         program, snapshot, given, state, stacked, _ = run
         conditioning = program.conditioning()
-        use = Use(snapshot.owners, exclusive=False)
+        use = Use(snapshot.module_set, exclusive=False)
         with use, graphless(), snapshot.mending, Unchanged(conditioning, conditioning_changed):
             outputs, final, tape = _forward(run)
         if list(map(id, program.conditioning())) != list(map(id, conditioning)):
@@ -227,11 +227,11 @@ class _Outputs(torch.autograd.Function):
         )
         final = ctx.layout.replace(grads[len(outputs) :])
         gradients.states, gradients.carry = list(final.layers), final.carry
-        walk = Walk(
+        walk = BackwardPass(
             ctx.program.filled(gradients.parameters[len(ctx.snapshot.parameters) :]),
             ctx.snapshot,
             tape,
-            Flow(list(outputs), list(grads[: len(outputs)])),
+            StreamGrads(list(outputs), list(grads[: len(outputs)])),
             ctx.stacked,
             gradients,
             _by_step(ctx.program, given),
@@ -256,7 +256,7 @@ class _Progress:
     The walk itself does not know its iterator, which refers to it: nothing is left of a backward pass that fails.
     """
 
-    def __init__(self, walk: Walk) -> None:
+    def __init__(self, walk: BackwardPass) -> None:
         self._walk = walk
         self._applications = walk.rewind()
         self.take = walk.gradients.take

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from revgrad.errors import StreamError
 from revgrad.gradients import check_closed, gradients, leaf, negated, newest_node
+from revgrad.in_place import Unchanged
 from revgrad.leftovers import Leftovers
 from revgrad.residue import Residue
-from revgrad.unchanged import Unchanged
 
 Streams = tuple[Tensor, ...]
 State = tuple[Tensor, ...]
@@ -29,7 +29,7 @@ NO_ARGUMENTS: Arguments = MappingProxyType({})
 
 
 @dataclass(slots=True)
-class Step:
+class LayerCall:
     """One application of a layer: what it is given besides the streams, and what it leaves besides them."""
 
     name: str = "layer"
@@ -46,8 +46,8 @@ class Step:
     layout: Layout = None
     """Those strides, where `run` or `undo` is itself a second evaluation; else None."""
     cell: Tensor | None = None
-    """The cell after the step, for a layer that recovers it (`inverted_cell`): given to `undo` and `rewind`, whose
-    `state` is without it. They leave the cell before the step in its place."""
+    """The cell after the call, for a layer that recovers it (`inverted_cell`): given to `undo` and `rewind`, whose
+    `state` is without it. They leave the cell before it in its place."""
     residue: Residue | None = None
     """Where exact merges keep what they forget; None in float arithmetic."""
     replay: Callable[[], AbstractContextManager[object]] = field(default=nullcontext)
@@ -64,7 +64,7 @@ class Step:
 
 
 @dataclass
-class Flow:
+class StreamGrads:
     """What goes backwards through a chain. A layer replaces the items, and so frees what nobody else holds."""
 
     streams: list[Tensor]
@@ -73,7 +73,7 @@ class Flow:
 
 
 class Rewound(NamedTuple):
-    """What `rewind` finds besides the flow."""
+    """What `rewind` finds besides streams and gradients."""
 
     state_grads: Grads
     parameter_grads: Grads
@@ -134,23 +134,23 @@ class ReversibleLayer(nn.Module):
         return False
 
     def accepts(self, name: str) -> bool:
-        """Whether the layer reads a conditioning argument of this name, from `step.arguments`."""
+        """Whether the layer reads a conditioning argument of this name, from `call.arguments`."""
         return False
 
-    def run(self, streams: Streams, step: Step) -> Streams:
-        """Apply the layer; differentiable. Reads `step.state`, sets `step.new_state`."""
-        raise TypeError(f"{type(self).__name__} does not define run(streams, step)")
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
+        """Apply the layer; differentiable. Reads `call.state`, sets `call.new_state`."""
+        raise TypeError(f"{type(self).__name__} does not define run(streams, call)")
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
-        """The inverse of `run`, given the same `step.state`; differentiable, sets `step.new_state` likewise."""
-        raise TypeError(f"{type(self).__name__} does not define undo(streams, step), its inverse")
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
+        """The inverse of `run`, given the same `call.state`; differentiable, sets `call.new_state` likewise."""
+        raise TypeError(f"{type(self).__name__} does not define undo(streams, call), its inverse")
 
-    def log_det(self, streams: Streams, step: Step) -> Tensor | None:
+    def log_det(self, streams: Streams, call: LayerCall) -> Tensor | None:
         """The logarithm of the absolute determinant of the Jacobian of `run`, per sample of the first dimension.
 
         Args:
             streams: What `run` reads.
-            step: The application.
+            call: The call.
 
         Returns:
             `[B]`, differentiable; None where it is zero for every input.
@@ -159,34 +159,34 @@ class ReversibleLayer(nn.Module):
             StreamError: The layer does not say, which is the default.
         """
         raise StreamError(
-            f"{step.name}: {type(self).__name__} does not say what its log-determinant is: define "
-            "log_det(streams, step), or log_derivative(target, *message) in a coupling; return None where it is zero"
+            f"{call.name}: {type(self).__name__} does not say what its log-determinant is: define "
+            "log_det(streams, call), or log_derivative(target, *message) in a coupling; return None where it is zero"
         )
 
-    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def run_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """`run`, and the log-determinant of its Jacobian."""
-        return self.run(streams, step), self.log_det(streams, step)
+        return self.run(streams, call), self.log_det(streams, call)
 
-    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def undo_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """`undo`, and the log-determinant of its Jacobian."""
-        out = self.undo(streams, step)
-        return out, negated(self.log_det(out, step))
+        out = self.undo(streams, call)
+        return out, negated(self.log_det(out, call))
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Recover the inputs of `run` from its outputs, and pull the gradients back.
 
         Args:
-            flow: Outputs of `run` and gradients with respect to them; becomes inputs and gradients of those. Its
+            backward: Outputs of `run` and gradients with respect to them; becomes inputs and gradients of those. Its
                 tensors may be the caller's: they are replaced, never changed.
-            step: The application; its state is that which `run` read.
-            state_grads: Gradients with respect to `step.new_state`.
+            call: The call; its state is that which `run` read.
+            state_grads: Gradients with respect to `call.new_state`.
             wrt: Parameters and conditioning tensors to differentiate with respect to.
         """
-        return _rewind(self.undo, self.run, self.run_log_det, flow, step, state_grads, wrt)
+        return _rewind(self.undo, self.run, self.run_log_det, backward, call, state_grads, wrt)
 
-    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, for an application of `undo`: what `Inverse` calls."""
-        return _rewind(self.run, self.undo, self.undo_log_det, flow, step, state_grads, wrt)
+        return _rewind(self.run, self.undo, self.undo_log_det, backward, call, state_grads, wrt)
 
 
 class Inverse(ReversibleLayer):
@@ -220,29 +220,29 @@ class Inverse(ReversibleLayer):
         """What the inner layer accepts."""
         return self.layer.accepts(name)
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Undo the inner layer."""
-        return self.layer.undo(streams, step)
+        return self.layer.undo(streams, call)
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Run the inner layer."""
-        return self.layer.run(streams, step)
+        return self.layer.run(streams, call)
 
-    def run_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def run_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """Undo the inner layer."""
-        return self.layer.undo_log_det(streams, step)
+        return self.layer.undo_log_det(streams, call)
 
-    def undo_log_det(self, streams: Streams, step: Step) -> tuple[Streams, Tensor | None]:
+    def undo_log_det(self, streams: Streams, call: LayerCall) -> tuple[Streams, Tensor | None]:
         """Run the inner layer."""
-        return self.layer.run_log_det(streams, step)
+        return self.layer.run_log_det(streams, call)
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Rewind the inner layer's `undo`."""
-        return self.layer.rewind_undo(flow, step, state_grads, wrt)
+        return self.layer.rewind_undo(backward, call, state_grads, wrt)
 
-    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Rewind the inner layer's `run`."""
-        return self.layer.rewind(flow, step, state_grads, wrt)
+        return self.layer.rewind(backward, call, state_grads, wrt)
 
 
 def unwrapped(layer: Any) -> tuple[Any, bool]:
@@ -260,36 +260,36 @@ def _undo_changed(name: str, x: Tensor) -> StreamError:
     )
 
 
-StreamMap = Callable[[Streams, Step], Streams]
+StreamMap = Callable[[Streams, LayerCall], Streams]
 """`run` or `undo` of a layer."""
 
 
 def _rewind(
     undo: StreamMap,
     run: StreamMap,
-    run_log_det: Callable[[Streams, Step], tuple[Streams, Tensor | None]],
-    flow: Flow,
-    step: Step,
+    run_log_det: Callable[[Streams, LayerCall], tuple[Streams, Tensor | None]],
+    backward: StreamGrads,
+    call: LayerCall,
     state_grads: Grads,
     wrt: Sequence[Tensor],
 ) -> Rewound:
     """The generic rewind: undo without gradients, then run again with them."""
-    with torch.no_grad(), step.replay(), Unchanged(flow.streams, partial(_undo_changed, step.name)):
-        flow.streams[:] = [x.detach() for x in undo(tuple(flow.streams), step)]
-    inputs = tuple(map(leaf, flow.streams))
-    states = tuple(map(leaf, step.state))
+    with torch.no_grad(), call.replay(), Unchanged(backward.streams, partial(_undo_changed, call.name)):
+        backward.streams[:] = [x.detach() for x in undo(tuple(backward.streams), call)]
+    inputs = tuple(map(leaf, backward.streams))
+    states = tuple(map(leaf, call.state))
     others = (*states, *wrt)
     # What the second run forgets again must not end up in the residue that later layers undo.
-    residue = step.residue.clone(words=False, keep=False) if step.residue is not None else None
-    again = Step(name=step.name, state=states, arguments=step.arguments, residue=residue)
-    log_det_grad, step.log_det_grad = step.log_det_grad, None
+    residue = call.residue.clone(words=False, keep=False) if call.residue is not None else None
+    again = LayerCall(name=call.name, state=states, arguments=call.arguments, residue=residue)
+    log_det_grad, call.log_det_grad = call.log_det_grad, None
     before = newest_node()
-    with torch.enable_grad(), step.replay():
+    with torch.enable_grad(), call.replay():
         outputs, log_det = (run(inputs, again), None) if log_det_grad is None else run_log_det(inputs, again)
     results = (*outputs, *again.new_state, *(() if log_det is None else (log_det,)))
-    step.leftovers = Leftovers(inputs, others, check_closed(step.name, results, (*inputs, *others)), before)
-    grads = (*flow.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
+    call.leftovers = Leftovers(inputs, others, check_closed(call.name, results, (*inputs, *others)), before)
+    grads = (*backward.grads, *state_grads, *(() if log_det is None else (log_det_grad,)))
     found = gradients(results, grads, (*inputs, *others))
     n, m = len(inputs), len(states)
-    flow.grads[:] = found[:n]
+    backward.grads[:] = found[:n]
     return Rewound(found[n : n + m], found[n + m :])

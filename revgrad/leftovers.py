@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from revgrad.attributes import check_attributes
-from revgrad.deferred import current_checks
+from revgrad.checks import current_checks
 from revgrad.errors import ReversibilityError
 from revgrad.gradients import Closed, newest_node
 from revgrad.modules import modules_of

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from revgrad.chain import Link
 from revgrad.errors import ReversibilityError, StreamError
-from revgrad.layer import NO_ARGUMENTS, Flow, Grads, ReversibleLayer, Rewound, Step, Streams
+from revgrad.layer import NO_ARGUMENTS, Grads, LayerCall, ReversibleLayer, Rewound, StreamGrads, Streams
 from revgrad.program import Program
 
 
@@ -44,14 +44,14 @@ class _Start(ReversibleLayer):
     def has_exact_form(self) -> bool:
         return True
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         return (*streams, zero_log_det(streams))
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         return streams[:-1]
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
-        del flow.streams[-1], flow.grads[-1]
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        del backward.streams[-1], backward.grads[-1]
         return Rewound((), ())
 
 
@@ -72,31 +72,31 @@ class _Counted(ReversibleLayer):
     def has_exact_form(self) -> bool:
         return self.layer.has_exact_form()
 
-    def run(self, streams: Streams, step: Step) -> Streams:
-        return self._added(*self.layer.run_log_det(streams[:-1], step), streams[-1], step)
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
+        return self._added(*self.layer.run_log_det(streams[:-1], call), streams[-1], call)
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
-        return self._added(*self.layer.undo_log_det(streams[:-1], step), streams[-1], step)
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
+        return self._added(*self.layer.undo_log_det(streams[:-1], call), streams[-1], call)
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
-        total, grad = flow.streams.pop(), flow.grads.pop()
-        step.log_det_grad = grad
-        back = self.layer.rewind(flow, step, state_grads, wrt)
-        if step.log_det_grad is not None:
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+        total, grad = backward.streams.pop(), backward.grads.pop()
+        call.log_det_grad = grad
+        back = self.layer.rewind(backward, call, state_grads, wrt)
+        if call.log_det_grad is not None:
             raise ReversibilityError(
-                f"{step.name}: its rewind does not take step.log_det_grad, so the gradient of the log-determinant "
+                f"{call.name}: its rewind does not take call.log_det_grad, so the gradient of the log-determinant "
                 "would be lost: pull it back and leave None, or do not define rewind"
             )
-        flow.streams.append(total)
-        flow.grads.append(grad)
+        backward.streams.append(total)
+        backward.grads.append(grad)
         return back
 
-    def _added(self, streams: Streams, own: Tensor | None, total: Tensor, step: Step) -> Streams:
+    def _added(self, streams: Streams, own: Tensor | None, total: Tensor, call: LayerCall) -> Streams:
         if own is None:
             return (*streams, total)
         if own.shape != total.shape:
             raise StreamError(
-                f"{step.name}: its log-determinant has shape {tuple(own.shape)}, but there must be one number for "
+                f"{call.name}: its log-determinant has shape {tuple(own.shape)}, but there must be one number for "
                 f"each of the {len(total)} samples"
             )
         return (*streams, total + own.to(total.dtype))

@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from revgrad.cell import Merge, Recall
-from revgrad.deferred import current_checks
+from revgrad.cell import ExactCellUpdate
+from revgrad.checks import current_checks
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
 from revgrad.gradients import is_differentiable
 from revgrad.hints import not_given, wrong_number, wrong_shape
+from revgrad.in_place import Unchanged
 from revgrad.layer import Arguments, Note, Streams
 from revgrad.tracing import has_values
-from revgrad.unchanged import Unchanged
 
 NOTED = 3
 """How many of its first messages a coupling compares with those of the second evaluation."""
@@ -31,7 +31,7 @@ def evaluate(
     state: Streams | None,
     name: str,
     arguments: Arguments,
-    update: Merge | Recall | None,
+    update: ExactCellUpdate | None,
 ) -> Any:
     """Call a transform.
 

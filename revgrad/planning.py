@@ -20,7 +20,7 @@ from revgrad.sequential import ReversibleSequential
 
 
 @dataclass(frozen=True)
-class Way:
+class ModeCost:
     """One way to run a chain."""
 
     name: str
@@ -36,10 +36,10 @@ class Way:
 class Plan:
     """What `plan` found."""
 
-    stored: Way
-    checkpoint: Way
-    reversible: Way
-    budgeted: tuple[Way, ...]
+    stored: ModeCost
+    checkpoint: ModeCost
+    reversible: ModeCost
+    budgeted: tuple[ModeCost, ...]
     """One per memory budget."""
     layers: int
     forward_flops: int
@@ -49,21 +49,21 @@ class Plan:
     exact: bool
 
     @property
-    def ways(self) -> tuple[Way, ...]:
+    def modes(self) -> tuple[ModeCost, ...]:
         """All of them."""
         return self.stored, self.checkpoint, self.reversible, *self.budgeted
 
-    def step_flops(self, way: Way) -> float:
+    def step_flops(self, way: ModeCost) -> float:
         """FLOPs of a training step over those of stored autograd, where a backward pass takes two forward passes."""
         return 1 + way.extra_flops / (3 * self.forward_flops) if self.forward_flops else 1.0
 
     def __str__(self) -> str:
-        width = max(len(way.name) for way in self.ways)
+        width = max(len(way.name) for way in self.modes)
         lines = [f"{'way':{width}}        kept  evaluated again    step  layers stored"]
         lines += [
             f"{way.name:{width}}  {_bytes(way.kept_bytes):>10}  {_flops(way.extra_flops):>15}  "
             f"{self.step_flops(way):5.3f}x  {way.stored_layers:4} of {self.layers}"
-            for way in self.ways
+            for way in self.modes
         ]
         lines += [
             "kept: bytes between forward and backward pass; step: FLOPs over those of stored autograd.",
@@ -122,8 +122,8 @@ def plan(
         program = program.emptied().filled(fake(program.conditioning()))
         cost = measure(program, fake(streams), state.replace(fake(state.tensors())))
     count = len(cost.layers)
-    stored = _way("stored", cost, (True,) * count)
-    every_reversed = _way("reversible", cost, (False,) * count, program.anchor_every)
+    stored = _mode_cost("stored", cost, (True,) * count)
+    every_reversed = _mode_cost("reversible", cost, (False,) * count, program.anchor_every)
     if budgets is None:
         budgets = own.memory_budget
     if budgets is None:
@@ -131,7 +131,7 @@ def plan(
     if isinstance(budgets, (int, str)):
         budgets = [budgets]
     budgeted = [
-        _way(
+        _mode_cost(
             f"budget {size if isinstance(size, str) else _bytes(size)}",
             cost,
             choose_stored(cost, parse_budget(size), own.anchor_every),
@@ -142,7 +142,7 @@ def plan(
     forward = sum(layer.flops for layer in cost.layers)
     return Plan(
         stored=stored,
-        checkpoint=Way("checkpoint", cost.kept_by_checkpoints(), forward, 0),
+        checkpoint=ModeCost("checkpoint", cost.kept_by_checkpoints(), forward, 0),
         reversible=every_reversed,
         budgeted=tuple(budgeted),
         layers=count,
@@ -152,9 +152,9 @@ def plan(
     )
 
 
-def _way(name: str, cost: ChainCost, stored: Sequence[bool], anchor_every: int | None = None) -> Way:
+def _mode_cost(name: str, cost: ChainCost, stored: Sequence[bool], anchor_every: int | None = None) -> ModeCost:
     extra = sum(layer.recomputed_flops for layer, kept in zip(cost.layers, stored, strict=True) if not kept)
-    return Way(name, cost.kept(stored, anchor_every), extra, sum(stored))
+    return ModeCost(name, cost.kept(stored, anchor_every), extra, sum(stored))
 
 
 def _bytes(size: int) -> str:

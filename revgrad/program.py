@@ -13,8 +13,8 @@ from torch import Tensor
 
 from revgrad.arithmetic import is_exact
 from revgrad.cell import replaced_at
-from revgrad.chain import Around, ChainState, Link, Read, cells_of, no_context, run_chain, undo_chain
-from revgrad.conditioning import Place, bind, distinct_leaves, replaced
+from revgrad.chain import Around, ChainState, Link, Saved, cells_of, no_context, run_chain, undo_chain
+from revgrad.conditioning import Placeholder, bind, distinct_leaves, replaced
 from revgrad.errors import StreamError
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Streams
@@ -33,7 +33,7 @@ class Part(IntEnum):
 # Inner loops use them: a name of a module is found faster than a member of an enumeration.
 ENTRY, CORE, EXIT = Part
 
-Keep = Callable[[Part, Read], None]
+Keep = Callable[[Part, Saved], None]
 """Takes the part and what a layer of it has read."""
 
 
@@ -189,14 +189,16 @@ class Program:
         """The same program with places in its arguments instead of tensors."""
         tensors = self.conditioning()
         return (
-            replace(self, arguments=replaced(self.arguments, tensors, [Place() for _ in tensors])) if tensors else self
+            replace(self, arguments=replaced(self.arguments, tensors, [Placeholder() for _ in tensors]))
+            if tensors
+            else self
         )
 
     def filled(self, tensors: Sequence[Tensor]) -> "Program":
         """An emptied program with tensors in these places."""
         if not tensors:
             return self
-        return replace(self, arguments=replaced(self.arguments, distinct_leaves(self.arguments, Place), tensors))
+        return replace(self, arguments=replaced(self.arguments, distinct_leaves(self.arguments, Placeholder), tensors))
 
     def application(self, t: int, part: Part, position: int) -> int:
         """A number for every application of a layer."""
@@ -327,7 +329,7 @@ class Program:
 
         Args:
             streams: The output.
-            read: What each layer of the core has read, see `Read.state`.
+            read: What each layer of the core has read, see `Saved.state`.
             residue: What the step has left in exact arithmetic, which is used up; None in float arithmetic.
             new_state: The state after the step, where it has cells that are recovered.
         """
@@ -346,7 +348,7 @@ def _refuse_transforms() -> None:
         raise StreamError("torch.func (grad, vmap, jvp) knows no exact arithmetic: choose arithmetic='float'")
 
 
-def _part(keep: Keep | None, part: Part) -> Callable[[Read], None] | None:
+def _part(keep: Keep | None, part: Part) -> Callable[[Saved], None] | None:
     return None if keep is None else lambda read: keep(part, read)
 
 

@@ -9,7 +9,7 @@ from revgrad_kernels.pixel_shuffle_reference import checked_factor
 from torch import Tensor
 
 from revgrad.errors import StreamError
-from revgrad.layer import Flow, Grads, ReversibleLayer, Rewound, Step, StreamMap, Streams
+from revgrad.layer import Grads, LayerCall, ReversibleLayer, Rewound, StreamGrads, StreamMap, Streams
 
 
 class Rearrangement(ReversibleLayer):
@@ -33,7 +33,7 @@ class Rearrangement(ReversibleLayer):
         """No value changes."""
         return True
 
-    def log_det(self, streams: Streams, step: Step) -> None:
+    def log_det(self, streams: Streams, call: LayerCall) -> None:
         """Zero.
 
         Raises:
@@ -41,18 +41,18 @@ class Rearrangement(ReversibleLayer):
         """
         if any(self.dim in (0, -x.dim()) for x in streams):
             raise StreamError(
-                f"{step.name}: moves values along the first dimension, which log_det takes for the samples"
+                f"{call.name}: moves values along the first dimension, which log_det takes for the samples"
             )
 
-    def rewind(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """Undo streams and gradients alike; nothing is evaluated twice."""
-        return _rearrange(self.undo, flow, step, wrt)
+        return _rearrange(self.undo, backward, call, wrt)
 
-    def rewind_undo(self, flow: Flow, step: Step, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
+    def rewind_undo(self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor]) -> Rewound:
         """As `rewind`, in the other direction."""
-        return _rearrange(self.run, flow, step, wrt)
+        return _rearrange(self.run, backward, call, wrt)
 
-    def targets(self, streams: Streams, step: Step) -> range:
+    def targets(self, streams: Streams, call: LayerCall) -> range:
         """Which streams are rearranged.
 
         Raises:
@@ -62,7 +62,7 @@ class Rearrangement(ReversibleLayer):
             return range(len(streams))
         if self.target >= len(streams):
             raise StreamError(
-                f"{step.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
+                f"{call.name}: there is no stream {self.target}, only {len(streams)} stream(s), counted from 0"
             )
         return range(self.target, self.target + 1)
 
@@ -75,11 +75,13 @@ class Rearrangement(ReversibleLayer):
         return ()
 
 
-def _rearrange(move: StreamMap, flow: Flow, step: Step, wrt: Sequence[Tensor]) -> Rewound:
-    step.log_det_grad = None  # the log-determinant is constant
-    grads = tuple(torch.zeros_like(x) if g is None else g for x, g in zip(flow.streams, flow.grads, strict=True))
-    flow.streams[:] = move(tuple(flow.streams), step)
-    flow.grads[:] = move(grads, step)
+def _rearrange(move: StreamMap, backward: StreamGrads, call: LayerCall, wrt: Sequence[Tensor]) -> Rewound:
+    call.log_det_grad = None  # the log-determinant is constant
+    grads = tuple(
+        torch.zeros_like(x) if g is None else g for x, g in zip(backward.streams, backward.grads, strict=True)
+    )
+    backward.streams[:] = move(tuple(backward.streams), call)
+    backward.grads[:] = move(grads, call)
     return Rewound((), (None,) * len(wrt))
 
 
@@ -104,16 +106,16 @@ class PixelUnshuffle(Rearrangement):
         """The target."""
         return self.target
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Space to channels."""
-        return self._each(streams, step, fold=True)
+        return self._each(streams, call, fold=True)
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Channels to space."""
-        return self._each(streams, step, fold=False)
+        return self._each(streams, call, fold=False)
 
-    def _each(self, streams: Streams, step: Step, *, fold: bool) -> Streams:
-        chosen = self.targets(streams, step)
+    def _each(self, streams: Streams, call: LayerCall, *, fold: bool) -> Streams:
+        chosen = self.targets(streams, call)
         image, signal = (pixel_unshuffle, _fold_signal) if fold else (pixel_shuffle, _unfold_signal)
         try:
             return tuple(
@@ -122,7 +124,7 @@ class PixelUnshuffle(Rearrangement):
             )
         except ValueError as error:
             shapes = ", ".join(str(tuple(streams[i].shape)) for i in chosen)
-            error.add_note(f"{step.name}: given streams of shape {shapes}")
+            error.add_note(f"{call.name}: given streams of shape {shapes}")
             raise
 
     def _options(self) -> tuple[str, ...]:
@@ -171,55 +173,55 @@ class Split(Rearrangement):
         self.sizes = sizes
         self.dim = dim
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """One stream to several."""
         if self.target is None and len(streams) != 1:
             raise StreamError(
-                f"{step.name}: {type(self).__name__} takes one stream, got {len(streams)}; target= says which"
+                f"{call.name}: {type(self).__name__} takes one stream, got {len(streams)}; target= says which"
             )
-        (at,) = self.targets(streams, step)
-        return (*streams[:at], *self._parts(streams[at], step), *streams[at + 1 :])
+        (at,) = self.targets(streams, call)
+        return (*streams[:at], *self._parts(streams[at], call), *streams[at + 1 :])
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Several streams to one."""
         count = self.sizes if isinstance(self.sizes, int) else len(self.sizes)
         at = self.target or 0
         found = len(streams) - at
         if found < count or (self.target is None and found > count):
             raise StreamError(
-                f"{step.name}: joins {count} streams{f', from stream {at} on' if at else ''}, got {max(found, 0)}; "
+                f"{call.name}: joins {count} streams{f', from stream {at} on' if at else ''}, got {max(found, 0)}; "
                 "the first argument says how many, or gives their sizes"
             )
         parts = streams[at : at + count]
-        self._check_parts(parts, step)
+        self._check_parts(parts, call)
         return (*streams[:at], torch.cat(parts, self.dim), *streams[at + count :])
 
-    def _parts(self, x: Tensor, step: Step) -> Streams:
+    def _parts(self, x: Tensor, call: LayerCall) -> Streams:
         width = x.shape[self.dim]
         if isinstance(self.sizes, int):
             if width % self.sizes:
                 raise StreamError(
-                    f"{step.name}: dimension {self.dim} of size {width} cannot be cut into {self.sizes} equal "
+                    f"{call.name}: dimension {self.dim} of size {width} cannot be cut into {self.sizes} equal "
                     f"parts; give the sizes"
                 )
             return x.chunk(self.sizes, self.dim)
         if sum(self.sizes) != width:
             raise StreamError(
-                f"{step.name}: sizes {tuple(self.sizes)} do not add up to dimension {self.dim} of size {width}"
+                f"{call.name}: sizes {tuple(self.sizes)} do not add up to dimension {self.dim} of size {width}"
             )
         return x.split(list(self.sizes), self.dim)
 
-    def _check_parts(self, parts: Streams, step: Step) -> None:
+    def _check_parts(self, parts: Streams, call: LayerCall) -> None:
         """Raise unless cutting gives these parts again."""
         widths = tuple(x.shape[self.dim] for x in parts)
         if isinstance(self.sizes, int):
             if len(set(widths)) > 1:
                 raise StreamError(
-                    f"{step.name}: joins equal streams, got sizes {widths} along dimension {self.dim}; give these sizes"
+                    f"{call.name}: joins equal streams, got sizes {widths} along dimension {self.dim}; give these sizes"
                 )
         elif widths != tuple(self.sizes):
             raise StreamError(
-                f"{step.name}: joins streams of sizes {tuple(self.sizes)} along dimension {self.dim}, got {widths}"
+                f"{call.name}: joins streams of sizes {tuple(self.sizes)} along dimension {self.dim}, got {widths}"
             )
 
     def _options(self) -> tuple[str, ...]:
@@ -264,20 +266,20 @@ class Permute(Rearrangement):
         """The target."""
         return self.target
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Reorder."""
-        return self._select(streams, self.order, step)
+        return self._select(streams, self.order, call)
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Restore the order."""
-        return self._select(streams, self.order.argsort(), step)
+        return self._select(streams, self.order.argsort(), call)
 
-    def _select(self, streams: Streams, order: Tensor, step: Step) -> Streams:
-        chosen = self.targets(streams, step)
+    def _select(self, streams: Streams, order: Tensor, call: LayerCall) -> Streams:
+        chosen = self.targets(streams, call)
         for i in chosen:
             channels = streams[i].shape[self.dim]
             if channels != len(order):
-                raise StreamError(f"{step.name}: {channels} channels, but the permutation orders {len(order)}")
+                raise StreamError(f"{call.name}: {channels} channels, but the permutation orders {len(order)}")
         return tuple(x.index_select(self.dim, order) if i in chosen else x for i, x in enumerate(streams))
 
     def _options(self) -> tuple[str, ...]:
@@ -290,10 +292,10 @@ class Swap(Rearrangement):
     def __init__(self) -> None:
         super().__init__()
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Last stream first."""
         return streams[::-1]
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """First stream last again."""
         return streams[::-1]

@@ -21,8 +21,8 @@ from revgrad.graphless import Uncached
 from revgrad.layer import ReversibleLayer
 from revgrad.mending import Mending
 from revgrad.modules import Frozen, InModes, check_materialised, is_read, modules_of, plain_buffers
+from revgrad.saved_tensor_hooks import Unhooked, hooked
 from revgrad.threads import Use
-from revgrad.unhooked import Unhooked, hooked
 
 
 class Slot(NamedTuple):
@@ -51,7 +51,7 @@ class Scope:
         self.modules = modules
         self.layer = layer
         self.slots = slots
-        self.owners = frozenset(modules)
+        self.module_set = frozenset(modules)
         self.inner = [m for m in modules if not isinstance(m, ReversibleLayer)]
         """Those of transforms: what layers note in their own attributes is for good."""
         self.training = [m.training for m in modules]
@@ -95,7 +95,7 @@ class Snapshot:
             self._by_position.append(scope)
         self.everything = Scope(list(slots_of), [slot for slots in slots_of.values() for slot in slots])
         everything = self.everything
-        self.slots, self.modules, self.owners = everything.slots, everything.modules, everything.owners
+        self.slots, self.modules, self.module_set = everything.slots, everything.modules, everything.module_set
         self._buffers = [(m, name, b, b._version) for m in self.modules if m._buffers for name, b in plain_buffers(m)]
         self._kept_tensors = kept_tensors(self.modules)
         self._autocast = [
@@ -273,7 +273,7 @@ class _StandingIn(AbstractContextManager[None]):
         self._snapshot = snapshot
         self._scope = scope
         self._parameters = parameters
-        self._use = Use(scope.owners, exclusive=True)
+        self._use = Use(scope.module_set, exclusive=True)
         self._contexts: list[AbstractContextManager[None]] = [InModes(scope.modules, scope.training)]
         norms = scope.norms
         if kept is not None:

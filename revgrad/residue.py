@@ -28,9 +28,9 @@ from revgrad_kernels.reservoir import (
 )
 from torch import Tensor
 
-from revgrad.deferred import Checks, current_checks
+from revgrad.checks import Checks, current_checks
 from revgrad.errors import ReversibilityError, StreamError
-from revgrad.words import Words
+from revgrad.spilled_words import Words
 
 
 @dataclass(frozen=True)

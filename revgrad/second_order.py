@@ -61,8 +61,8 @@ class DifferentiableGradients:
                 "second derivatives (create_graph=True) are not available with offload=True, which keeps the values "
                 "of states and not their graph: choose offload=False"
             )
-        links, reads = program.core, tape.read.get((0, CORE), ())
-        read, layouts = [r.state for r in reads], [r.strides for r in reads]
+        links, kept = program.core, tape.saved.get((0, CORE), ())
+        read, layouts = [r.state for r in kept], [r.strides for r in kept]
         with snapshot.standing_in(parameters):
             streams = undo_chain(
                 links, outputs, read, None, around=snapshot.replaying, arguments=program.arguments.core, layouts=layouts

@@ -15,7 +15,7 @@ from revgrad.checkpointed import run_layers_checkpointed
 from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
-from revgrad.layer import Arguments, ReversibleLayer, Step, Streams
+from revgrad.layer import Arguments, LayerCall, ReversibleLayer, Streams
 from revgrad.links import Arithmetic, Mode, chain_links, check_mode, check_offload, checked_state, checked_streams
 from revgrad.log_det import with_log_det, zero_log_det
 from revgrad.program import Program
@@ -262,16 +262,16 @@ class ReversibleSequential(ReversibleLayer):
         """Whether one of the layers does."""
         return any(layer.accepts(name) for _, layer in chain_links(self))
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """As a layer of another chain: chains are flattened, so this is only reached directly."""
         for _, layer in chain_links(self):
-            streams = layer.run(streams, step)
+            streams = layer.run(streams, call)
         return streams
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """As a layer of another chain: undo all layers."""
         for _, layer in reversed(chain_links(self)):
-            streams = layer.undo(streams, step)
+            streams = layer.undo(streams, call)
         return streams
 
     def _program(

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from revgrad.chain import ChainState, Read
-from revgrad.deferred import Checks, current_checks
+from revgrad.chain import ChainState, Saved
+from revgrad.checks import Checks, current_checks
 from revgrad.layer import Streams
 from revgrad.offload import Keeper, Stowed
 from revgrad.program import CORE, Part
@@ -33,7 +33,7 @@ class Tape:
     """What the forward pass leaves for the backward pass, besides outputs and parameters."""
 
     segments: list[Segment] = field(default_factory=list)
-    read: dict[tuple[int, Part], list[Read]] = field(default_factory=dict)
+    saved: dict[tuple[int, Part], list[Saved]] = field(default_factory=dict)
     """Per time step and part, what each layer has read."""
     residue: Residue | None = None
     fingerprints: dict[tuple[int, Part, int], Tensor] = field(default_factory=dict)
@@ -47,12 +47,12 @@ class Tape:
     checks: Checks = field(default_factory=current_checks)
     """Those of the forward pass, for the backward pass as well."""
 
-    def keep(self, t: int, part: Part, read: Read, parts: tuple[Part, ...]) -> None:
+    def keep(self, t: int, part: Part, saved: Saved, parts: tuple[Part, ...]) -> None:
         """Note what the next layer of a part has read, if it is one of these parts."""
         if part in parts:
-            if read.state:
-                read = replace(read, state=self.keeper.out(read.state))
-            self.read.setdefault((t, part), []).append(read)
+            if saved.state:
+                saved = replace(saved, state=self.keeper.out(saved.state))
+            self.saved.setdefault((t, part), []).append(saved)
 
     def anchor(self, t: int, position: int, streams: Streams) -> None:
         """Note a layer's input."""
@@ -67,12 +67,14 @@ class Tape:
     def _out(self, state: ChainState) -> ChainState:
         return state.replace(self.keeper.out(state.tensors()))
 
-    def take_read(self, t: int, part: Part) -> list[Read]:
+    def take_saved(self, t: int, part: Part) -> list[Saved]:
         """What each layer of a part has read, which the tape then forgets."""
-        reads = self.read.pop((t, part), [])
-        states = iter(self.keeper.back([x for read in reads for x in read.state]))
+        kept = self.saved.pop((t, part), [])
+        states = iter(self.keeper.back([x for one in kept for x in one.state]))
         self._look_ahead()
-        return [replace(read, state=tuple(next(states) for _ in read.state)) if read.state else read for read in reads]
+        return [
+            replace(saved, state=tuple(next(states) for _ in saved.state)) if saved.state else saved for saved in kept
+        ]
 
     def take_anchor(self, t: int, position: int) -> Streams | None:
         """A layer's input, if it was kept; the tape then forgets it."""
@@ -93,14 +95,14 @@ class Tape:
 
     def _look_ahead(self) -> None:
         """What was noted last is wanted next. Only the core has states."""
-        step = next((key for key in reversed(self.read) if key[1] is CORE), None)
+        step = next((key for key in reversed(self.saved) if key[1] is CORE), None)
         if step is not None:
-            self.keeper.prefetch(x for read in self.read[step] for x in read.state)
+            self.keeper.prefetch(x for saved in self.saved[step] for x in saved.state)
         self.keeper.prefetch(next(reversed(self.anchors.values()), ()))
 
 
 @dataclass
-class _Slot:
+class _SavedIndex:
     """Stands for the tensor of this number."""
 
     index: int
@@ -109,13 +111,13 @@ class _Slot:
 @dataclass
 class _PackedResidue:
     layout: Any
-    slots: list[_Slot]
+    slots: list[_SavedIndex]
 
 
 def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
     """Apply a function to all that is neither a container nor a plain value in the fields of a tape."""
     # Most layers have no state.
-    if tree is None or (isinstance(tree, tuple) and not tree) or (isinstance(tree, Read) and not tree.state):
+    if tree is None or (isinstance(tree, tuple) and not tree) or (isinstance(tree, Saved) and not tree.state):
         return tree
     if isinstance(tree, ChainState):
         return ChainState(*(_map(x, change) for x in tree))
@@ -123,7 +125,7 @@ def _map(tree: Any, change: Callable[[Any], Any]) -> Any:
         return type(tree)(_map(x, change) for x in tree)
     if isinstance(tree, dict):
         return {k: _map(v, change) for k, v in tree.items()}
-    if isinstance(tree, (Segment, Read)):
+    if isinstance(tree, (Segment, Saved)):
         return type(tree)(*(_map(getattr(tree, f.name), change) for f in fields(tree)))
     return change(tree)
 
@@ -134,9 +136,9 @@ def pack(tape: Tape) -> tuple[Tape, list[Tensor]]:
 
     # Not recursive: a function that refers to itself is a reference cycle, which would hold the tensors until the
     # collector runs.
-    def slot(x: Tensor) -> _Slot:
+    def slot(x: Tensor) -> _SavedIndex:
         tensors.append(x)
-        return _Slot(len(tensors) - 1)
+        return _SavedIndex(len(tensors) - 1)
 
     def out(item: Any) -> Any:
         if isinstance(item, Residue):
@@ -154,7 +156,7 @@ def unpack(layout: Tape, tensors: tuple[Tensor, ...]) -> Tape:
             item.check()
         if isinstance(item, _PackedResidue):
             return Residue.unpack(item.layout, [tensors[x.index] for x in item.slots], layout.checks)
-        return tensors[item.index] if isinstance(item, _Slot) else item
+        return tensors[item.index] if isinstance(item, _SavedIndex) else item
 
     return _map_tape(layout, back)
 
@@ -163,7 +165,7 @@ def _map_tape(tape: Tape, change: Callable[[Any], Any]) -> Tape:
     return replace(
         tape,
         segments=_map(tape.segments, change),
-        read=_map(tape.read, change),
+        saved=_map(tape.saved, change),
         residue=_map(tape.residue, change),
         anchors=_map(tape.anchors, change),
         keeper=tape.keeper.anew(),

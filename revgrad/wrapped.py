@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import tolerance_of
-from revgrad.layer import ReversibleLayer, Step, Streams
+from revgrad.in_place import Unchanged
+from revgrad.layer import LayerCall, ReversibleLayer, Streams
 from revgrad.tracing import has_values
-from revgrad.unchanged import Unchanged
 
 
 def wrap(
@@ -57,30 +57,32 @@ class Wrapped(ReversibleLayer):
         self.owners = nn.ModuleList(m for m in owners if isinstance(m, nn.Module) and m not in maps)
         self._checked = False
 
-    def run(self, streams: Streams, step: Step) -> Streams:
+    def run(self, streams: Streams, call: LayerCall) -> Streams:
         """Call `forward`."""
-        return self._applied(self.forward_map, self.inverse_map, streams, step)
+        return self._applied(self.forward_map, self.inverse_map, streams, call)
 
-    def undo(self, streams: Streams, step: Step) -> Streams:
+    def undo(self, streams: Streams, call: LayerCall) -> Streams:
         """Call `inverse`."""
-        return self._applied(self.inverse_map, self.forward_map, streams, step)
+        return self._applied(self.inverse_map, self.forward_map, streams, call)
 
-    def log_det(self, streams: Streams, step: Step) -> Tensor | None:
+    def log_det(self, streams: Streams, call: LayerCall) -> Tensor | None:
         """Call `log_det`."""
         if self.log_det_map is None:
             raise StreamError(
-                f"{step.name}: its log-determinant is not known: give wrap(forward, inverse, log_det=...), a callable "
+                f"{call.name}: its log-determinant is not known: give wrap(forward, inverse, log_det=...), a callable "
                 "that returns one number per sample"
             )
         return self.log_det_map(*streams)
 
-    def _applied(self, there: Callable[..., Any], back: Callable[..., Any], streams: Streams, step: Step) -> Streams:
-        if step.residue is not None:
-            raise StreamError(f"{step.name}: a wrapped function has no exact form; choose arithmetic='float'")
-        out = _streams(there, streams, step)
+    def _applied(
+        self, there: Callable[..., Any], back: Callable[..., Any], streams: Streams, call: LayerCall
+    ) -> Streams:
+        if call.residue is not None:
+            raise StreamError(f"{call.name}: a wrapped function has no exact form; choose arithmetic='float'")
+        out = _streams(there, streams, call)
         if not self._checked and has_values((*streams, *out)):
             with torch.no_grad():
-                _compare(_streams(back, out, step), streams, step)
+                _compare(_streams(back, out, call), streams, call)
             self._checked = True
         return out
 
@@ -94,19 +96,19 @@ def _name(f: Callable[..., Any]) -> str:
     return getattr(f, "__qualname__", type(f).__name__)
 
 
-def _streams(f: Callable[..., Any], streams: Streams, step: Step) -> Streams:
-    with Unchanged(streams, lambda x: _changed(step.name, f, x)):
+def _streams(f: Callable[..., Any], streams: Streams, call: LayerCall) -> Streams:
+    with Unchanged(streams, lambda x: _changed(call.name, f, x)):
         try:
             out = f(*streams)
         except Exception as error:
             shapes = ", ".join(str(tuple(x.shape)) for x in streams)
-            error.add_note(f"{step.name}: in {_name(f)}, given {len(streams)} stream(s) of shape {shapes}")
+            error.add_note(f"{call.name}: in {_name(f)}, given {len(streams)} stream(s) of shape {shapes}")
             raise
     out = tuple(out) if isinstance(out, (tuple, list)) else (out,)
     wrong = [type(x).__name__ for x in out if not isinstance(x, Tensor)]
     if wrong or not out:
         found = f"a {wrong[0]}" if wrong else "nothing"
-        raise StreamError(f"{step.name}: {_name(f)} must return a tensor or a tuple of tensors, returned {found}")
+        raise StreamError(f"{call.name}: {_name(f)} must return a tensor or a tuple of tensors, returned {found}")
     return out
 
 
@@ -117,12 +119,12 @@ def _changed(name: str, f: Callable[..., Any], x: Tensor) -> StreamError:
     )
 
 
-def _compare(found: Streams, expected: Streams, step: Step) -> None:
+def _compare(found: Streams, expected: Streams, call: LayerCall) -> None:
     """Raise unless the streams came back."""
     shapes = [[tuple(x.shape) for x in streams] for streams in (found, expected)]
     if shapes[0] != shapes[1]:
         raise ReversibilityError(
-            f"{step.name}: the inverse returned streams of shapes {shapes[0]} for an input of shapes {shapes[1]}"
+            f"{call.name}: the inverse returned streams of shapes {shapes[0]} for an input of shapes {shapes[1]}"
         )
     sizes = [float(x.abs().max()) if x.numel() else 0.0 for x in expected]
     for a, b, size in zip(found, expected, sizes, strict=True):
@@ -132,6 +134,6 @@ def _compare(found: Streams, expected: Streams, step: Step) -> None:
         error = float((a - b).abs().max()) / (size or max(sizes) or 1.0)
         if not error <= tolerance_of(b.dtype):
             raise ReversibilityError(
-                f"{step.name}: the inverse is off by {error:.2g} of the input's size: it does not undo the function, "
+                f"{call.name}: the inverse is off by {error:.2g} of the input's size: it does not undo the function, "
                 "or not precisely enough; revgrad.check_invertible measures it"
             )

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
-    arithmetic,
     arithmetic_dtype,
     can_run,
     check_floats,
@@ -21,9 +20,10 @@ from revgrad_kernels.backend import (
     refuse_gradient,
     tl,
     triton,
+    triton_dtype,
     uses_triton,
 )
-from revgrad_kernels.layout import dense, is_channels_last, laid_out_like, tile, tuned
+from revgrad_kernels.layout import gapless, is_channels_last, laid_out_like, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -189,8 +189,8 @@ def _convlstm(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, cell, peephole, bias))[1:]
     hidden, new = torch.empty_like(cell), torch.empty_like(cell)
-    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole, bias)
-    launch(_forward_tuned, 4, gates, cell, peephole, dense(bias), hidden, new, wide=wide, height=_height(gates))
+    peephole, wide = laid_out_like(gates, peephole[None]), triton_dtype(gates, cell, peephole, bias)
+    launch(_forward_tuned, 4, gates, cell, peephole, gapless(bias), hidden, new, wide=wide, height=_height(gates))
     return hidden, new
 
 
@@ -203,8 +203,8 @@ def _convlstm_backward(
         return aligned(gates, *_reference_backward(gates, cell, peephole, bias, grad_hidden, grad_new))[1:]
     grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole, bias))
     grads = torch.empty_like(gates), torch.empty_like(cell), grad_peephole
-    peephole, wide = laid_out_like(gates, peephole[None]), arithmetic(gates, cell, peephole, bias)
-    inputs = cell, peephole, dense(bias), grad_hidden, grad_new
+    peephole, wide = laid_out_like(gates, peephole[None]), triton_dtype(gates, cell, peephole, bias)
+    inputs = cell, peephole, gapless(bias), grad_hidden, grad_new
     launch(_backward_tuned, 4, gates, *inputs, *grads, wide=wide, height=_height(gates))
     return grads
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
-    arithmetic,
     arithmetic_dtype,
     can_run,
     check_floats,
@@ -16,6 +15,7 @@ from revgrad_kernels.backend import (
     refuse_gradient,
     tl,
     triton,
+    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tile, tuned
@@ -120,7 +120,7 @@ def _launch(kernel: Any, output_gate: Tensor, update: Tensor, added: Tensor | No
         with on_device(update):
             kernel[matrix.grid](
                 output_gate, update, added, *tensors, matrix.rows, matrix.columns, size_class(update.numel()),
-                WIDE=arithmetic(*given(output_gate, update, added)), WIDTH=matrix.width,
+                WIDE=triton_dtype(*given(output_gate, update, added)), WIDTH=matrix.width,
             )  # fmt: skip
 
 

@@ -47,7 +47,7 @@ def side_by_side_like(x: Tensor, groups: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
 
 
-def dense(bias: Tensor | None) -> Tensor | None:
+def gapless(bias: Tensor | None) -> Tensor | None:
     """As kernels read it, without gaps."""
     return None if bias is None else bias.contiguous()
 

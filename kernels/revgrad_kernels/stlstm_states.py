@@ -15,7 +15,6 @@ from torch import Tensor
 
 from revgrad_kernels import recurrent_cpu
 from revgrad_kernels.backend import (
-    arithmetic,
     arithmetic_dtype,
     can_run,
     check_floats,
@@ -23,9 +22,10 @@ from revgrad_kernels.backend import (
     refuse_gradient,
     tl,
     triton,
+    triton_dtype,
     uses_triton,
 )
-from revgrad_kernels.layout import dense, memory_format, tile, tuned
+from revgrad_kernels.layout import gapless, memory_format, tile, tuned
 from revgrad_kernels.recurrent import (
     activated,
     aligned,
@@ -214,11 +214,11 @@ def _stlstm_states(
     gates: Tensor, memory_gates: Tensor, cell: Tensor, memory: Tensor, bias: Tensor | None, memory_bias: Tensor | None
 ) -> _Four:
     gates, memory_gates, cell, memory = aligned(gates, memory_gates, cell, memory)
-    biases = dense(bias), dense(memory_bias)
+    biases = gapless(bias), gapless(memory_bias)
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, memory_gates, cell, memory, *biases))[1:]
     results = _empty_results(gates, cell, memory)
-    wide = arithmetic(gates, memory_gates, cell, memory, *biases)
+    wide = triton_dtype(gates, memory_gates, cell, memory, *biases)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)
     return results
 
@@ -237,12 +237,12 @@ def _stlstm_states_backward(
     grad_o: Tensor,
 ) -> _Four:
     gates, memory_gates, cell, memory = aligned(gates, memory_gates, cell, memory)
-    biases = dense(bias), dense(memory_bias)
+    biases = gapless(bias), gapless(memory_bias)
     grads = aligned(gates, grad_new_cell, grad_new_memory, grad_both, grad_o)[1:]
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, memory_gates, cell, memory, *biases, *grads))[1:]
     results = _empty_gradients(gates, memory_gates, cell, memory)
-    wide = arithmetic(gates, memory_gates, cell, memory, *biases)
+    wide = triton_dtype(gates, memory_gates, cell, memory, *biases)
     launch(_backward_tuned, 4, gates, memory_gates, cell, memory, *biases, *grads, *results, wide=wide)
     return results
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from revgrad_kernels.backend import (
-    arithmetic,
     arithmetic_dtype,
     can_run,
     check_floats,
@@ -20,6 +19,7 @@ from revgrad_kernels.backend import (
     refuse_gradient,
     tl,
     triton,
+    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import (
@@ -27,15 +27,16 @@ from revgrad_kernels.layout import (
     canonical,
     channels,
     channels_are_columns,
-    dense,
     elements,
     expanded,
+    gapless,
     laid_out_like,
     size_class,
     tile,
     tiles_across,
     tuned,
 )
+from revgrad_kernels.recurrent import bias_gradient, biased, given, sigmoid
 
 _NONE, _PER_ROW, _PER_COLUMN = 0, 1, 2
 """Where a kernel finds the bias of an element."""
@@ -59,7 +60,7 @@ def weighted_sum(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None = Non
     """
     check_floats("weighted_sum", logits=logits, x=x, h=h, bias=bias)
     logits, h = _checked("weighted_sum", x, bias, logits=logits, h=h)
-    if uses_triton(backend, logits, x, h, *_given(bias), operator="weighted_sum"):
+    if uses_triton(backend, logits, x, h, *given(bias), operator="weighted_sum"):
         return _weighted_sum(logits, x, h, bias)
     return _reference(logits, x, h, bias)
 
@@ -74,7 +75,7 @@ def weighted_sum_inverse(
     """
     check_floats("weighted_sum_inverse", logits=logits, y=y, h=h, bias=bias)
     logits, h = _checked("weighted_sum_inverse", y, bias, logits=logits, h=h)
-    if uses_triton(backend, logits, y, h, *_given(bias), operator="weighted_sum_inverse"):
+    if uses_triton(backend, logits, y, h, *given(bias), operator="weighted_sum_inverse"):
         return _weighted_sum_inverse(logits, y, h, bias)
     return _reference_inverse(logits, y, h, bias)
 
@@ -100,7 +101,7 @@ def weighted_sum_backward(
 
 def _reference(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None) -> Tensor:
     wide = arithmetic_dtype(logits, x, h, bias)
-    gate = torch.sigmoid(_biased(logits, bias, wide))
+    gate = torch.sigmoid(biased(logits, bias, wide))
     return converted(torch.lerp(converted(x, wide), converted(h, wide), gate), x.dtype)
 
 
@@ -110,7 +111,7 @@ def _reference_inverse(logits: Tensor, y: Tensor, h: Tensor, bias: Tensor | None
     # exp(a) as 2^(a log2(e)), in half the time that torch.exp takes on a CPU; a sum with alpha takes less than a
     # product with a number. The rounding of the exponent puts it off by |a| units in the last place, but y - h is so
     # small where that is large that the rounding of y always counts more.
-    a = _biased(logits, bias, wide)
+    a = biased(logits, bias, wide)
     ratio = torch.add(a, a, alpha=math.log2(math.e) - 1).exp2_()
     return converted(torch.addcmul(y_wide, y_wide - converted(h, wide), ratio), y.dtype)
 
@@ -119,7 +120,7 @@ def _reference_backward(
     logits: Tensor, x: Tensor, h: Tensor, grad: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     wide = arithmetic_dtype(logits, x, h, bias)
-    gate = torch.sigmoid(_biased(logits, bias, wide))
+    gate = torch.sigmoid(biased(logits, bias, wide))
     grad_wide = grad.to(wide)
     grad_h = grad_wide * gate
     grad_logits = (h.to(wide) - x.to(wide)) * grad_wide * (gate * (1 - gate))
@@ -139,7 +140,7 @@ def _forward_kernel(
     if INVERSE:
         y = x + (x - h) * tl.exp(logits)
     else:
-        gate = 1 / (1 + tl.exp(-logits))
+        gate = sigmoid(logits)
         # From the nearer end, so that a gate of 0 or 1 returns x or h and not something rounded.
         y = tl.where(gate < 0.5, x + gate * (h - x), h - (1 - gate) * (h - x))
     tl.store(y_ptr + offset, y, mask)
@@ -157,7 +158,7 @@ def _backward_kernel(
     x = tl.load(x_ptr + offset, mask, other=0).to(WIDE)
     h = tl.load(h_ptr + offset, mask, other=0).to(WIDE)
     grad = tl.load(grad_ptr + offset, mask, other=0).to(WIDE)
-    gate = 1 / (1 + tl.exp(-logits))
+    gate = sigmoid(logits)
     grad_h = grad * gate
     grad_logits = (h - x) * grad_h * (1 - gate)
     tl.store(grad_logits_ptr + offset, grad_logits, mask)
@@ -191,14 +192,14 @@ _backward_tuned = tuned(_backward_kernel)
 
 def _launch_forward(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None, inverse: bool) -> Tensor:
     x = canonical(x)
-    logits, h, bias = laid_out_like(x, logits), laid_out_like(x, h), dense(bias)
+    logits, h, bias = laid_out_like(x, logits), laid_out_like(x, h), gapless(bias)
     y = torch.empty_like(x)
     if x.numel():
         matrix, where = _layout(x, bias)
         with on_device(x):
             _forward_tuned[matrix.grid](
                 logits, x, h, bias, y, matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                INVERSE=inverse, BIAS=where, WIDE=arithmetic(logits, x, h, bias), WIDTH=matrix.width,
+                INVERSE=inverse, BIAS=where, WIDE=triton_dtype(logits, x, h, bias), WIDTH=matrix.width,
             )  # fmt: skip
     return y
 
@@ -208,7 +209,7 @@ def _launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x = canonical(x)
     logits, h, grad = (laid_out_like(x, t) for t in (logits, h, grad))
-    bias = dense(bias)
+    bias = gapless(bias)
     grads = torch.empty_like(logits), torch.empty_like(x), torch.empty_like(h)
     matrix, where = _layout(x, bias)
     wide = arithmetic_dtype(logits, x, h, bias)
@@ -222,7 +223,7 @@ def _launch_backward(
             kernel[matrix.grid](
                 logits, x, h, bias, grad, *grads, partial,
                 matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                BIAS=where, WIDE=arithmetic(logits, x, h, bias), WIDTH=matrix.width, **meta,
+                BIAS=where, WIDE=triton_dtype(logits, x, h, bias), WIDTH=matrix.width, **meta,
             )  # fmt: skip
     if bias is None:
         return (*grads, partial)
@@ -290,9 +291,9 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def _inverse_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     logits, y, h, bias = ctx.saved_tensors
     wide = arithmetic_dtype(logits, y, h, bias)
-    grad_h = -grad.to(wide) * torch.exp(_biased(logits, bias, wide))
+    grad_h = -grad.to(wide) * torch.exp(biased(logits, bias, wide))
     grad_logits = (h.to(wide) - y.to(wide)) * grad_h
-    grad_bias = None if bias is None else _bias_grad(grad_logits, bias, wide)
+    grad_bias = bias_gradient(bias, grad_logits, wide)
     return grad_logits.to(logits.dtype), (grad - grad_h).to(y.dtype), grad_h.to(h.dtype), grad_bias
 
 
@@ -301,20 +302,9 @@ _weighted_sum_inverse.register_autograd(_inverse_backward, setup_context=_save)
 refuse_gradient(_weighted_sum_backward)
 
 
-def _biased(logits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if bias is None:
-        return converted(logits, dtype)
-    return converted(logits, dtype) + converted(bias, dtype).view(-1, *(1,) * (logits.ndim - 2))
-
-
 def _bias_grad(grad_logits: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    if bias is None:
-        return grad_logits.new_empty(0, dtype=dtype)
-    return grad_logits.sum([d for d in range(grad_logits.ndim) if d != 1], dtype=dtype).to(bias.dtype)
-
-
-def _given(bias: Tensor | None) -> tuple[Tensor, ...]:
-    return () if bias is None else (bias,)
+    found = bias_gradient(bias, grad_logits, dtype)
+    return grad_logits.new_empty(0, dtype=dtype) if found is None else found  # an operator returns tensors
 
 
 def _checked(operator: str, x: Tensor, bias: Tensor | None, **tensors: Tensor) -> tuple[Tensor, ...]:

@@ -211,11 +211,11 @@ class Told(ReversibleLayer):
     def accepts(self, name):
         return name == "context"
 
-    def run(self, streams, step):
-        return tuple(x * step.arguments["context"].exp() for x in streams)
+    def run(self, streams, call):
+        return tuple(x * call.arguments["context"].exp() for x in streams)
 
-    def undo(self, streams, step):
-        return tuple(x * (-step.arguments["context"]).exp() for x in streams)
+    def undo(self, streams, call):
+        return tuple(x * (-call.arguments["context"]).exp() for x in streams)
 
 
 @pytest.mark.composes("Conditioning", "a layer of one's own that is no coupling")

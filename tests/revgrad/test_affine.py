@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from revgrad import AffineCoupling, Inverse, ReversibleSequential, Step, StreamError
+from revgrad import AffineCoupling, Inverse, LayerCall, ReversibleSequential, StreamError
 
 
 class Fixed(nn.Module):
@@ -20,16 +20,16 @@ class Fixed(nn.Module):
 
 def test_bounded_scale_is_its_formula():
     x, s, t = (torch.randn(3, 4, dtype=torch.float64) * 3 for _ in range(3))
-    merged = AffineCoupling(Fixed(s, t), bound=1.5).run((x, x), Step())[1]
+    merged = AffineCoupling(Fixed(s, t), bound=1.5).run((x, x), LayerCall())[1]
     torch.testing.assert_close(merged, x * torch.exp(1.5 * torch.tanh(s / 1.5)) + t)
 
 
 def test_bound_is_never_left_and_hardly_felt_near_zero():
     x, zero = torch.ones(3), torch.zeros(3)
     for bound in (0.5, 2.0):
-        far = AffineCoupling(Fixed(torch.tensor([1e9, -1e9, math.inf]), zero), bound=bound).run((x, x), Step())[1]
+        far = AffineCoupling(Fixed(torch.tensor([1e9, -1e9, math.inf]), zero), bound=bound).run((x, x), LayerCall())[1]
         torch.testing.assert_close(far.log(), torch.tensor([bound, -bound, bound]))
-        near = AffineCoupling(Fixed(torch.full((3,), 1e-3), zero), bound=bound).run((x, x), Step())[1]
+        near = AffineCoupling(Fixed(torch.full((3,), 1e-3), zero), bound=bound).run((x, x), LayerCall())[1]
         torch.testing.assert_close(near.log(), torch.full((3,), 1e-3), rtol=1e-4, atol=1e-7)
 
 
@@ -38,9 +38,9 @@ def test_the_promised_error_of_the_inverse_holds(seed, bound, size):
     torch.manual_seed(seed)
     x, s, t = torch.randn(3, 500) * 10**size
     layer = AffineCoupling(Fixed(s, t), bound=bound)
-    merged = layer.run((x, x), Step())[1]
+    merged = layer.run((x, x), LayerCall())[1]
     unit = torch.finfo(torch.float32).eps / 2
-    error = (layer.undo((x, merged), Step())[1].double() - x.double()).abs()
+    error = (layer.undo((x, merged), LayerCall())[1].double() - x.double()).abs()
     assert (error <= 8 * unit * math.exp(bound) * (merged.abs() + t.abs()).double()).all()
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from revgrad import ReversibleSequential, StreamError, Swap
 from revgrad.budget import choose_stored, parse_budget, parse_bytes
-from revgrad.cost import ChainCost, LayerCost, Stream
+from revgrad.cost import ChainCost, LayerCost, StreamStorage
 
 pytestmark = pytest.mark.usefixtures("single_thread", "warm")
 
@@ -70,7 +70,7 @@ def uniform(depth, flops=lambda i: 100, saved=lambda i: 3000, stream=1000):
         places.append([*places[-1]])
         places[-1][i % 2] = i + 2
     layers = tuple(LayerCost(f"{i}", flops(i), flops(i), {("graph", i): saved(i)}, {}) for i in range(depth))
-    streams = tuple(tuple(Stream(n, 0 if n < 2 else stream, stream) for n in place) for place in places)
+    streams = tuple(tuple(StreamStorage(n, 0 if n < 2 else stream, stream) for n in place) for place in places)
     return ChainCost(layers, streams, ({},) * (depth + 1), {}, exact=False)
 
 

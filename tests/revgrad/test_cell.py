@@ -9,17 +9,17 @@ from revgrad import (
     ChainState,
     GatedCoupling,
     Inverse,
+    LayerCall,
     LiveMemory,
     Residue,
     ReversibleSequential,
-    Step,
     check_invertible,
     snap,
     unroll,
     update_cell,
 )
 from revgrad.arithmetic import is_exact
-from revgrad.cell import Recall
+from revgrad.cell import CellRecall
 from revgrad.fingerprint import fingerprint
 from revgrad.links import chain_links
 
@@ -252,10 +252,10 @@ def test_inverse_takes_the_new_states(make):
 def test_layer_recovers_its_cell(make):
     layer, (x, y) = Model(make).core[0], (torch.randn(BATCH, WIDTH), snap(torch.randn(BATCH, WIDTH)))
     hidden, cell = torch.randn(BATCH, WIDTH), snap(torch.randn(BATCH, WIDTH))
-    step = Step(state=(hidden, cell), residue=Residue())
+    call = LayerCall(state=(hidden, cell), residue=Residue())
     with torch.no_grad():
-        out = layer.run((x, y), step)
-        back = Step(state=(hidden,), cell=step.new_state[1], residue=step.residue)
+        out = layer.run((x, y), call)
+        back = LayerCall(state=(hidden,), cell=call.new_state[1], residue=call.residue)
         assert torch.equal(layer.undo(out, back)[1], y)
     assert torch.equal(back.cell, cell)
 
@@ -267,9 +267,9 @@ def test_the_checker_looks_at_cells_too(make):
     assert report.invertible
     # A gate of the stream and one of the cell per module.
     assert report.bits > 3
-    recover = Recall.recover
+    recover = CellRecall.recover
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Recall, "recover", lambda self: recover(self) + 1)
+        patch.setattr(CellRecall, "recover", lambda self: recover(self) + 1)
         report = check_invertible(model.core, [x.detach() for x in model.inputs[0]], model.state)
     assert not report.invertible
 

@@ -17,7 +17,7 @@ from revgrad import (
     unroll,
     update_cell,
 )
-from revgrad.cell import Recall
+from revgrad.cell import CellRecall
 from tests.revgrad.test_cell import FED, LSTM, Model
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -88,8 +88,8 @@ def test_gates_that_differ_on_recomputation(make, check):
 def test_a_cell_that_is_not_the_one_given(make, check, every, monkeypatch):
     model = Model(make, FED["both"])
     outputs, _ = unroll(model.core, model.inputs, model.state, keep_states_every=every)
-    recover = Recall.recover
-    monkeypatch.setattr(Recall, "recover", lambda self: recover(self) + 2.0**-16)
+    recover = CellRecall.recover
+    monkeypatch.setattr(CellRecall, "recover", lambda self: recover(self) + 2.0**-16)
     with pytest.raises(ReversibilityError, match=r"residue|recovered in the backward pass differs"):
         check.loss(outputs).backward()
 
@@ -98,8 +98,8 @@ def test_an_increment_that_differs_by_one_grid_step(make, check, monkeypatch):
     """The residue fits then, and one step does not read the cell it recovers: it has to be compared."""
     model = Model(make, (True,), depth=1)
     outputs, _ = unroll(model.core, model.inputs, model.state)
-    recover = Recall.recover
-    monkeypatch.setattr(Recall, "recover", lambda self: recover(self) + 2.0**-16)
+    recover = CellRecall.recover
+    monkeypatch.setattr(CellRecall, "recover", lambda self: recover(self) + 2.0**-16)
     with pytest.raises(ReversibilityError, match=r"layer 0 \(GatedCoupling\): the cell recovered .* differs"):
         check.loss(outputs).backward()
 

@@ -13,7 +13,7 @@ from revgrad import (
     snap,
     update_cell,
 )
-from revgrad.cell import Merge, Recall
+from revgrad.cell import CellMerge, CellRecall
 from revgrad.gradients import gradients
 from revgrad.residue import entropy_bits
 
@@ -27,12 +27,12 @@ def cell_tensors(shape, dtype=torch.float32, scale=4.0):
 
 
 def merged(residue, cell, decay, increment):
-    update = Merge("layer", residue, cell)
+    update = CellMerge("layer", residue, cell)
     return update(update.stand_in, decay, increment)
 
 
 def recovered(residue, new, decay, increment):
-    update = Recall("layer", residue, new)
+    update = CellRecall("layer", residue, new)
     assert torch.equal(update(update.stand_in, decay, increment), new)
     return update.recover()
 
@@ -110,7 +110,7 @@ def test_gradient_of_a_cell_that_is_recovered_is_that_of_one_that_is_stored():
     weight, residue = torch.randn(50), Residue()
     new = merged(residue, *leaves)
     expected = torch.autograd.grad(new, leaves, weight)
-    update = Recall("layer", residue, new.detach())
+    update = CellRecall("layer", residue, new.detach())
     out = update(update.stand_in, *leaves[1:])
     assert torch.equal(update.recover(), leaves[0])
     assert all(map(torch.equal, gradients((out,), (weight,), (update.stand_in, *leaves[1:])), expected))

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from revgrad.channelwise import Channelwise, per_channel
-from revgrad.layer import Step
+from revgrad.layer import LayerCall
 
 
 def test_per_channel_lines_up_with_the_second_dimension():
@@ -17,11 +17,11 @@ def test_per_channel_lines_up_with_the_second_dimension():
 def test_layer_without_methods_says_what_is_missing():
     x = (torch.zeros(2, 3),)
     with pytest.raises(TypeError, match=r"does not define transformed\(x\)"):
-        Channelwise(3).run(x, Step())
+        Channelwise(3).run(x, LayerCall())
     with pytest.raises(TypeError, match=r"does not define restored\(y\)"):
-        Channelwise(3).undo(x, Step())
+        Channelwise(3).undo(x, LayerCall())
     with pytest.raises(TypeError, match=r"does not define log_volume\(\)"):
-        Channelwise(3).log_det(x, Step())
+        Channelwise(3).log_det(x, LayerCall())
 
 
 def test_representation():

@@ -5,7 +5,7 @@ import torch
 
 from revgrad import unroll
 from revgrad.checkpointed import _Anew
-from revgrad.words import GrowingWords
+from revgrad.spilled_words import GrowingWords
 
 
 @pytest.mark.parametrize("arithmetic", ["float", "exact"])

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from revgrad import AdditiveCoupling, Inverse, StreamError, Swap, wrap
-from revgrad.conditioning import Place, bind, distinct_leaves, replaced
+from revgrad.conditioning import Placeholder, bind, distinct_leaves, replaced
 from revgrad.links import chain_links
 
 
@@ -63,10 +63,10 @@ def test_tensors_are_taken_out_once_and_put_back():
     arguments = ({"context": (a, [b, "text"]), "scale": None}, {}, {"mask": a})
     tensors = distinct_leaves(arguments)
     assert [id(x) for x in tensors] == [id(a), id(b)]
-    places = [Place(), Place()]
+    places = [Placeholder(), Placeholder()]
     emptied = replaced(arguments, tensors, places)
     assert distinct_leaves(emptied) == []
-    assert distinct_leaves(emptied, Place) == places
+    assert distinct_leaves(emptied, Placeholder) == places
     assert emptied == ({"context": (places[0], [places[1], "text"]), "scale": None}, {}, {"mask": places[0]})
     again = replaced(emptied, places, tensors)
     assert again[0]["context"][1][0] is b

@@ -21,7 +21,7 @@ from revgrad import (
     Swap,
     plan,
 )
-from revgrad.cost import Run, measure, runs_of
+from revgrad.cost import Span, measure, spans_of
 from revgrad.links import checked_state
 
 pytestmark = pytest.mark.usefixtures("single_thread", "warm")
@@ -183,10 +183,10 @@ def test_a_bijection_of_ones_own_is_evaluated_twice(make):
             super().__init__()
             self.linear = nn.Linear(WIDTH, WIDTH, bias=False)
 
-        def run(self, streams, step):
+        def run(self, streams, call):
             return (self.linear(streams[0]),)
 
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             return (streams[0] @ torch.linalg.inv(self.linear.weight).T,)
 
     (layer,) = cost_of(ReversibleSequential(Mixing()), make.streams(BATCH, WIDTH, count=1)).layers
@@ -285,9 +285,9 @@ def test_measuring_states_takes_no_graphs(make):
 
 
 def test_runs():
-    assert runs_of([]) == []
-    assert runs_of([True]) == [Run(0, 1, True)]
-    assert runs_of([False, False, True, False]) == [Run(0, 2, False), Run(2, 3, True), Run(3, 4, False)]
+    assert spans_of([]) == []
+    assert spans_of([True]) == [Span(0, 1, True)]
+    assert spans_of([False, False, True, False]) == [Span(0, 2, False), Span(2, 3, True), Span(3, 4, False)]
 
 
 def test_a_gated_coupling_in_a_container_counts_once(make):

@@ -11,9 +11,9 @@ from revgrad import (
     Coupling,
     GatedCoupling,
     Inverse,
+    LayerCall,
     Residue,
     ReversibleSequential,
-    Step,
     StreamError,
     snap,
 )
@@ -59,19 +59,19 @@ def test_float_merges_are_their_formulas():
         (GatedCoupling(Fixed(a, b)), (1 - g) * x + g * b),
     ]:
         source = torch.randn(3, 4, dtype=torch.float64)
-        kept, merged = coupling.run((source, x), Step())
+        kept, merged = coupling.run((source, x), LayerCall())
         assert kept is source
         torch.testing.assert_close(merged, expected, rtol=1e-14, atol=1e-14)
-        torch.testing.assert_close(coupling.undo((source, merged), Step())[1], x, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(coupling.undo((source, merged), LayerCall())[1], x, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(("dtype", "step"), [(torch.float32, 2.0**-16), (torch.float64, 2.0**-32)])
 def test_exact_merges_are_their_formulas_on_the_grid(dtype, step):
     x, a, h = snap(torch.randn(300, dtype=dtype)), torch.randn(300, dtype=dtype), torch.randn(300, dtype=dtype)
     source = torch.zeros(300, dtype=dtype)
-    merged = AdditiveCoupling(Fixed(h)).run((source, x), Step(residue=Residue()))[1]
+    merged = AdditiveCoupling(Fixed(h)).run((source, x), LayerCall(residue=Residue()))[1]
     assert torch.equal(merged, x + snap(h))
-    merged = GatedCoupling(Fixed(a, h)).run((source, x), Step(residue=Residue()))[1]
+    merged = GatedCoupling(Fixed(a, h)).run((source, x), LayerCall(residue=Residue()))[1]
     keep = quantise_gate(torch.sigmoid(a)).double() / 2**16
     # One step from the scaling, half a one from rounding g h, and the float's own rounding.
     assert ((merged.double() - keep * x.double() - (1 - keep) * h.double()).abs() < 1.6 * step).all()
@@ -87,13 +87,13 @@ def test_exact_run_and_undo_restore_every_bit(make, kind, dtype, inverse):
     x = tuple(map(snap, make.streams(41, 5, dtype=dtype, requires_grad=False)))
     if inverse and kind == "gated":
         # An inverse undoes what was done: it needs a residue to take from.
-        y = layer.run(x, Step(residue=residue))
-        back = Inverse(layer).run(y, Step(residue=residue))
+        y = layer.run(x, LayerCall(residue=residue))
+        back = Inverse(layer).run(y, LayerCall(residue=residue))
         residue.check_undone_to()
     else:
         layer = Inverse(layer) if inverse else layer
-        y = layer.run(x, Step(residue=residue))
-        back = layer.undo(y, Step(residue=residue))
+        y = layer.run(x, LayerCall(residue=residue))
+        back = layer.undo(y, LayerCall(residue=residue))
     assert not torch.equal(y[1], x[1])
     assert all(map(torch.equal, back, x))
 
@@ -176,7 +176,7 @@ def test_exact_gradient_passes_straight_through_the_rounding():
     x, a, h = (torch.randn(50, dtype=torch.float64, requires_grad=True) for _ in range(3))
     source = torch.zeros(50, dtype=torch.float64)
     grad = torch.randn(50, dtype=torch.float64)
-    merged = GatedCoupling(Fixed(a, h)).run((source, snap(x)), Step(residue=Residue()))[1]
+    merged = GatedCoupling(Fixed(a, h)).run((source, snap(x)), LayerCall(residue=Residue()))[1]
     found = torch.autograd.grad(merged, (x, a, h), grad)
     s = torch.sigmoid(a).detach()
     gate = 1 - quantise_gate(s).double() / 2**16

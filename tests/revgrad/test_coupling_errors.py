@@ -13,10 +13,10 @@ from revgrad import (
     Coupling,
     GatedCoupling,
     Inverse,
+    LayerCall,
     Residue,
     ReversibilityError,
     ReversibleSequential,
-    Step,
     StreamError,
     snap,
 )
@@ -157,11 +157,11 @@ def test_transform_that_changes_its_input(make):
 
 def test_coupling_without_formulas_says_so(make):
     with pytest.raises(TypeError, match=r"Coupling does not define merge\(target, \*message\)"):
-        Coupling(make.net(4)).run(make.streams(), Step())
+        Coupling(make.net(4)).run(make.streams(), LayerCall())
     with pytest.raises(TypeError, match=r"Coupling does not define unmerge\(merged, \*message\)"):
-        Coupling(make.net(4)).undo(make.streams(), Step())
+        Coupling(make.net(4)).undo(make.streams(), LayerCall())
     with pytest.raises(StreamError, match="Doubling has no exact form"):
-        Doubling(make.net(4)).run(make.streams(), Step(residue=Residue()))
+        Doubling(make.net(4)).run(make.streams(), LayerCall(residue=Residue()))
 
 
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint", "stored"])

@@ -26,10 +26,10 @@ class Broken(ReversibleLayer):
         super().__init__()
         self.error = error
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         return tuple(2 * x for x in streams)
 
-    def undo(self, streams, step):
+    def undo(self, streams, call):
         return tuple(0.5 * (1 + self.error) * x for x in streams)
 
 
@@ -129,7 +129,7 @@ def test_not_finite_is_not_inverted(make, error):
 
 def test_wrong_shape_is_not_inverted(make):
     class Short(Broken):
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             return tuple(x[:1] for x in streams)
 
     assert check_invertible(Short(), make.streams()).layers[0].own_error == math.inf

@@ -28,10 +28,10 @@ class Scale(ReversibleLayer):
         super().__init__()
         self.factor = factor
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         return tuple(2 * x for x in streams)
 
-    def undo(self, streams, step):
+    def undo(self, streams, call):
         return tuple(self.factor * x for x in streams)
 
 
@@ -104,7 +104,7 @@ def test_layer_that_does_not_invert(make, check, factor, arithmetic, input_gradi
 
 def test_exact_arithmetic_takes_the_smallest_difference_for_an_error(make, check):
     class Off(Scale):
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             back = tuple(0.5 * x for x in streams)
             off = torch.zeros_like(back[0])
             off[0, 0] = 2.0**-16
@@ -120,7 +120,7 @@ def test_differences_that_cancel_in_the_weighted_sum_are_seen_in_exact_arithmeti
     w = (_weights(torch.device("cpu"), torch.float64)[:2] * 2**15).round().long().tolist()
 
     class Sly(Scale):
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             (x,) = streams
             # w0 (x0 + w1 u) + w1 (x1 - w0 u) = w0 x0 + w1 x1
             return (0.5 * x + torch.tensor([w[1], -w[0]]) * 2.0**-16,)
@@ -228,11 +228,11 @@ def test_user_layer_around_a_gated_coupling_shares_the_residue(make, check):
             super().__init__()
             self.layer = layer
 
-        def run(self, streams, step):
-            return self.layer.run(streams, step)
+        def run(self, streams, call):
+            return self.layer.run(streams, call)
 
-        def undo(self, streams, step):
-            return self.layer.undo(streams, step)
+        def undo(self, streams, call):
+            return self.layer.undo(streams, call)
 
     layers = [make.coupling("gated", 4, i) for i in range(4)]
     chain = ReversibleSequential(layers[0], Wrapped(layers[1]), layers[2], Wrapped(layers[3]))
@@ -248,7 +248,7 @@ def test_error_at_a_step_without_input_is_seen(make):
             super().__init__(0.5)
             self.wrong, self.undone = wrong, 0
 
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             self.undone += 1
             return tuple(0.5 * x + (self.undone == self.wrong) for x in streams)
 
@@ -325,7 +325,7 @@ def test_errors_of_every_kind_are_seen_and_smaller_ones_let_pass(check, error, d
     direction = direction * (x.detach().norm() / direction.norm())
 
     class Off(Scale):
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             return (0.5 * streams[0] + self.factor * tolerance * direction,)
 
     # A weighted sum sees a fraction of an error in one place, but the size of an error there is no less.

@@ -1,7 +1,7 @@
 import torch
 from torch.nn import functional
 
-from revgrad import GatedCoupling, Step
+from revgrad import GatedCoupling, LayerCall
 
 
 def test_forgets_what_the_gate_lets_go():
@@ -19,7 +19,7 @@ def test_merge_and_its_derivative_are_their_formulas(make):
 
 def test_stream_that_is_read_stays(make):
     x = make.streams(requires_grad=False)
-    assert GatedCoupling(make.net(4, 2)).run(x, Step())[0] is x[0]
+    assert GatedCoupling(make.net(4, 2)).run(x, LayerCall())[0] is x[0]
 
 
 def test_batched_gradients_in_exact_arithmetic(make):

@@ -7,11 +7,11 @@ from torch import nn
 from revgrad import (
     HamiltonianStep,
     Inverse,
+    LayerCall,
     LeapfrogStep,
     ReflectionCoupling,
     Residue,
     ReversibleSequential,
-    Step,
     StreamError,
     SymmetricTransform,
     check_invertible,
@@ -85,9 +85,9 @@ def test_reflection_is_its_own_inverse_to_the_bit(seed, size):
     torch.manual_seed(seed)
     layer = ReflectionCoupling(nn.Linear(3, 3))
     x = tuple(snap(t) for t in size * torch.randn(2, 4, 3))
-    y = layer.run(x, Step(residue=Residue()))
+    y = layer.run(x, LayerCall(residue=Residue()))
     assert torch.equal(y[1] + x[1], snap(layer.transform(x[0])))
-    for back in (layer.run(y, Step(residue=Residue())), layer.undo(y, Step(residue=Residue()))):
+    for back in (layer.run(y, LayerCall(residue=Residue())), layer.undo(y, LayerCall(residue=Residue()))):
         assert all(map(torch.equal, back, x))
 
 

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from revgrad import AdditiveCoupling, Inverse, ReversibleLayer, ReversibleSequential, Step, StreamError, Swap
+from revgrad import AdditiveCoupling, Inverse, LayerCall, ReversibleLayer, ReversibleSequential, StreamError, Swap
 
 
 class Shear(ReversibleLayer):
@@ -13,12 +13,12 @@ class Shear(ReversibleLayer):
         self.factor = nn.Parameter(torch.tensor([0.3, -0.7], dtype=torch.float64))
         self.runs, self.undos = [], []
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         self.runs.append(1)
         a, b, c = streams
         return a, b + self.factor[0] * a.sin(), c * torch.exp(self.factor[1]) + a * b
 
-    def undo(self, streams, step):
+    def undo(self, streams, call):
         self.undos.append(1)
         a, b, c = streams
         b = b - self.factor[0] * a.sin()
@@ -30,14 +30,14 @@ class Memory(ReversibleLayer):
 
     stateful = True
 
-    def run(self, streams, step):
-        (x,), (h,) = streams, step.state
-        step.new_state = (torch.tanh(h) + 0.5,)
+    def run(self, streams, call):
+        (x,), (h,) = streams, call.state
+        call.new_state = (torch.tanh(h) + 0.5,)
         return (x * (2 + torch.sin(h)),)
 
-    def undo(self, streams, step):
-        (x,), (h,) = streams, step.state
-        step.new_state = (torch.tanh(h) + 0.5,)
+    def undo(self, streams, call):
+        (x,), (h,) = streams, call.state
+        call.new_state = (torch.tanh(h) + 0.5,)
         return (x / (2 + torch.sin(h)),)
 
 
@@ -78,8 +78,8 @@ def test_inverse_swaps_run_and_undo(make):
     layer = make.coupling("additive").double()
     x = make.streams(dtype=torch.float64, requires_grad=False)
     inverse = Inverse(layer)
-    assert all(map(torch.equal, inverse.run(x, Step()), layer.undo(x, Step())))
-    assert all(map(torch.equal, inverse.undo(x, Step()), layer.run(x, Step())))
+    assert all(map(torch.equal, inverse.run(x, LayerCall()), layer.undo(x, LayerCall())))
+    assert all(map(torch.equal, inverse.undo(x, LayerCall()), layer.run(x, LayerCall())))
     assert list(inverse.parameters()) == list(layer.parameters())
     assert inverse.updates() == layer.updates() == 1
     stateful = AdditiveCoupling(make.cell(4, 1), stateful=True, carries=1)
@@ -91,9 +91,9 @@ def test_layer_without_methods_says_what_is_missing():
     class Nothing(ReversibleLayer):
         pass
 
-    with pytest.raises(TypeError, match=r"Nothing does not define run\(streams, step\)"):
+    with pytest.raises(TypeError, match=r"Nothing does not define run\(streams, call\)"):
         ReversibleSequential(Nothing())(torch.zeros(1))
-    with pytest.raises(TypeError, match=r"Nothing does not define undo\(streams, step\), its inverse"):
+    with pytest.raises(TypeError, match=r"Nothing does not define undo\(streams, call\), its inverse"):
         ReversibleSequential(Inverse(Nothing()))(torch.zeros(1))
     assert Nothing().updates() is None
     assert repr(Nothing()) == "Nothing()"
@@ -114,10 +114,10 @@ def test_inverse_of_what_is_no_layer(wrong):
 
 def test_an_undo_in_place_raises():
     class Doubling(ReversibleLayer):
-        def run(self, streams, step):
+        def run(self, streams, call):
             return tuple(2 * x for x in streams)
 
-        def undo(self, streams, step):
+        def undo(self, streams, call):
             return tuple(x.div_(2) for x in streams)
 
     y = ReversibleSequential(Doubling())(torch.ones(2, requires_grad=True))

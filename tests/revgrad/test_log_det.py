@@ -17,6 +17,7 @@ from revgrad import (
     HamiltonianStep,
     Inverse,
     InvertibleConv1x1,
+    LayerCall,
     LeapfrogStep,
     LiveMemory,
     MomentumStep,
@@ -26,7 +27,6 @@ from revgrad import (
     ReversibleLayer,
     ReversibleSequential,
     Split,
-    Step,
     Swap,
     wrap,
 )
@@ -57,13 +57,13 @@ class LeakyReLU(ReversibleLayer):
         super().__init__()
         self.slope = nn.Parameter(torch.tensor(0.3))
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         return tuple(torch.where(x > 0, x, self.slope * x) for x in streams)
 
-    def undo(self, streams, step):
+    def undo(self, streams, call):
         return tuple(torch.where(y > 0, y, y / self.slope) for y in streams)
 
-    def log_det(self, streams, step):
+    def log_det(self, streams, call):
         return sum((x < 0).flatten(1).sum(1) for x in streams) * self.slope.log()
 
 
@@ -140,7 +140,7 @@ def dense(chain, x):
     widths = [t[0].numel() for t in x]
 
     def flat(v):
-        y = chain.run(tuple(p.view(1, *t.shape[1:]) for p, t in zip(v.split(widths), x, strict=True)), Step())
+        y = chain.run(tuple(p.view(1, *t.shape[1:]) for p, t in zip(v.split(widths), x, strict=True)), LayerCall())
         return torch.cat([t.flatten() for t in y])
 
     found = []

@@ -33,7 +33,7 @@ class Doubling(Coupling):
 class Negation(ReversibleLayer):
     """A layer that does not say what its log-determinant is, although it is zero."""
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         return tuple(-x for x in streams)
 
     undo = run
@@ -67,21 +67,21 @@ def test_layer_that_does_not_say_raises_instead_of_giving_zero(make, mode, name)
 
 def test_rewind_of_a_user_that_ignores_the_gradient_raises():
     class Own(LeakyReLU):
-        def rewind(self, flow, step, state_grads, wrt):
-            log_det_grad, step.log_det_grad = step.log_det_grad, None
-            back = super().rewind(flow, step, state_grads, wrt)
-            step.log_det_grad = log_det_grad
+        def rewind(self, backward, call, state_grads, wrt):
+            log_det_grad, call.log_det_grad = call.log_det_grad, None
+            back = super().rewind(backward, call, state_grads, wrt)
+            call.log_det_grad = log_det_grad
             return back
 
     y, log_det = ReversibleSequential(Own())(torch.randn(2, 3, requires_grad=True), log_det=True)
-    with pytest.raises(ReversibilityError, match=r"layer 0 \(Own\): its rewind does not take step.log_det_grad"):
+    with pytest.raises(ReversibilityError, match=r"layer 0 \(Own\): its rewind does not take call.log_det_grad"):
         (y.sum() + log_det.sum()).backward()
 
 
 def test_a_wrong_inverse_is_still_noticed():
     class Off(LeakyReLU):
-        def undo(self, streams, step):
-            return tuple(1.5 * x for x in super().undo(streams, step))
+        def undo(self, streams, call):
+            return tuple(1.5 * x for x in super().undo(streams, call))
 
     y, log_det = ReversibleSequential(Off())(torch.randn(20, 3, requires_grad=True), log_det=True)
     with pytest.raises(ReversibilityError, match="the input recovered in the backward pass differs"):

@@ -8,10 +8,10 @@ from torch import nn
 
 from revgrad import (
     Inverse,
+    LayerCall,
     MomentumStep,
     Residue,
     ReversibleSequential,
-    Step,
     StreamError,
     VelocityCoupling,
     snap,
@@ -65,10 +65,10 @@ def test_exact_steps_restore_every_bit(seed, gamma, depth):
     y = x
     with torch.no_grad():
         for layer in layers:
-            y = layer.run(y, Step(residue=residue))
+            y = layer.run(y, LayerCall(residue=residue))
         assert not torch.equal(y[1], x[1])
         for layer in reversed(layers):
-            y = layer.undo(y, Step(residue=residue))
+            y = layer.undo(y, LayerCall(residue=residue))
     assert all(map(torch.equal, y, x))
     residue.check_undone_to()
 

@@ -7,12 +7,12 @@ from revgrad import (
     AdditiveCoupling,
     Concatenate,
     Inverse,
+    LayerCall,
     Permute,
     PixelShuffle,
     PixelUnshuffle,
     ReversibleSequential,
     Split,
-    Step,
     StreamError,
     Swap,
 )
@@ -47,14 +47,14 @@ def case(request):
 
 def test_undo_and_inverse_restore_every_bit(case):
     layer, x = case
-    y = layer.run(x, Step())
+    y = layer.run(x, LayerCall())
     # A bijection moves values and changes none.
     moved = torch.cat([t.flatten() for t in y]).sort().values
     assert torch.equal(moved, torch.cat([t.flatten() for t in x]).sort().values)
-    for back in (layer.undo(y, Step()), Inverse(layer).run(y, Step())):
+    for back in (layer.undo(y, LayerCall()), Inverse(layer).run(y, LayerCall())):
         assert len(back) == len(x)
         assert all(map(torch.equal, back, x))
-    assert all(map(torch.equal, Inverse(layer).undo(x, Step()), y))
+    assert all(map(torch.equal, Inverse(layer).undo(x, LayerCall()), y))
 
 
 @pytest.mark.parametrize("mode", ["reversible", "checkpoint"])
@@ -90,7 +90,7 @@ def test_gradient_of_one_output_only(case):
     layer, x = case
     outputs = ReversibleSequential(layer)(*x)
     first = outputs[0] if isinstance(outputs, tuple) else outputs
-    expected = torch.autograd.grad(layer.run(x, Step())[0].square().sum(), x, allow_unused=True)
+    expected = torch.autograd.grad(layer.run(x, LayerCall())[0].square().sum(), x, allow_unused=True)
     found = torch.autograd.grad(first.square().sum(), x, allow_unused=True)
     for x_i, a, b in zip(x, found, expected, strict=True):
         zero = torch.zeros_like(x_i)

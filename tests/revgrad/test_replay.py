@@ -308,18 +308,18 @@ class Factor(ReversibleLayer):
         super().__init__()
         self.factor = nn.Parameter(torch.tensor(2.0))
 
-    def run(self, streams, step):
+    def run(self, streams, call):
         return tuple(x * self.factor for x in streams)
 
-    def undo(self, streams, step):
+    def undo(self, streams, call):
         return tuple(x / self.factor for x in streams)
 
-    def rewind(self, flow, step, state_grads, wrt):
-        flow.streams[:] = [x.detach() for x in self.undo(tuple(flow.streams), step)]
+    def rewind(self, backward, call, state_grads, wrt):
+        backward.streams[:] = [x.detach() for x in self.undo(tuple(backward.streams), call)]
         with torch.enable_grad():
-            outputs = self.run(tuple(flow.streams), step)
-        grads = torch.autograd.grad(outputs, wrt, flow.grads)
-        flow.grads[:] = [g * self.factor.detach() for g in flow.grads]
+            outputs = self.run(tuple(backward.streams), call)
+        grads = torch.autograd.grad(outputs, wrt, backward.grads)
+        backward.grads[:] = [g * self.factor.detach() for g in backward.grads]
         return Rewound((), grads)
 
 

@@ -1,7 +1,7 @@
 import torch
 
 from revgrad import ChainState, Residue
-from revgrad.chain import Read
+from revgrad.chain import Saved
 from revgrad.program import CORE, ENTRY, EXIT
 from revgrad.tape import Segment, Tape, pack, unpack
 
@@ -11,12 +11,12 @@ def tape():
     residue.scale(torch.ones(3), torch.full((3,), 2**15))
     h, c, x = torch.randn(3, 2).unbind()
     segments = [Segment(0, 1, ChainState(((h,), ()), (c,)), (x,), residue)]
-    reads = {(0, CORE): [Read((h, c), (1,)), Read((), None)]}
+    reads = {(0, CORE): [Saved((h, c), (1,)), Saved((), None)]}
     return Tape(segments, reads, residue, {(0, CORE, 0): torch.ones(3)})
 
 
 def tensors_of(tape):
-    return [*tape.segments[0].state.tensors(), *tape.segments[0].features, *tape.read[0, CORE][0].state]
+    return [*tape.segments[0].state.tensors(), *tape.segments[0].features, *tape.saved[0, CORE][0].state]
 
 
 def test_what_was_packed_comes_back():
@@ -26,7 +26,7 @@ def test_what_was_packed_comes_back():
         assert all(a is b for a, b in zip(tensors_of(again), tensors_of(before), strict=True))
         assert again.segments[0].state._fields == before.segments[0].state._fields
         assert (again.segments[0].first, again.segments[0].last) == (0, 1)
-        assert again.read[0, CORE][0].strides == (1,)
+        assert again.saved[0, CORE][0].strides == (1,)
         assert again.residue.bits == before.residue.bits
         assert again.fingerprints is before.fingerprints
 
@@ -40,17 +40,17 @@ def test_a_layout_holds_no_tensors_but_fingerprints():
 def test_using_up_an_unpacked_tape_leaves_the_layout():
     layout, tensors = pack(tape())
     first = unpack(layout, tuple(tensors))
-    first.read[0, CORE].pop()
+    first.saved[0, CORE].pop()
     first.segments.pop()
     again = unpack(layout, tuple(tensors))
-    assert len(again.read[0, CORE]) == 2
+    assert len(again.saved[0, CORE]) == 2
     assert len(again.segments) == 1
 
 
 def test_keep_notes_what_is_asked_for():
     made = Tape()
-    read = Read((), None)
+    read = Saved((), None)
     made.keep(3, CORE, read, parts=(CORE,))
     made.keep(3, CORE, read, parts=(ENTRY, EXIT))
     made.keep(4, EXIT, read, parts=(ENTRY, EXIT))
-    assert made.read == {(3, CORE): [read], (4, EXIT): [read]}
+    assert made.saved == {(3, CORE): [read], (4, EXIT): [read]}

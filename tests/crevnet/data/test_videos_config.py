@@ -232,7 +232,7 @@ def test_thinning_is_that_of_test_videos(tmp_path):
     assert config(tmp_path, every=2, test=tmp_path / "b", test_every=3).thinning() == 3
 
 
-def test_words(tmp_path):
+def test_spilled_words(tmp_path):
     made = config(tmp_path / "a")
     assert made.source() == f"videos in {tmp_path / 'a'}"
     assert made.test_source() == f"Test videos, held out of {tmp_path / 'a'}"

@@ -11,21 +11,21 @@ from revgrad.errors import ReversibilityError
 from revgrad.fingerprint import fingerprint, relative_error, tolerance_of
 from revgrad.gradients import is_differentiable
 from revgrad.graphless import graphless
-from revgrad.layer import Flow, Grads, ReversibleLayer, Streams
+from revgrad.layer import Grads, ReversibleLayer, StreamGrads, Streams
 from revgrad.program import CORE, ENTRY, EXIT, Part, Program
 from revgrad.replay import Snapshot
 from revgrad.residue import Residue
 from revgrad.tape import Segment, Tape
 
 
-class Walk:
+class BackwardPass:
     """One backward pass. It owns the references to outputs and gradients, and drops each one when used.
 
     Args:
         program: What was run forwards.
         snapshot: What it depended on.
         tape: What it left.
-        flow: Its outputs and the gradients with respect to them.
+        backward: Its outputs and the gradients with respect to them.
         stacked: Whether these have a time dimension; otherwise there is one time step.
         gradients: Receives the gradients of parameters and states.
         given: The inputs by time step, where states are recomputed.
@@ -37,7 +37,7 @@ class Walk:
         program: Program,
         snapshot: Snapshot,
         tape: Tape,
-        flow: Flow,
+        backward: StreamGrads,
         stacked: bool,
         gradients: ChainGradients,
         given: list[Streams | None],
@@ -47,7 +47,7 @@ class Walk:
         self.program = program
         self.snapshot = snapshot
         self.tape = tape
-        self.flow = flow
+        self.flow = backward
         self.stacked = stacked
         self.gradients = gradients
         self.given = given
@@ -72,14 +72,14 @@ class Walk:
             The number of each application of a layer at the first time step: when it has been rewound, the gradients
             of the parameters that no earlier layer has are complete.
         """
-        outputs, self.flow = self.flow, Flow([], [])
+        outputs, self.flow = self.flow, StreamGrads([], [])
         untouched = [i == len(self.program.exit) for i in first_updates(self.program.exit, len(outputs.grads))]
         feedback: Grads = ()
         while self.tape.segments:
             segment = self.tape.segments.pop()  # with it goes the last reference to its states
             residue = self._recompute(segment) if self.program.keep_states_every > 1 else self.tape.residue
             for t in range(segment.last, segment.first - 1, -1):
-                flow = outputs
+                backward = outputs
                 earlier: Grads = ()
                 if self.stacked:
                     # Where an output is the core's own, untouched by the exit, its gradient has joined the next step's.
@@ -87,38 +87,42 @@ class Walk:
                     # Where it touches none, its outputs are as many as the core's streams; else nothing is to join.
                     if any(untouched) and not self.program.fed[t]:
                         earlier = tuple(_at(t - 1, outputs.grads, untouched))
-                    flow = Flow([y[t] for y in outputs.streams], own)
-                yield from self._step(t, flow, feedback, earlier, residue)
-                feedback = () if self.program.fed[t] else tuple(flow.grads)
+                    backward = StreamGrads([y[t] for y in outputs.streams], own)
+                yield from self._step(t, backward, feedback, earlier, residue)
+                feedback = () if self.program.fed[t] else tuple(backward.grads)
                 if self.program.fed[t] and self.inputs_wanted:
-                    self._input_grads.append(tuple(flow.grads))
+                    self._input_grads.append(tuple(backward.grads))
             if residue is not None:
                 residue.check_undone_to(segment.residue)
             self._compare_cells(segment)
 
-    def _step(self, t: int, flow: Flow, feedback: Grads, earlier: Grads, residue: Residue | None) -> Iterator[int]:
+    def _step(
+        self, t: int, backward: StreamGrads, feedback: Grads, earlier: Grads, residue: Residue | None
+    ) -> Iterator[int]:
         """One time step backwards.
 
         Args:
             t: The time step.
-            flow: From its outputs to its inputs.
+            backward: From its outputs to its inputs.
             feedback: Gradients of the core's output that come from the next step.
             earlier: Gradients of the core's input that come from the output of the step before.
             residue: None in float arithmetic.
         """
-        yield from self._rewind(t, EXIT, flow, None, feedback)
-        yield from self._rewind(t, CORE, flow, residue, earlier)
+        yield from self._rewind(t, EXIT, backward, None, feedback)
+        yield from self._rewind(t, CORE, backward, residue, earlier)
         if self.program.fed[t] and self.program.entry and self.entry_wanted:
-            yield from self._rewind(t, ENTRY, flow, None)
+            yield from self._rewind(t, ENTRY, backward, None)
 
-    def _rewind(self, t: int, part: Part, flow: Flow, residue: Residue | None, joining: Grads = ()) -> Iterator[int]:
+    def _rewind(
+        self, t: int, part: Part, backward: StreamGrads, residue: Residue | None, joining: Grads = ()
+    ) -> Iterator[int]:
         links = self.program.parts[part]
         if self.program.exact and residue is None:
             residue = Residue()
         positions = rewind_chain(
             links,
-            flow,
-            self.tape.take_read(t, part),
+            backward,
+            self.tape.take_saved(t, part),
             residue,
             around=lambda i: self.snapshot.standing_in(
                 self.gradients.parameters, links[i].layer, self.program.application(t, part, i)
@@ -131,11 +135,11 @@ class Walk:
             cells=self._cells if part is CORE else None,
         )
         for i in positions:
-            self._arrive(t, part, i, flow, links[i].name)
+            self._arrive(t, part, i, backward, links[i].name)
             if t == 0:
                 yield self.program.application(t, part, i)
         if not links:
-            self._arrive(t, part, 0, flow, "")
+            self._arrive(t, part, 0, backward, "")
 
     def _recompute(self, segment: Segment) -> Residue | None:
         """Run a segment again from its start, this time keeping the states that are read."""
@@ -168,7 +172,7 @@ class Walk:
             if expected is not None:
                 self.tape.checks.equal(found, expected, partial(_cell_differs, name))  # type: ignore[arg-type]
 
-    def _arrive(self, t: int, part: Part, position: int, flow: Flow, name: str) -> None:
+    def _arrive(self, t: int, part: Part, position: int, backward: StreamGrads, name: str) -> None:
         """Compare a layer's recovered input with what is known of it; go on from the input itself where it was kept."""
         expected = self.tape.fingerprints.get((t, part, position))
         anchor = self.tape.take_anchor(t, position) if part is CORE else None
@@ -176,10 +180,10 @@ class Walk:
             expected = fingerprint(self.program.recovered(position, anchor), self.program.exact)
         if expected is not None:
             of_layer = f"of {name} " if name and part is CORE and self.program.guarded else ""
-            found = tuple(flow.streams)
+            found = tuple(backward.streams)
             self.compare(self.program.recovered(position, found) if part is CORE else found, expected, of_layer)
         if anchor is not None:
-            flow.streams[:] = [x.detach() for x in anchor]
+            backward.streams[:] = [x.detach() for x in anchor]
 
     def compare(self, streams: Streams, expected: Tensor, of_layer: str = "") -> None:
         """Raise unless the recovered input is the input that was given."""

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from revgrad import StreamError
-from revgrad.unchanged import Unchanged
+from revgrad.in_place import Unchanged
 
 
 def test_a_change_in_place_is_seen():

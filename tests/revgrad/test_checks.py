@@ -15,8 +15,8 @@ from revgrad import (
     unroll,
     update_cell,
 )
-from revgrad.cell import Recall
-from revgrad.deferred import current_checks
+from revgrad.cell import CellRecall
+from revgrad.checks import current_checks
 from tests.revgrad.test_threads import in_another_thread
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -301,8 +301,8 @@ def test_what_is_left_in_the_residue(make, check):
 def test_a_cell_that_is_recovered_wrong(make, check, monkeypatch):
     chain = ReversibleSequential(GatedCoupling(LSTM(), stateful=True, inverted_cell=1))
     zero, x = torch.zeros(3, 4), [make.streams()]
-    recover = Recall.recover
-    monkeypatch.setattr(Recall, "recover", lambda self: recover(self) + 2.0**-16)
+    recover = CellRecall.recover
+    monkeypatch.setattr(CellRecall, "recover", lambda self: recover(self) + 2.0**-16)
     checks = DeferredChecks(capacities={12: 1000})
     with checks:
         check.loss(unroll(chain, x, ChainState(((zero, zero),)))[0]).backward()

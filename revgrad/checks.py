@@ -14,7 +14,7 @@ from revgrad_kernels.reservoir import FULL
 from torch import Tensor
 
 from revgrad.errors import ReversibilityError, StreamError
-from revgrad.words import FixedWords, GrowingWords, Words
+from revgrad.spilled_words import FixedWords, GrowingWords, Words
 
 
 class Checks:

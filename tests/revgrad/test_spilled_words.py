@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from revgrad.errors import ResidueOverflow, ReversibilityError
-from revgrad.words import FixedWords, GrowingWords
+from revgrad.spilled_words import FixedWords, GrowingWords
 
 MASKS = torch.tensor([[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [1, 1, 1, 1, 1], [0, 1, 0, 0, 1]]).bool()
 WORDS = torch.arange(-10, 10, dtype=torch.int16).view(4, 5)

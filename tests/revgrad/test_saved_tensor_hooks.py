@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from revgrad.unhooked import Unhooked, hooked
+from revgrad.saved_tensor_hooks import Unhooked, hooked
 
 
 @pytest.mark.parametrize("wanted", [(0,), (1,), (0, 1)])

@@ -2,8 +2,8 @@ import pytest
 from torch import nn
 
 from revgrad import DeferredChecks, ReversibilityError, StreamError
-from revgrad.deferred import AT_ONCE, current_checks
-from tests.revgrad.test_deferred import measured
+from revgrad.checks import AT_ONCE, current_checks
+from tests.revgrad.test_checks import measured
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
