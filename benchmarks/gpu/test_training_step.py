@@ -24,6 +24,7 @@ from benchmarks.memory import MB
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.table1 import PATCHED, SYSTEMS
 from benchmarks.training import CELLS, STEPS, Variant, random_clips
+from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig, VideoModel
 from revgrad import DeferredChecks
@@ -189,11 +190,12 @@ def replaying(model: VideoModel, clips: Tensor, precision: str) -> tuple[Callabl
 
 def lay_out(model: nn.Module, layout: str) -> None:
     """Give the weights of convolutions a memory layout."""
-    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    if layout == "channels-last":
+        use_channels_last(model)
+        return
     for module in model.modules():
-        if type(module) in formats:
-            memory_format = formats[type(module)] if layout == "channels-last" else torch.contiguous_format
-            module.weight.data = module.weight.data.contiguous(memory_format=memory_format)
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous()
 
 
 def row(

@@ -1,12 +1,16 @@
 """What can be checked of training steps on a GPU without one."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
+import pytest
 import torch
+from torch import nn
 
 from benchmarks.gpu import test_training_step as steps
-from benchmarks.gpu.test_training_step import replaying, ways_of_crevnet
-from benchmarks.training import random_clips
+from benchmarks.gpu.test_training_step import PATCH, lay_out, replaying, ways_of_crevnet
+from benchmarks.table1 import PATCHED, SYSTEMS
+from benchmarks.training import CELLS, random_clips
 from crevnet.model import CrevNetConfig
 
 
@@ -37,3 +41,27 @@ def test_a_row_replaces_no_other_than_its_own_of_earlier(monkeypatch):
     steps.report("stlstm", rows)
     (columns,) = keys
     assert len({tuple(row[key] for key in columns) for row in rows}) == len(ways)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(CrevNetConfig(cell=cell) for cell in CELLS),
+        *(replace(s.config, patch=PATCH) for s in SYSTEMS if s.name in PATCHED),
+    ],
+    ids=lambda config: config.name,
+)
+def test_weights_have_the_layout_that_their_row_says(config):
+    """All of those whose layouts differ: weights of one input channel or one pixel have both at once."""
+    with torch.device("meta"):
+        model = config.build()
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [module.weight for module in model.modules() if isinstance(module, nn.Conv2d | nn.Conv3d)]
+    several = [w for w in weights if w.shape[1] > 1 and w[0, 0].numel() > 1]
+    assert several
+    for _ in range(2):  # the ways take turns
+        lay_out(model, "channels-last")
+        assert all(w.is_contiguous(memory_format=formats[w.ndim]) for w in weights)
+        assert not any(w.is_contiguous() for w in several)
+        lay_out(model, "contiguous")
+        assert all(w.is_contiguous() for w in weights)
