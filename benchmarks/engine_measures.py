@@ -1,8 +1,6 @@
 """What is measured of a training step of a stack: memory, evaluations, gradients, time."""
 
 import copy
-import gc
-import time
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +8,7 @@ from torch import Tensor
 
 from benchmarks.contenders import Model, stored
 from benchmarks.engine_workloads import Stack
+from benchmarks.timing import no_collector, processor_seconds
 from revgrad import LiveMemory
 
 MIB = 2.0**20
@@ -47,14 +46,8 @@ def counts(model: Model, stack: Stack, x: Tensor, *, resized: bool = True) -> Co
     for leaf in (*weights, x):
         leaf.grad = torch.zeros_like(leaf)
     before = sum(t.count[0] for t in stack.transforms)
-    gc.collect()
-    # With the cycle collector off, whatever is freed is freed because nothing refers to it.
-    gc.disable()
-    try:
-        with LiveMemory(resized=resized) as memory:
-            training_step(model, x, weight)
-    finally:
-        gc.enable()
+    with no_collector(), LiveMemory(resized=resized) as memory:
+        training_step(model, x, weight)
     evaluations = (sum(t.count[0] for t in stack.transforms) - before) / len(stack.transforms)
     gradient = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
     return Counts(memory.peak / MIB, evaluations, gradient, x.grad.clone())
@@ -74,11 +67,4 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 def step_seconds(model: Model, x: Tensor, weight: Tensor) -> float:
     """Processor time of one training step; gradients add up, as they do over several batches."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.process_time()
-        training_step(model, x, weight)
-        return time.process_time() - start
-    finally:
-        gc.enable()
+    return processor_seconds(lambda: training_step(model, x, weight))

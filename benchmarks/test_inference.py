@@ -5,8 +5,6 @@ On a GPU, where there is one, and there under CUDA graphs too; else on one threa
 take turns in one process.
 """
 
-import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,8 +17,9 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from benchmarks.gpu.timing import captured, ratios, rotated, side_stream, timed
+from benchmarks.gpu.timing import captured, side_stream, timed
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import processor_seconds, ratios, rotated
 from benchmarks.training import CELLS
 from crevnet.export import export_predictor
 from crevnet.model import CrevNet, CrevNetConfig
@@ -138,9 +137,4 @@ def replaying(predict: Callable[[], Tensor]) -> Callable[[], Tensor]:
 
 def seconds(predict: Callable[[], Tensor]) -> float:
     """Wall-clock time on a GPU until it is done, else processor time."""
-    if CUDA:
-        return timed(predict)[0]
-    gc.collect()
-    start = time.process_time()
-    predict()
-    return time.process_time() - start
+    return timed(predict)[0] if CUDA else processor_seconds(predict)

@@ -4,7 +4,6 @@ Reversible against stored autograd and `torch.utils.checkpoint` around every tim
 the number of predictive modules, the number of frames and the resolution; and the largest model that trains in 16 GB.
 """
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache
@@ -13,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.gpu.timing import rotated
 from benchmarks.memory import marginal_mb_of, training_peak
 from benchmarks.pictures import scaling_curves
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import processor_seconds, rotated
 from benchmarks.training import STEPS, Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
 
@@ -90,9 +89,7 @@ def test_growth(benchmark, results, axis, point):
         def seconds() -> float:
             model.config = variant.of(config)
             model.zero_grad(set_to_none=True)
-            start = time.process_time()
-            training_step(model, clips)
-            return time.process_time() - start
+            return processor_seconds(lambda: training_step(model, clips))
 
         return seconds
 

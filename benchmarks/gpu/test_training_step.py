@@ -19,10 +19,11 @@ from revgrad_kernels import backend
 from torch import Tensor, nn
 
 from benchmarks.gpu.pieces import joined
-from benchmarks.gpu.timing import captured, ratios, rotated, side_stream, timed
+from benchmarks.gpu.timing import captured, side_stream, timed
 from benchmarks.memory import MB
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.table1 import PATCHED, SYSTEMS
+from benchmarks.timing import ratios, rotated
 from benchmarks.training import CELLS, STEPS, Variant, random_clips
 from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig

@@ -7,13 +7,15 @@ device needs.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
+
+from benchmarks.timing import rotated
 
 _BEYOND_CACHE = 3
 """By how much all sets of inputs together shall be larger than the last-level cache."""
@@ -33,17 +35,6 @@ def sets_beyond_cache(bytes_per_call: int, cache_bytes: int) -> int:
 def repetitions(seconds: float) -> int:
     """How often to repeat what takes so many seconds, for a sample that is long enough."""
     return max(1, math.ceil(_LEAST_SECONDS / max(seconds, 1e-6)))
-
-
-def rotated(names: Sequence[str], round_number: int) -> list[str]:
-    """Another one first in every round."""
-    shift = round_number % max(1, len(names))
-    return [*names[shift:], *names[:shift]]
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """One ratio per round, so that what slows the device down for a while slows both."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
 
 
 def cache_bytes() -> int:

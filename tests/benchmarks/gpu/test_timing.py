@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import timing
-from benchmarks.gpu.timing import ratios, repetitions, rotated, sets_beyond_cache, side_stream
+from benchmarks.gpu.timing import repetitions, sets_beyond_cache, side_stream
 
 
 @pytest.mark.parametrize(
@@ -20,19 +20,6 @@ def test_all_sets_together_exceed_the_cache(size, sets):
 def test_a_sample_is_long_enough(seconds, times):
     assert repetitions(seconds) == times
     assert repetitions(0.0) >= 1000
-
-
-def test_every_variant_is_first_in_turn():
-    names = ["a", "b", "c"]
-    assert [rotated(names, i)[0] for i in range(4)] == ["a", "b", "c", "a"]
-    assert all(sorted(rotated(names, i)) == names for i in range(4))
-    assert rotated([], 5) == []
-
-
-def test_ratios_are_taken_within_a_round():
-    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
-    with pytest.raises(ValueError, match="zip"):
-        ratios([1.0], [1.0, 2.0])
 
 
 def test_all_is_measured_on_one_stream(monkeypatch):
