@@ -19,12 +19,13 @@ from revgrad_kernels import backend
 from torch import Tensor, nn
 
 from benchmarks.gpu.pieces import joined
-from benchmarks.gpu.timing import captured, side_stream, timed
+from benchmarks.gpu.timing import timed
 from benchmarks.memory import MB
 from benchmarks.reporting import Report, Table, spread
 from benchmarks.table1 import PATCHED, SYSTEMS
 from benchmarks.timing import ratios, rotated
 from benchmarks.training import CELLS, STEPS, Variant, random_clips
+from crevnet.capture import captured, side_stream
 from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig, VideoModel
@@ -178,15 +179,14 @@ def replaying(model: VideoModel, clips: Tensor, precision: str) -> tuple[Callabl
             step(model, clips, precision)
         checks.forget()
     model.zero_grad(set_to_none=True)
-    torch.cuda.reset_peak_memory_stats()
 
     def work() -> None:
         with checks:
             step(model, clips, precision)
 
-    graph, _ = captured(work)
-    graph.replay()  # the first launch of a graph also brings it to the device
-    return graph.replay, checks
+    replay = captured(work)
+    replay()  # the first launch of a graph also brings it to the device
+    return replay, checks
 
 
 def lay_out(model: nn.Module, layout: str) -> None:

@@ -1,11 +1,6 @@
-from contextlib import nullcontext
-from unittest.mock import Mock
-
 import pytest
-import torch
 
-from benchmarks.gpu import timing
-from benchmarks.gpu.timing import repetitions, sets_beyond_cache, side_stream
+from benchmarks.gpu.timing import repetitions, sets_beyond_cache
 
 
 @pytest.mark.parametrize(
@@ -20,18 +15,3 @@ def test_all_sets_together_exceed_the_cache(size, sets):
 def test_a_sample_is_long_enough(seconds, times):
     assert repetitions(seconds) == times
     assert repetitions(0.0) >= 1000
-
-
-def test_all_is_measured_on_one_stream(monkeypatch):
-    """Libraries keep memory for every stream that they are used on."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "Stream", Mock(side_effect=lambda device: Mock()))
-    timing._stream.cache_clear()
-    with side_stream() as first:
-        pass
-    with side_stream() as second:
-        pass
-    timing._stream.cache_clear()
-    assert first is second
