@@ -207,7 +207,7 @@ def engine_time(rows: Rows) -> bytes:
     """Draw the step time of the engine and its peers over that of stored autograd as bars, as a PNG.
 
     Args:
-        rows: Rows with `workload`, `contender`, `depth`, `time_ratio`, `p20` and `p80`.
+        rows: Rows with `workload`, `contender`, `depth`, `time_ratio`, and `p20` and `p80` or None.
     """
     workloads = list(dict.fromkeys(r["workload"] for r in rows))
     styles = _contenders(rows)
@@ -220,9 +220,8 @@ def engine_time(rows: Rows) -> bytes:
             bars = [r for r in mine if r["contender"] == contender]
             x = [depths.index(r["depth"]) + (i - (len(styles) - 1) / 2) * 0.8 / len(styles) for r in bars]
             y = [r["time_ratio"] for r in bars]
-            spread = [[r["time_ratio"] - r["p20"] for r in bars], [r["p80"] - r["time_ratio"] for r in bars]]
             color = styles[contender]["color"]
-            axes.bar(x, y, 0.8 / len(styles), label=contender, color=color, yerr=spread, ecolor=TEXT)
+            axes.bar(x, y, 0.8 / len(styles), label=contender, color=color, yerr=_percentiles(bars), ecolor=TEXT)
         axes.axhline(4 / 3, color=TEXT, linewidth=1, linestyle="--", zorder=0)
         axes.set_xticks(range(len(depths)), [f"{d} blocks" for d in depths])
         axes.set_title(workload, fontsize=10, color=TEXT)
@@ -246,11 +245,17 @@ def time_against_budget(rows: Rows, subtitle: str) -> bytes:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     x, y = [r["budget_mib"] for r in rows], [r["time_ratio"] for r in rows]
-    spread = [[r["time_ratio"] - r["p20"] for r in rows], [r["p80"] - r["time_ratio"] for r in rows]]
     axes.plot(x, [r["predicted"] for r in rows], "--", color=TEXT, linewidth=1.2, label="operations, as planned")
     style = _STYLES["reversible"]
     axes.errorbar(
-        x, y, yerr=spread, linewidth=2.4, markersize=6, capsize=3, label="measured: p20, median, p80", **style
+        x,
+        y,
+        yerr=_percentiles(rows),
+        linewidth=2.4,
+        markersize=6,
+        capsize=3,
+        label="measured: p20, median, p80",
+        **style,
     )
     axes.set_xlabel("memory budget (MiB)", color=TEXT)
     axes.set_ylabel("step time over stored autograd", color=TEXT)
@@ -273,6 +278,12 @@ def _contenders(rows: Rows) -> dict[str, dict[str, Any]]:
         }
         for name, color in zip(names, _ENGINES, strict=False)
     }
+
+
+def _percentiles(rows: Rows) -> list[list[float]]:
+    """How far p20 and p80 are from the median, by row; 0 where too few rounds have none."""
+    ends = [(r["time_ratio"], r["p20"] or r["time_ratio"], r["p80"] or r["time_ratio"]) for r in rows]
+    return [[median - p20 for median, p20, _ in ends], [p80 - median for median, _, p80 in ends]]
 
 
 def _log_axes(axes: Axes, ticks: Sequence[float]) -> None:
