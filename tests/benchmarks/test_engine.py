@@ -7,7 +7,7 @@ from torch import nn
 from benchmarks import test_engine
 from benchmarks.contenders import CONTENDERS, SELDOM, STORED
 from benchmarks.engine_workloads import Block, Workload
-from benchmarks.test_engine import of_times, rounds_in_words
+from benchmarks.test_engine import of_times, rounds_in_words, timed
 from benchmarks.timing import FEWEST
 
 
@@ -16,65 +16,59 @@ def transform():
 
 
 SMALL = Workload("small", lambda: Block(transform(), transform()), (64, 6), 1, (4, 8), "small")
+NAMED = {c.name: c for c in CONTENDERS}
 
 
-@pytest.fixture
-def stack(monkeypatch):
-    """Measures the small stack of so many blocks in rounds of so many seconds; its rows, and what ran in turn."""
+@pytest.mark.parametrize(
+    ("seconds", "most", "rounds"),
+    [(100.0, 15, FEWEST), (0.5, 15, 8), (0.5, 4, 4), (0.01, 15, 15)],
+)
+def test_there_are_as_many_rounds_as_fit_and_every_contender_is_in_one(monkeypatch, seconds, most, rounds):
+    """A step of so many seconds."""
+    order, now = [], [0.0]
 
-    def measure(depth, seconds, most=15):
-        ran, now = [], [0.0]
+    def step(model, x, weight):
+        order.append(model)
+        now[0] += seconds
+        return seconds
 
-        def step_seconds(model, x, weight):
-            ran.append("timed")
-            return 1.0
-
-        def rounds(run_round, limit, most):
-            def timed_round(number):
-                found = run_round(number)
-                now[0] += seconds
-                return found
-
-            return real(timed_round, limit, most)
-
-        real, count = test_engine.rounds_within, test_engine.counted
-        monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
-        monkeypatch.setattr(test_engine, "rounds_within", rounds)
-        monkeypatch.setattr(test_engine, "step_seconds", step_seconds)
-        monkeypatch.setattr(test_engine, "counted", lambda *how: ran.append("counted") or count(*how))
-        monkeypatch.setattr(test_engine, "ROUNDS", {(SMALL, depth): most})
-        monkeypatch.setattr(test_engine, "PEAK_MIB", {SMALL: 1})
-        benchmark = SimpleNamespace(disabled=False, pedantic=lambda run, arguments, rounds: run(*arguments))
-        rows = defaultdict(dict)
-        test_engine.test_stack(benchmark, rows, SMALL, depth)
-        return rows, ran
-
-    return measure
+    monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(test_engine, "step_seconds", step)
+    often, seldom = [STORED, NAMED["RevTorch"], NAMED["revgrad float"]], NAMED["memcnn"]
+    found = timed({c: c for c in (*often, seldom)}, *SMALL.build(1), 2, most)
+    assert len(found) == rounds
+    assert [seldom in times for times in found] == [i % SELDOM == 0 for i in range(rounds)]
+    assert all(times == dict.fromkeys(times, seconds) and set(often) <= set(times) for times in found)
+    assert order[::2] == order[1::2] == [c for times in found for c in times]  # two steps in a row
+    assert order[:16:2] == [*often, seldom, *often[1:], often[0], *often[2:]][:8]
+    rows = of_times(found)
+    assert {c: row["rounds"] for c, row in rows.items()} == dict.fromkeys(often, rounds) | {
+        seldom: len(range(0, rounds, SELDOM))
+    }
+    assert all(("p20" in row) == ("p80" in row) == (row["rounds"] >= FEWEST) for row in rows.values())
 
 
 @pytest.mark.usefixtures("single_thread")
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-@pytest.mark.parametrize(("seconds", "most", "rounds"), [(100.0, 15, FEWEST), (5.0, 15, 6), (5.0, 4, 4), (0.1, 15, 15)])
-@pytest.mark.parametrize("depth", SMALL.depths)
-def test_there_are_as_many_rounds_as_fit_and_every_contender_is_in_one(stack, depth, seconds, most, rounds):
-    rows, ran = stack(depth, seconds, most)
-    working = [c for c in CONTENDERS if "error" not in rows[SMALL, depth, c]]
-    assert STORED in working
-    for contender in working:
-        row = rows[SMALL, depth, contender]
-        number = len(range(0, rounds, SELDOM)) if contender.seldom else rounds
-        assert row["rounds"] == number >= 1
-        assert row["time_ratio"] == 1
-        assert ("p20" in row) == ("p80" in row) == (number >= FEWEST)
-    assert rounds_in_words(rows) == f"Rounds by stack: small, {depth} blocks: {rounds}."
-    # Every contender takes a step before the first that is timed, and of the shallowest stack two a round.
-    steps = sum(rows[SMALL, depth, c]["rounds"] for c in working) * (1 + (depth == SMALL.depths[0]))
-    assert ran == ["counted"] * len(working) + ["timed"] * steps
+def test_every_contender_takes_a_step_before_the_rounds(monkeypatch):
+    depth, ran = SMALL.depths[0], []
+    counted, timed = test_engine.counted, test_engine.timed
+    monkeypatch.setattr(test_engine, "counted", lambda *how: ran.append(how[0]) or counted(*how))
+    monkeypatch.setattr(test_engine, "timed", lambda *how: ran.append("rounds") or timed(*how))
+    few = [STORED, NAMED["checkpoint per block"], *(c for c in CONTENDERS if c.ours)]
+    monkeypatch.setattr(test_engine, "CONTENDERS", few)
+    monkeypatch.setattr(test_engine, "ROUNDS", {(SMALL, depth): 1})
+    monkeypatch.setattr(test_engine, "PEAK_MIB", {SMALL: 1})
+    benchmark = SimpleNamespace(disabled=False, pedantic=lambda run, arguments, rounds: run(*arguments))
+    rows = defaultdict(dict)
+    test_engine.test_stack(benchmark, rows, SMALL, depth)
+    assert ran == [*few, "rounds"]
+    assert [rows[SMALL, depth, c]["rounds"] for c in few] == [1] * len(few)
+    assert rounds_in_words(rows) == f"Rounds by stack: small, {depth} blocks: 1."
 
 
 def test_ratios_are_within_a_round_and_over_the_fastest_peer():
-    names = {c.name: c for c in CONTENDERS}
-    ours, fast, slow = names["revgrad float"], names["RevTorch"], names["memcnn"]
+    ours, fast, slow = NAMED["revgrad float"], NAMED["RevTorch"], NAMED["memcnn"]
     assert slow.seldom
     rounds = [{STORED: 1.0, ours: 2.0, fast: 1.0, slow: 4.0}, *({STORED: 2.0, ours: 6.0, fast: 2.0} for _ in range(2))]
     found = of_times(rounds)
