@@ -7,8 +7,6 @@ over that of the fused ones. All take turns in one process.
 
 import argparse
 import copy
-import gc
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 from unittest import mock
@@ -18,6 +16,7 @@ import torch
 from benchmarks.gpu.operators import OPERATORS, Inputs
 from benchmarks.reporting import spread
 from benchmarks.test_cpu_operators import forward_and_backward
+from benchmarks.timing import processor_seconds, rotated
 from benchmarks.training import Variant, random_clips
 from crevnet.model import CrevNetConfig
 
@@ -66,15 +65,9 @@ def training_steps(batch: int) -> dict[str, Callable[[], Any]]:
 
 def compared(calls: Mapping[str, Callable[[], Any]]) -> str:
     """Processor time of each over that of the first, median of the rounds."""
-    names, rounds = list(calls), []
-    for i in range(-2, ROUNDS):  # the first two compile
-        times = {}
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            gc.collect()
-            started = time.process_time()
-            calls[name]()
-            times[name] = time.process_time() - started
-        rounds.append(times)
+    names = list(calls)
+    # The first two compile.
+    rounds = [{name: processor_seconds(calls[name]) for name in rotated(names, i)} for i in range(-2, ROUNDS)]
     ratio = {n: spread([times[n] / times[names[0]] for times in rounds[2:]])["median"] for n in names}
     return ", ".join(f"{name} {ratio[name]:.2f}" for name in names)
 

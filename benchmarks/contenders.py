@@ -30,7 +30,7 @@ class Contender:
     measures: bool = False
     """Whether its first forward pass of a stack measures what layers take, and is longer for that."""
     seldom: bool = False
-    """Whether it is far from the others in time, and is timed in one round out of `SELDOM`."""
+    """Whether it is far from the others in time, and is timed in one round out of `SELDOM`, the first among them."""
     resizes: bool = False
     """Whether it frees what is still referred to, by resizing its storage."""
 

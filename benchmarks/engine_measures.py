@@ -1,15 +1,15 @@
 """What is measured of a training step of a stack: memory, evaluations, gradients, time."""
 
 import copy
-import gc
-import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from benchmarks.contenders import Model, stored
 from benchmarks.engine_workloads import Stack
+from benchmarks.timing import no_collector, processor_seconds
 from revgrad import LiveMemory
 
 MIB = 2.0**20
@@ -30,6 +30,22 @@ class Counts:
     input_gradient: Tensor
 
 
+class ResizedMemory(LiveMemory):
+    """Also sees storages that are resized by hand, as some libraries do to free what is still referred to.
+
+    It takes a look at every storage before every operator.
+    """
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for key, ref in self._storages.items():
+            storage = ref()
+            if storage is not None and storage.nbytes() != self._sizes[key]:
+                self.live += storage.nbytes() - self._sizes[key]
+                self._sizes[key] = storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
 def loss_weight(x: Tensor) -> Tensor:
     """What the output is multiplied with, so that every element has a gradient of its own."""
     return torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(x) / x.numel()
@@ -41,20 +57,14 @@ def training_step(model: Model, x: Tensor, weight: Tensor) -> None:
 
 
 def counts(model: Model, stack: Stack, x: Tensor, *, resized: bool = True) -> Counts:
-    """Take one training step and count; `resized` as in `LiveMemory`."""
+    """Take one training step and count; `resized` sees storages that are, which takes longer."""
     weight = loss_weight(x)
     weights = list(stack.blocks.parameters())
     for leaf in (*weights, x):
         leaf.grad = torch.zeros_like(leaf)
     before = sum(t.count[0] for t in stack.transforms)
-    gc.collect()
-    # With the cycle collector off, whatever is freed is freed because nothing refers to it.
-    gc.disable()
-    try:
-        with LiveMemory(resized=resized) as memory:
-            training_step(model, x, weight)
-    finally:
-        gc.enable()
+    with no_collector(), (ResizedMemory if resized else LiveMemory)() as memory:
+        training_step(model, x, weight)
     evaluations = (sum(t.count[0] for t in stack.transforms) - before) / len(stack.transforms)
     gradient = torch.cat([p.grad.flatten() for p in weights if p.grad is not None])
     return Counts(memory.peak / MIB, evaluations, gradient, x.grad.clone())
@@ -74,11 +84,4 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 
 def step_seconds(model: Model, x: Tensor, weight: Tensor) -> float:
     """Processor time of one training step; gradients add up, as they do over several batches."""
-    gc.collect()
-    gc.disable()
-    try:
-        start = time.process_time()
-        training_step(model, x, weight)
-        return time.process_time() - start
-    finally:
-        gc.enable()
+    return processor_seconds(lambda: training_step(model, x, weight))

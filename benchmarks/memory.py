@@ -2,14 +2,12 @@
 bytes.
 """
 
-import gc
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 
 import torch
 
+from benchmarks.timing import no_collector
 from benchmarks.training import Variant, random_clips, training_step
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoConfig
@@ -58,7 +56,7 @@ def training_peak(config: VideoConfig, batch: int, steps: int) -> int:
     model, clips = config.build(), random_clips(config, batch, steps)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    with _no_collector(), LiveMemory() as memory:
+    with no_collector(), LiveMemory() as memory:
         training_step(model, clips)
     return memory.peak
 
@@ -119,14 +117,3 @@ def _states_per_step(config: CrevNetConfig) -> tuple[int, int]:
 def _feature_bytes(config: CrevNetConfig) -> int:
     """Size of one of the predictor's two streams, and of a state, per sample: the two are the clip, rearranged."""
     return config.channels * config.clip * math.prod(config.frame_size) // 2 * _FLOAT
-
-
-@contextmanager
-def _no_collector() -> Iterator[None]:
-    """With the cycle collector off, whatever is freed is freed because nothing refers to it."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()

@@ -1,12 +1,13 @@
 """The pictures of memory, FLOPs and time that the benchmarks draw."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, LogLocator, NullLocator
+
+from benchmarks.drawing import TEXT, legend_below, png, style_axes
 
 _STYLES = {
     "stored": {"color": "#8a8a99", "marker": "s"},
@@ -26,7 +27,6 @@ _PALETTE = (
     "#111827",
 )
 _ENGINES = ("#8a8a99", "#d95f02", "#b8860b", "#7570b3", "#e7298a", "#66a61e", "#2563cd", "#60a5fa", "#111827")
-_TEXT, _GRID = "#3c3c46", "#e4e4ea"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -43,11 +43,10 @@ def memory_against_depth(modules: Rows, blocks: Rows, subtitle: str) -> bytes:
     left, right = figure.subplots(1, 2, sharey=True)
     _draw(left, modules, "modules", "reversible predictive modules")
     _draw(right, blocks, "blocks", "autoencoder blocks (of three convolutions)")
-    left.set_ylabel("training memory per sample (MB)", color=_TEXT)
-    figure.suptitle(f"Training memory against depth\n{subtitle}", fontsize=11, color=_TEXT)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
-    return _png(figure)
+    left.set_ylabel("training memory per sample (MB)", color=TEXT)
+    figure.suptitle(f"Training memory against depth\n{subtitle}", fontsize=11, color=TEXT)
+    legend_below(figure, left, columns=4)
+    return png(figure)
 
 
 def memory_frontier(rows: Rows, subtitle: str) -> bytes:
@@ -78,14 +77,12 @@ def memory_frontier(rows: Rows, subtitle: str) -> bytes:
         axes.yaxis.set_major_formatter("{x:g}")
         axes.set_xlim(0.95, 2)
         axes.set_xticks([1, 4 / 3, 5 / 3], ["1", "4/3", "5/3"])
-        axes.set_title({"stlstm": "ST-LSTM", "convlstm": "ConvLSTM"}[cell], fontsize=10, color=_TEXT)
-        axes.set_xlabel("FLOPs of a training step over those of stored autograd", color=_TEXT)
-        axes.grid(True, color=_GRID, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_TEXT)
-    panels[0].set_ylabel("training memory per sample (MB)", color=_TEXT)
-    figure.suptitle(f"Training memory against operations\n{subtitle}", fontsize=11, color=_TEXT)
-    return _png(figure)
+        axes.set_title({"stlstm": "ST-LSTM", "convlstm": "ConvLSTM"}[cell], fontsize=10, color=TEXT)
+        axes.set_xlabel("FLOPs of a training step over those of stored autograd", color=TEXT)
+        style_axes(axes)
+    panels[0].set_ylabel("training memory per sample (MB)", color=TEXT)
+    figure.suptitle(f"Training memory against operations\n{subtitle}", fontsize=11, color=TEXT)
+    return png(figure)
 
 
 def memory_of_systems(length: Rows, depth: Rows) -> bytes:
@@ -113,13 +110,12 @@ def memory_of_systems(length: Rows, depth: Rows) -> bytes:
                 markersize=5,
                 **line,
             )
-        axes.set_xlabel(label, color=_TEXT)
+        axes.set_xlabel(label, color=TEXT)
         _log_axes(axes, sorted({r[key] for r in rows}))
-    left.set_ylabel("memory of one more sample (MB)", color=_TEXT)
-    figure.suptitle("Training memory of the systems of table 1, 64 x 64 pixels", fontsize=11, color=_TEXT)
-    handles, labels = left.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False, labelcolor=_TEXT, fontsize=8)
-    return _png(figure)
+    left.set_ylabel("memory of one more sample (MB)", color=TEXT)
+    figure.suptitle("Training memory of the systems of table 1, 64 x 64 pixels", fontsize=11, color=TEXT)
+    legend_below(figure, left, columns=5, fontsize=8)
+    return png(figure)
 
 
 def flops_against_memory(rows: Rows) -> bytes:
@@ -141,14 +137,12 @@ def flops_against_memory(rows: Rows) -> bytes:
         )
     axes.set_xscale("log")
     axes.set_yscale("log")
-    axes.set_xlabel("GFLOPs per predicted frame", color=_TEXT)
-    axes.set_ylabel("training memory per sample (MB)", color=_TEXT)
-    axes.set_title("Filled: measured (CrevNet reversible). Open: the paper's table 1", fontsize=10, color=_TEXT)
+    axes.set_xlabel("GFLOPs per predicted frame", color=TEXT)
+    axes.set_ylabel("training memory per sample (MB)", color=TEXT)
+    axes.set_title("Filled: measured (CrevNet reversible). Open: the paper's table 1", fontsize=10, color=TEXT)
     axes.margins(x=0.2, y=0.1)
-    axes.grid(True, color=_GRID, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_TEXT)
-    return _png(figure)
+    style_axes(axes)
+    return png(figure)
 
 
 def scaling_curves(rows: Rows) -> bytes:
@@ -177,12 +171,11 @@ def scaling_curves(rows: Rows) -> bytes:
                 )
             _log_axes(axes, sorted({r["value"] for r in mine}))
             if not column:
-                axes.set_ylabel(unit, color=_TEXT)
-        grid[1][column].set_xlabel(label, color=_TEXT)
-    figure.suptitle("A training step of CrevNet with ST-LSTM, batch 1", fontsize=11, color=_TEXT)
-    handles, texts = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, texts, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT)
-    return _png(figure)
+                axes.set_ylabel(unit, color=TEXT)
+        grid[1][column].set_xlabel(label, color=TEXT)
+    figure.suptitle("A training step of CrevNet with ST-LSTM, batch 1", fontsize=11, color=TEXT)
+    legend_below(figure, grid[0][0], columns=4)
+    return png(figure)
 
 
 def engine_memory(rows: Rows) -> bytes:
@@ -202,20 +195,19 @@ def engine_memory(rows: Rows) -> bytes:
         _log_axes(axes, sorted({r["depth"] for r in measured}))
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.set_title(workload, fontsize=10, color=_TEXT)
-        axes.set_xlabel("blocks of two couplings", color=_TEXT)
-    panels[0].set_ylabel("peak of a training step (MiB)", color=_TEXT)
-    figure.suptitle("Activation memory against depth, same weights", fontsize=11, color=_TEXT)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT, fontsize=9)
-    return _png(figure)
+        axes.set_title(workload, fontsize=10, color=TEXT)
+        axes.set_xlabel("blocks of two couplings", color=TEXT)
+    panels[0].set_ylabel("peak of a training step (MiB)", color=TEXT)
+    figure.suptitle("Activation memory against depth, same weights", fontsize=11, color=TEXT)
+    legend_below(figure, panels[0], columns=4, fontsize=9)
+    return png(figure)
 
 
 def engine_time(rows: Rows) -> bytes:
     """Draw the step time of the engine and its peers over that of stored autograd as bars, as a PNG.
 
     Args:
-        rows: Rows with `workload`, `contender`, `depth`, `time_ratio`, `p20` and `p80`.
+        rows: Rows with `workload`, `contender`, `depth`, `time_ratio`, and `p20` and `p80` or None.
     """
     workloads = list(dict.fromkeys(r["workload"] for r in rows))
     styles = _contenders(rows)
@@ -228,23 +220,19 @@ def engine_time(rows: Rows) -> bytes:
             bars = [r for r in mine if r["contender"] == contender]
             x = [depths.index(r["depth"]) + (i - (len(styles) - 1) / 2) * 0.8 / len(styles) for r in bars]
             y = [r["time_ratio"] for r in bars]
-            spread = [[r["time_ratio"] - r["p20"] for r in bars], [r["p80"] - r["time_ratio"] for r in bars]]
             color = styles[contender]["color"]
-            axes.bar(x, y, 0.8 / len(styles), label=contender, color=color, yerr=spread, ecolor=_TEXT)
-        axes.axhline(4 / 3, color=_TEXT, linewidth=1, linestyle="--", zorder=0)
+            axes.bar(x, y, 0.8 / len(styles), label=contender, color=color, yerr=_percentiles(bars), ecolor=TEXT)
+        axes.axhline(4 / 3, color=TEXT, linewidth=1, linestyle="--", zorder=0)
         axes.set_xticks(range(len(depths)), [f"{d} blocks" for d in depths])
-        axes.set_title(workload, fontsize=10, color=_TEXT)
-        axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
+        axes.set_title(workload, fontsize=10, color=TEXT)
         axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_TEXT)
-    panels[0].set_ylabel("step time over stored autograd", color=_TEXT)
+        style_axes(axes, "y")
+    panels[0].set_ylabel("step time over stored autograd", color=TEXT)
     figure.suptitle(
-        "Step time, same weights; dashed: 4/3, the operations of one recomputation", fontsize=11, color=_TEXT
+        "Step time, same weights; dashed: 4/3, the operations of one recomputation", fontsize=11, color=TEXT
     )
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, labelcolor=_TEXT, fontsize=9)
-    return _png(figure)
+    legend_below(figure, panels[0], columns=4, fontsize=9)
+    return png(figure)
 
 
 def time_against_budget(rows: Rows, subtitle: str) -> bytes:
@@ -257,20 +245,24 @@ def time_against_budget(rows: Rows, subtitle: str) -> bytes:
     figure = Figure(figsize=(8, 4.6), layout="constrained")
     axes = figure.subplots()
     x, y = [r["budget_mib"] for r in rows], [r["time_ratio"] for r in rows]
-    spread = [[r["time_ratio"] - r["p20"] for r in rows], [r["p80"] - r["time_ratio"] for r in rows]]
-    axes.plot(x, [r["predicted"] for r in rows], "--", color=_TEXT, linewidth=1.2, label="operations, as planned")
+    axes.plot(x, [r["predicted"] for r in rows], "--", color=TEXT, linewidth=1.2, label="operations, as planned")
     style = _STYLES["reversible"]
     axes.errorbar(
-        x, y, yerr=spread, linewidth=2.4, markersize=6, capsize=3, label="measured: p20, median, p80", **style
+        x,
+        y,
+        yerr=_percentiles(rows),
+        linewidth=2.4,
+        markersize=6,
+        capsize=3,
+        label="measured: p20, median, p80",
+        **style,
     )
-    axes.set_xlabel("memory budget (MiB)", color=_TEXT)
-    axes.set_ylabel("step time over stored autograd", color=_TEXT)
-    axes.set_title(f"Speed bought with memory\n{subtitle}", fontsize=11, color=_TEXT)
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_TEXT)
-    axes.legend(frameon=False, labelcolor=_TEXT)
-    return _png(figure)
+    axes.set_xlabel("memory budget (MiB)", color=TEXT)
+    axes.set_ylabel("step time over stored autograd", color=TEXT)
+    axes.set_title(f"Speed bought with memory\n{subtitle}", fontsize=11, color=TEXT)
+    style_axes(axes, "y")
+    axes.legend(frameon=False, labelcolor=TEXT)
+    return png(figure)
 
 
 def _contenders(rows: Rows) -> dict[str, dict[str, Any]]:
@@ -288,10 +280,10 @@ def _contenders(rows: Rows) -> dict[str, dict[str, Any]]:
     }
 
 
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+def _percentiles(rows: Rows) -> list[list[float]]:
+    """How far p20 and p80 are from the median, by row; 0 where too few rounds have none."""
+    ends = [(r["time_ratio"], r["p20"] or r["time_ratio"], r["p80"] or r["time_ratio"]) for r in rows]
+    return [[median - p20 for median, p20, _ in ends], [p80 - median for median, _, p80 in ends]]
 
 
 def _log_axes(axes: Axes, ticks: Sequence[float]) -> None:
@@ -301,9 +293,7 @@ def _log_axes(axes: Axes, ticks: Sequence[float]) -> None:
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter("{x:g}")
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.tick_params(colors=_TEXT)
+    style_axes(axes, "y")
 
 
 def _draw(axes: Axes, rows: Rows, key: str, label: str) -> None:
@@ -322,9 +312,9 @@ def _draw(axes: Axes, rows: Rows, key: str, label: str) -> None:
     reversible = [row for row in rows if row["mode"] == "reversible"]
     x = [row[key] for row in reversible]
     states = [row["states_mb"] for row in reversible]
-    axes.plot(x, states, "--", color=_TEXT, linewidth=1.2, label="recurrent states alone (formula)", zorder=1)
+    axes.plot(x, states, "--", color=TEXT, linewidth=1.2, label="recurrent states alone (formula)", zorder=1)
     _log_axes(axes, x)
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel(label, color=_TEXT)
+    axes.set_xlabel(label, color=TEXT)
     axes.margins(x=0.12)

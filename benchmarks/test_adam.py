@@ -3,8 +3,6 @@
 All ways take turns in one process, each on weights of its own.
 """
 
-import gc
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import processor_seconds, rotated
 from benchmarks.training import CELLS
 from crevnet.adam import adam
 from crevnet.convolution import use_channels_last
@@ -55,9 +54,7 @@ def test_step(benchmark, results, cell):
     rounds: list[dict[str, float]] = []
 
     def run_round() -> None:
-        names = list(WAYS)
-        shift = len(rounds) % len(names)
-        rounds.append({way: seconds(optimisers[way]) for way in names[shift:] + names[:shift]})
+        rounds.append({way: processor_seconds(optimisers[way].step) for way in rotated(list(WAYS), len(rounds))})
 
     benchmark.pedantic(run_round, rounds=ROUNDS, warmup_rounds=1)  # the warm-up makes the moments
     if benchmark.disabled:
@@ -87,11 +84,3 @@ def trained(cell: str) -> list[torch.nn.Parameter]:
     for weight in model.parameters():
         weight.grad = torch.randn_like(weight)
     return list(model.parameters())
-
-
-def seconds(optimiser: torch.optim.Adam) -> float:
-    """Processor time of a step."""
-    gc.collect()
-    start = time.process_time()
-    optimiser.step()
-    return time.process_time() - start

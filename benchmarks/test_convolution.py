@@ -8,6 +8,7 @@ one process.
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ NOTES = (
 )
 
 
+@cache
 def shapes() -> dict[Shape, int]:
     """Every kind of convolution in a time step, with how often there is one."""
     config = CrevNetConfig(mode="stored", arithmetic="float")
@@ -69,7 +71,12 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
     publish(Report("convolution", title, {"rows": table}, configuration, NOTES, complete=complete, page=PAGE))
 
 
-@pytest.mark.parametrize("shape", shapes(), ids=str)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for every shape; where the sweep is left out, no model is built to find them."""
+    if "shape" in metafunc.fixturenames:
+        metafunc.parametrize("shape", shapes() if metafunc.config.getoption("--sweeps") else (), ids=str)
+
+
 def test_beside_pytorch(benchmark, results, shape):
     inputs, outputs, k, size = shape
     row: dict[str, Any] = {"convolution": f"{inputs} -> {outputs}, {k}^3, {' x '.join(map(str, size))}"}

@@ -16,6 +16,7 @@ from benchmarks.engine_measures import Counts, counts, loss_weight, relative_err
 from benchmarks.engine_workloads import CONVOLUTION, TRANSFORMER, WORKLOADS, Stack, Workload
 from benchmarks.pictures import engine_memory, engine_time
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import FEWEST, ratios, rotated, rounds_within
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,6 +28,9 @@ ROUNDS = {
     (TRANSFORMER, 12): 5,
     (TRANSFORMER, 24): 3,
 }
+"""The most of every stack."""
+SECONDS = 30
+"""How long the rounds of a stack take, unless the fewest take longer."""
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33
 
@@ -37,9 +41,11 @@ NOTES = (
     "Time: processor time of one step on one thread. Ratios are taken within each round, which runs every contender "
     "once, of the shallowest stack twice, and then the second time counts: what a step frees goes back to the system, "
     "and the more a step needs, the more it has to ask for again, so that a short step pays for what the contender "
-    f"before it has left. Checkpoints and memcnn run in one round out of {SELDOM}. The order rotates. "
-    "Median, p20 and p80 over the rounds. A first "
-    "round does not count, nor do the first three passes of a chain of ours, in which messages are compared.",
+    f"before it has left. Checkpoints and memcnn run in one round out of {SELDOM}, the first among them. The order "
+    "rotates. The step in which memory is counted comes before all rounds. The first three passes of a chain of ours, "
+    "in which messages are compared, do not count.",
+    f"Rounds: as many as fit into {SECONDS} seconds, {FEWEST} at least. Median over those that the contender was in, "
+    f"p20 and p80 where these are {FEWEST} or more.",
     "Gradient error: L2 norm of the difference to the gradients of the weights in float64 by stored autograd, over "
     "the norm of those. Where it is the same for all, it is the error of the forward pass in float32.",
     "Exact arithmetic rounds the streams to multiples of 2^-16, hence its distance to float64; beside stored "
@@ -64,6 +70,7 @@ COLUMNS = {
     "p80": "p80",
     "over_fastest_peer": "over fastest reversible peer",
     "seconds": "seconds",
+    "rounds": "rounds",
     "grad_error": "gradient error",
     "equals_stored": "equal bits",
     "error": "error",
@@ -71,6 +78,8 @@ COLUMNS = {
 
 Row = dict[str, Any]
 Rows = dict[tuple[Workload, int, Contender], Row]
+Times = dict[Contender, float]
+"""Seconds of a step in one round."""
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +105,7 @@ def results(publish) -> Iterator[Rows]:
     tables["rows"] = Table("All of it", COLUMNS, every, formats={"grad_error": ".1e", "seconds": ".3f"})
     configuration = {
         "workloads": {w.name: {"depths": w.depths, "state": w.shape, "blocks": w.description} for w in WORKLOADS},
-        "rounds": [[w.name, depth, rounds] for (w, depth), rounds in ROUNDS.items()],
+        "rounds": [[w.name, depth, rows[w, depth, STORED]["rounds"]] for w, depth in ROUNDS],
         "dtype": "float32",
         "threads": 1,
     }
@@ -105,7 +114,7 @@ def results(publish) -> Iterator[Rows]:
         "The engine and its peers",
         tables,
         configuration,
-        NOTES,
+        (*NOTES, rounds_in_words(rows)),
         {"engine_memory.png": engine_memory(every), "engine_time.png": engine_time(every)} if complete else {},
         complete=complete,
         versions={c.name: c.version() or "not installed" for c in CONTENDERS if c.package},
@@ -115,73 +124,78 @@ def results(publish) -> Iterator[Rows]:
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
 @pytest.mark.parametrize(("workload", "depth"), ROUNDS, ids=lambda x: getattr(x, "name", x))
-def test_step_time(benchmark, results, workload, depth):
+def test_stack(benchmark, results, workload, depth):
     stack, x = workload.build(depth)
     models, errors = working(workload, stack, x)
-    for contender, error in errors.items():
-        results[workload, depth, contender]["error"] = error
-    for leaf in (*stack.blocks.parameters(), x):
-        leaf.grad = torch.zeros_like(leaf)
-    weight, order = loss_weight(x), list(models)
-    rounds: list[dict[Contender, float]] = []
-
-    def run_round() -> None:
-        shift, times = len(rounds) % len(order), {}
-        turn = order if len(rounds) % SELDOM == 0 else [c for c in order if not c.seldom]
-        for contender in turn[shift:] + turn[:shift]:
-            for _ in range(1 + (depth == workload.depths[0])):
-                times[contender] = step_seconds(models[contender], x, weight)
-        rounds.append(times)
-
-    benchmark.pedantic(run_round, rounds=ROUNDS[workload, depth], warmup_rounds=1)
-    if benchmark.disabled:
-        return
-    rounds = rounds[-ROUNDS[workload, depth] :]
-    peers = [c for c in models if c.package]
-    fastest = min(peers, key=lambda c: median(rounds, c, STORED), default=None)
-    for contender in models:
-        ratio = spread(ratios(rounds, contender, STORED))
-        row = results[workload, depth, contender]
-        row |= {"time_ratio": ratio["median"], "p20": ratio["p20"], "p80": ratio["p80"]}
-        row["seconds"] = spread([times[contender] for times in rounds if contender in times])["median"]
-        if contender.ours and fastest is not None:
-            row |= {"over_fastest_peer": median(rounds, contender, fastest), "fastest_peer": fastest.name}
-
-
-@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
-@pytest.mark.parametrize(("workload", "depth"), ROUNDS, ids=lambda x: getattr(x, "name", x))
-def test_counts(benchmark, results, workload, depth):
-    stack, x = workload.build(depth)
-    models, errors = working(workload, stack, x)
+    rows = {contender: results[workload, depth, contender] for contender in CONTENDERS}
     truth = true_gradient(stack, x)
-
-    def count(contender: Contender) -> Row:
-        found = counts(models[contender], stack, x, resized=contender.resizes)
-        row = {"peak_mib": found.peak_mib, "evaluations": found.evaluations}
-        row["grad_error"] = relative_error(found.gradient, truth)
-        if contender is EXACT:
-            row["equals_stored"] = same_gradients(found, counts(by_revgrad(stack, "exact", "stored"), stack, x))
-        return row
-
-    def count_all() -> None:
-        for contender in models:
-            try:
-                results[workload, depth, contender] |= count(contender)
-            except Exception as error:  # a peer may fail in any way; the others go on
-                errors[contender] = f"{type(error).__name__}: {error}"
-
-    benchmark.pedantic(count_all, rounds=1)
+    for contender in list(models):
+        try:
+            rows[contender] |= counted(contender, models[contender], stack, x, truth)
+        except Exception as error:  # a peer may fail in any way; the others go on
+            errors[contender] = f"{type(error).__name__}: {error}"
+            del models[contender]
+    steps = 1 + (depth == workload.depths[0])
+    most = 1 if benchmark.disabled else ROUNDS[workload, depth]
+    rounds = benchmark.pedantic(timed, (models, stack, x, steps, most), rounds=1)
+    if not benchmark.disabled:
+        for contender, row in of_times(rounds).items():
+            rows[contender] |= row
     for contender, error in errors.items():
-        results[workload, depth, contender]["error"] = error
+        rows[contender]["error"] = error
         assert not contender.ours, error
     for contender in CONTENDERS:
         fill_in_slope(results, workload, contender)
         if contender.ours:
-            row = results[workload, depth, contender]
+            row = rows[contender]
             assert row["peak_mib"] <= PEAK_MIB[workload]
             assert abs(row.get("slope_mib_per_block", 0)) < 1e-3
             assert row["evaluations"] == 2 - (contender is FREE) / len(stack.transforms)
-    assert results[workload, depth, EXACT]["equals_stored"] is True
+    assert rows[EXACT]["equals_stored"] is True
+
+
+def counted(contender: Contender, model: Model, stack: Stack, x: Tensor, truth: Tensor) -> Row:
+    """What does not depend on the machine's load, of one step."""
+    found = counts(model, stack, x, resized=contender.resizes)
+    row = {"peak_mib": found.peak_mib, "evaluations": found.evaluations}
+    row["grad_error"] = relative_error(found.gradient, truth)
+    if contender is EXACT:
+        row["equals_stored"] = same_gradients(found, counts(by_revgrad(stack, "exact", "stored"), stack, x))
+    return row
+
+
+def timed(models: dict[Contender, Model], stack: Stack, x: Tensor, steps: int, most: int) -> list[Times]:
+    """Times in turns, of which the last of so many steps counts; at most so many rounds."""
+    for leaf in (*stack.blocks.parameters(), x):
+        leaf.grad = torch.zeros_like(leaf)
+    weight = loss_weight(x)
+
+    def run_round(number: int) -> Times:
+        times = {}
+        for contender in rotated([c for c in models if not c.seldom or number % SELDOM == 0], number):
+            for _ in range(steps):
+                times[contender] = step_seconds(models[contender], x, weight)
+        return times
+
+    return rounds_within(run_round, SECONDS, most)
+
+
+def of_times(rounds: list[Times]) -> dict[Contender, Row]:
+    """What rounds tell of every contender that was in one."""
+    measured = {c: [times[c] for times in rounds if c in times] for c in CONTENDERS}
+    peers = [c for c in CONTENDERS if c.package and measured[c]]
+    fastest = min(peers, key=lambda c: median(rounds, c, STORED), default=None)
+    rows = {}
+    for contender, seconds in measured.items():
+        if seconds:
+            over = spread(within(rounds, contender, STORED))
+            row = {"time_ratio": over["median"], "seconds": spread(seconds)["median"], "rounds": len(seconds)}
+            if len(seconds) >= FEWEST:
+                row |= {"p20": over["p20"], "p80": over["p80"]}
+            if contender.ours and fastest is not None:
+                row |= {"over_fastest_peer": median(rounds, contender, fastest), "fastest_peer": fastest.name}
+            rows[contender] = row
+    return rows
 
 
 def working(workload: Workload, stack: Stack, x: Tensor) -> tuple[dict[Contender, Model], dict[Contender, str]]:
@@ -204,14 +218,22 @@ def same_gradients(one: Counts, other: Counts) -> bool:
     return torch.equal(one.gradient, other.gradient) and torch.equal(one.input_gradient, other.input_gradient)
 
 
-def median(rounds: list[dict[Contender, float]], contender: Contender, over: Contender) -> float:
+def median(rounds: list[Times], contender: Contender, over: Contender) -> float:
     """Median over the rounds of one time over another."""
-    return spread(ratios(rounds, contender, over))["median"]
+    return spread(within(rounds, contender, over))["median"]
 
 
-def ratios(rounds: list[dict[Contender, float]], contender: Contender, over: Contender) -> list[float]:
+def within(rounds: list[Times], contender: Contender, over: Contender) -> list[float]:
     """One time over another in every round that has both."""
-    return [times[contender] / times[over] for times in rounds if contender in times and over in times]
+    both = [times for times in rounds if contender in times and over in times]
+    return ratios([times[contender] for times in both], [times[over] for times in both])
+
+
+def rounds_in_words(rows: Rows) -> str:
+    """How many rounds there were of every stack."""
+    found = {(w, depth): rows[w, depth, STORED]["rounds"] for w, depth in ROUNDS}
+    parts = (f"{w.name}, {depth} blocks: {rounds}" for (w, depth), rounds in found.items() if rounds)
+    return f"Rounds by stack: {'; '.join(parts)}."
 
 
 def fill_in_slope(rows: Rows, workload: Workload, contender: Contender) -> None:

@@ -5,10 +5,7 @@ On a GPU, where there is one, and there under CUDA graphs too; else on one threa
 take turns in one process.
 """
 
-import gc
-import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -19,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.export.passes import move_to_device_pass
 
-from benchmarks.gpu.timing import captured, ratios, rotated, side_stream, timed
+from benchmarks.gpu.timing import timed
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import processor_seconds, ratios, rotated
 from benchmarks.training import CELLS
+from crevnet.capture import captured, side_stream
 from crevnet.export import export_predictor
 from crevnet.model import CrevNet, CrevNetConfig
 
 pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("one_thread")]
 
 CUDA = torch.cuda.is_available()
-DEVICE = "cuda" if CUDA else "cpu"
+DEVICE = "cuda:0" if CUDA else "cpu"
 OBSERVED, STEPS = 10, 10
 ROUNDS = {1: 6, 4: 4, 16: 3}
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
@@ -71,7 +70,7 @@ def results(publish) -> Iterator[list[dict[str, Any]]]:
 def test_frames_per_second(benchmark, results, cell, batch):
     frames = torch.rand(batch, OBSERVED, 1, 64, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     rounds: list[dict[str, float]] = []
-    with torch.no_grad(), side_stream() if CUDA else nullcontext():
+    with torch.no_grad(), side_stream(torch.device(DEVICE)):
         ways = calls(cell, frames)
 
         def run_round() -> None:
@@ -126,21 +125,11 @@ def subject(cell: str) -> tuple[CrevNet, Callable[[Tensor], Tensor]]:
 
 def replaying(predict: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The same from a CUDA graph; its result is overwritten by the next replay."""
-    graph, result = captured(predict)
-    graph.replay()  # the first launch of a graph also brings it to the device
-
-    def replay() -> Tensor:
-        graph.replay()
-        return result
-
+    replay = captured(predict)
+    replay()  # the first launch of a graph also brings it to the device
     return replay
 
 
 def seconds(predict: Callable[[], Tensor]) -> float:
     """Wall-clock time on a GPU until it is done, else processor time."""
-    if CUDA:
-        return timed(predict)[0]
-    gc.collect()
-    start = time.process_time()
-    predict()
-    return time.process_time() - start
+    return timed(predict)[0] if CUDA else processor_seconds(predict)

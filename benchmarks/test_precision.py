@@ -5,8 +5,6 @@ Under the autocast of `python -m crevnet.train --run.precision bf16-mixed`. All 
 turns in one process.
 """
 
-import gc
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -17,6 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import processor_seconds, rotated
 from benchmarks.training import CELLS, Variant, random_clips
 from crevnet.convolution import use_channels_last
 from crevnet.launch import Autocast
@@ -73,8 +72,7 @@ def test_beside_float32(benchmark, results, cell, batch):
     names, rounds = list(steps), []
 
     def run_round() -> None:
-        shift = len(rounds) % len(names)
-        rounds.append({name: seconds(steps[name]) for name in names[shift:] + names[:shift]})
+        rounds.append({name: processor_seconds(steps[name]) for name in rotated(names, len(rounds))})
 
     benchmark.pedantic(run_round, rounds=ROUNDS[batch], warmup_rounds=1)
     if benchmark.disabled:
@@ -107,11 +105,3 @@ def test_beside_float32(benchmark, results, cell, batch):
             "mb32": mb32,
         }
         results.append(row)
-
-
-def seconds(step: Callable[[], None]) -> float:
-    """Processor time of a step; gradients add up."""
-    gc.collect()
-    start = time.process_time()
-    step()
-    return time.process_time() - start

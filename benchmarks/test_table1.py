@@ -43,9 +43,11 @@ NOTES = (
     "GFLOPs of the convolutions that predict one frame of 64 x 64 pixels, one channel, batch 1; FLOPs are twice the "
     "multiply-accumulates. The paper counts the baselines on whole frames, not on the 4 x 4 patches that their public "
     "code trains with.",
-    f"MB per sample: peak of live tensor bytes of a training step of {STEPS} time steps, batch 2 minus batch 1, as in "
-    "training_memory.md; 1 MB is 10^6 bytes. All: weights, gradients, Adam's moments and the activations of one "
-    "sample. Stored and checkpointed in float arithmetic, reversible in exact arithmetic.",
+    f"MB per sample: peak of live tensor bytes of a training step of {STEPS} time steps (for CrevNet 22 frames in "
+    "clips of three, where training on 20 frames takes 17 steps), batch 2 minus batch 1, as in training_memory.md; "
+    "1 MB is 10^6 bytes. All: weights, gradients, Adam's moments and the activations of one sample. Stored and "
+    "checkpointed in float arithmetic, reversible in exact arithmetic. Against the length, n frames are n - 1 time "
+    "steps, which for CrevNet are n + 2 frames.",
     "The paper does not say how it measured memory, nor with which batch and framework: its column is printed, not "
     "reproduced. Ours counts every tensor that PyTorch's autograd keeps; frameworks that fuse or recompute "
     "pointwise operators keep fewer, caching allocators reserve more.",

@@ -5,7 +5,6 @@ The plain model (`plain_crevnet.py`) has the same weights, a convolution per gat
 turns in one process. Its arithmetic is compared with the rate of a matrix product, measured in the same rounds.
 """
 
-import gc
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -19,7 +18,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.launches import Launches
 from benchmarks.plain_crevnet import PlainCrevNet
 from benchmarks.reporting import Report, Row, Table, spread
+from benchmarks.timing import FEWEST, processor_seconds, rotated
 from benchmarks.training import CELLS, STEPS, Variant, random_clips
+from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
 from revgrad import LiveMemory
 
@@ -28,8 +29,6 @@ pytestmark = [pytest.mark.sweep, pytest.mark.usefixtures("one_thread")]
 ROUNDS = {1: 6, 4: 3, 16: 3, 64: 1}
 FEWER_STEPS = {64: 4}
 """Time steps of batches that would take too long with all of them."""
-FEW = 3
-"""Fewer rounds than these have no percentiles that would say how far they scatter."""
 PAGE = Path(__file__).parents[1] / "docs" / "performance.md"
 PLAIN = "plain PyTorch"
 ONE_BY_ONE = (Variant("stored", "float"), Variant("reversible", "float"), Variant("reversible"))
@@ -57,11 +56,11 @@ def rounds_in_words() -> str:
 
 
 NOTES = (
-    f"Forward pass with teacher forcing, mean squared error, backward pass; the {STEPS} time steps of 10 frames in and "
-    "10 out, the paper's Moving MNIST configuration, float32, one thread; random weights and frames. Without the "
+    f"Forward pass with teacher forcing, mean squared error, backward pass; {STEPS} time steps (22 frames in clips of "
+    "three), the paper's Moving MNIST configuration, float32, one thread; random weights and frames. Without the "
     f"optimiser. {', '.join(f'Batch {batch} takes {n} steps' for batch, n in FEWER_STEPS.items())}, to save time.",
     "Speed-up: time of plain PyTorch over that of the variant, median over the rounds, each of which runs all once, "
-    f"after one that does not count. {rounds_in_words()}; without p20 and p80 where there are fewer than {FEW}. "
+    f"after one that does not count. {rounds_in_words()}; without p20 and p80 where there are fewer than {FEWEST}. "
     "Over stored: time over that of stored training with as many clips at once.",
     f"Rate: FLOPs of the convolutions in the forward and backward pass of plain PyTorch, over the time, as a fraction "
     f"of the rate of a product of two {SIDE} x {SIDE} matrices in the same round. A reversible step does 4/3 of these "
@@ -84,7 +83,7 @@ def results(publish) -> Iterator[dict[str, list[dict[str, Any]]]]:
 
 def report(rows: Sequence[Row], floors: Sequence[Row]) -> Report:
     """What is published."""
-    rows = [row if ROUNDS[row["batch"]] >= FEW else {**row, "p20": None, "p80": None} for row in rows]
+    rows = [row if ROUNDS[row["batch"]] >= FEWEST else {**row, "p20": None, "p80": None} for row in rows]
     columns = {"cell": "cell", "batch": "batch", "variant": "variant", "ms": "ms per sequence and time step"}
     columns |= {"speedup": "speed-up", "p20": "p20", "p80": "p80", "over_stored": "over stored", "rate": "rate"}
     columns["mb"] = "MB"
@@ -112,7 +111,8 @@ def test_beside_plain_pytorch(benchmark, results, cell, batch):
     torch.manual_seed(0)
     config = CrevNetConfig(cell=cell)
     model, clips = config.build(), random_clips(config, batch, steps_of(batch))
-    plain = PlainCrevNet(model)
+    plain = PlainCrevNet(model)  # before, as one would write it
+    use_channels_last(model)
     steps: dict[str, Callable[[], None]] = {PLAIN: lambda: plain.loss(clips).backward()}
 
     def stepping(variant: Variant) -> Callable[[], None]:
@@ -128,8 +128,7 @@ def test_beside_plain_pytorch(benchmark, results, cell, batch):
     names, rounds = list(steps), []
 
     def run_round() -> None:
-        shift = len(rounds) % len(names)
-        times = {name: seconds(steps[name]) for name in names[shift:] + names[:shift]}
+        times = {name: processor_seconds(steps[name]) for name in rotated(names, len(rounds))}
         rounds.append(times | {"rate": matrix_rate(), "bandwidth": bandwidth()})
 
     benchmark.pedantic(run_round, rounds=ROUNDS[batch], warmup_rounds=1)
@@ -184,14 +183,6 @@ def over_stored(rounds: list[dict[str, float]], name: str) -> float:
     """Time over that of stored training with as many clips at once, within each round."""
     stored = name_of(VARIANTS[len(ONE_BY_ONE) if ALL in name else 0])
     return spread([times[name] / times[stored] for times in rounds])["median"]
-
-
-def seconds(step: Callable[[], None]) -> float:
-    """Processor time of a step; gradients add up."""
-    gc.collect()
-    start = time.process_time()
-    step()
-    return time.process_time() - start
 
 
 def bandwidth() -> float:

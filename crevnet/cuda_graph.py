@@ -4,18 +4,15 @@ A step launches thousands of operators, most of them a few microseconds long; re
 one launch. What is captured must not wait for the device, so that the engine's checks are deferred: one tensor tells
 whether all passed, Adam leaves everything as it is where one failed, and the host looks once per step.
 
-Not yet run on a GPU. All but `captured` runs on a CPU as well.
+Not yet run on a GPU. All but the capture runs on a CPU as well.
 """
 
-import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from crevnet.capture import captured, side_stream
 from crevnet.config import TrainConfig
 from revgrad import DeferredChecks, ResidueOverflow
 
@@ -24,16 +21,6 @@ _WARM_UP = 2
 
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 """Takes work that has run before, returns what repeats it."""
-
-
-def captured(work: Callable[[], None]) -> Callable[[], None]:
-    """Capture a piece of work on the current stream, which must not be the default one; returns the replay."""
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a graph that is collected while another one is captured ends the capture
-    torch.cuda.reset_peak_memory_stats()  # kernels have been tuned before, for which Triton takes memory
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        work()
-    return graph.replay
 
 
 def check_possible(config: TrainConfig, device: torch.device, processes: int) -> None:
@@ -141,7 +128,7 @@ class GraphedStep:
         """Measure, warm up and capture."""
         self._replay = self._report = None  # frees the graph before
         self._frozen.fill_(1)
-        with _side_stream(self._rate.device):
+        with side_stream(self._rate.device):
             self._save()
             try:
                 with self.checks.measuring():
@@ -186,24 +173,3 @@ class GraphedStep:
     def _restore(self) -> None:
         for kept, buffer in zip(self._before, self._buffers, strict=True):
             buffer.copy_(kept)
-
-
-@contextmanager
-def _side_stream(device: torch.device) -> Iterator[Any]:
-    """A stream beside the default one, on CUDA: that one cannot be captured, and autograd runs a backward pass where
-    its forward pass ran.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    stream = _stream_beside(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
-    with torch.cuda.stream(stream):
-        yield
-    torch.cuda.current_stream(device).wait_stream(stream)
-
-
-@cache
-def _stream_beside(device: torch.device) -> torch.cuda.Stream:
-    """The same every time: what cuBLAS takes for work on a stream, it keeps."""
-    return torch.cuda.Stream(device)

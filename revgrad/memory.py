@@ -14,20 +14,15 @@ class LiveMemory(TorchDispatchMode):
     operator (a convolution's reordered weights) is not seen. Under autograd the backward pass is counted too, if it
     is called inside the context.
 
-    Args:
-        resized: Whether to look for storages that are resized by hand, as some libraries do to free what is still
-            referred to. It takes a look at every storage before every operator.
-
     Attributes:
         live: Bytes alive now.
         peak: Largest value of `live` so far; `reset_peak` starts over.
     """
 
-    def __init__(self, *, resized: bool = False) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.live = 0
         self.peak = 0
-        self.resized = resized
         self._sizes: dict[int, int] = {}
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -35,8 +30,6 @@ class LiveMemory(TorchDispatchMode):
         return super().__enter__()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if self.resized:
-            self._look_again()
         if getattr(func, "is_view", False):
             # Of a real tensor under fake tensors, the view would seem to have a storage of its own.
             return func(*args, **(kwargs or {}))
@@ -53,14 +46,6 @@ class LiveMemory(TorchDispatchMode):
         self._sizes[key] = storage.nbytes()
         self._storages[key] = weakref.ref(storage, lambda _: self._free(key))
         self.live += storage.nbytes()
-        self.peak = max(self.peak, self.live)
-
-    def _look_again(self) -> None:
-        for key, ref in self._storages.items():
-            storage = ref()
-            if storage is not None and storage.nbytes() != self._sizes[key]:
-                self.live += storage.nbytes() - self._sizes[key]
-                self._sizes[key] = storage.nbytes()
         self.peak = max(self.peak, self.live)
 
     def _free(self, key: int) -> None:

@@ -11,7 +11,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+BENCHMARKS = ROOT / "benchmarks" / "README.md"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", BENCHMARKS, *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def name_of(page: Path) -> str:
+    return str(page.relative_to(ROOT))
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -57,7 +62,7 @@ def test_example_runs_and_prints_what_it_says(tmp_path):
     assert result.stdout == blocks(README, "text")[0], result.stderr
 
 
-@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES[1:], ids=name_of)
 def test_python_blocks_of_the_docs_run(page, capsys):
     """Each by itself, and a text block that follows is what it prints."""
     text = page.read_text()
@@ -68,7 +73,7 @@ def test_python_blocks_of_the_docs_run(page, capsys):
         assert capsys.readouterr().out == printed
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_links_and_pictures_exist(page):
     links = re.findall(r"\]\(([^)#]+)", page.read_text())
     missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
@@ -100,6 +105,13 @@ def test_benchmarks_that_are_named_exist():
     named = set(re.findall(r"pytest (benchmarks/[\w/]+\.py)", "".join(page.read_text() for page in PAGES)))
     assert named
     assert not [name for name in named if not (ROOT / name).exists()]
+
+
+def test_every_benchmark_has_its_command_and_its_result():
+    named = re.findall(
+        r"`pytest benchmarks/(test_\w+)\.py --benchmark-only(?: --sweeps)?` \| \[table\]", BENCHMARKS.read_text()
+    )
+    assert sorted(named) == sorted(path.stem for path in BENCHMARKS.parent.glob("test_*.py"))
 
 
 def test_included_tables_are_the_measured_ones():

@@ -1,6 +1,5 @@
 """Pictures of what was measured on a GPU."""
 
-import io
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,13 +7,14 @@ from typing import Any
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
+from benchmarks.drawing import TEXT, legend_below, png, style_axes
+
 _LINES = {
     "of_copy": ("fused", "#2563cd"),
     "compiled_of_copy": ("torch.compile", "#d95f02"),
     "plain_of_copy": ("plain PyTorch", "#8a8a99"),
 }
 _DASHES = {"forward": "-", "backward": "--"}
-_TEXT, _GRID = "#3c3c46", "#e4e4ea"
 _COLUMNS = 4
 
 
@@ -44,18 +44,12 @@ def speed_of_operators(rows: Sequence[Mapping[str, Any]], dtype: str) -> bytes:
                     markersize=4,
                     label=f"{label}, {direction}",
                 )
-        axes.set_title(name, fontsize=9, color=_TEXT)
+        axes.set_title(name, fontsize=9, color=TEXT)
         axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_ylim(bottom=0)
-        axes.grid(True, axis="y", color=_GRID, linewidth=0.7)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(colors=_TEXT, labelsize=8)
+        style_axes(axes, "y", labelsize=8)
     for axes in grid[len(names) :]:
         axes.set_axis_off()
-    figure.suptitle(f"Share of a copy's bandwidth against MB of a stream, {dtype}", fontsize=11, color=_TEXT)
-    labelled = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    style = {"ncols": len(_LINES), "frameon": False, "labelcolor": _TEXT, "fontsize": 8}
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", **style)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
-    return buffer.getvalue()
+    figure.suptitle(f"Share of a copy's bandwidth against MB of a stream, {dtype}", fontsize=11, color=TEXT)
+    legend_below(figure, *grid, columns=len(_LINES), fontsize=8)
+    return png(figure)

@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from benchmarks.gpu.operators import OPERATORS, STREAM, Inputs, Operator, outputs, with_gradients
 from benchmarks.gpu.pieces import joined
 from benchmarks.gpu.pytest_summary import ROOT, Run, run_files
-from benchmarks.gpu.timing import captured, side_stream
 from benchmarks.reporting import Report, Table
 from benchmarks.training import CELLS, Variant, random_clips
 from crevnet.adam import adam
+from crevnet.capture import captured, side_stream
 from crevnet.cuda_graph import GraphedStep
 from crevnet.model import CrevNetConfig
 from crevnet.video_model import VideoModel
@@ -123,10 +123,10 @@ def test_files(benchmark, results):
 
 @pytest.mark.parametrize(("operator", "dtype"), POINTS, ids=IDS)
 def test_graph_replays_what_is_computed_without(benchmark, check, operator, dtype):
-    once(benchmark, check, "CUDA graph", operator.name, dtype, lambda: replay(operator, DTYPES[dtype]))
+    once(benchmark, check, "CUDA graph", operator.name, dtype, lambda: capture_and_replay(operator, DTYPES[dtype]))
 
 
-def replay(operator: Operator, dtype: torch.dtype) -> None:
+def capture_and_replay(operator: Operator, dtype: torch.dtype) -> None:
     """Capture, change the inputs, replay, compare."""
     made = Inputs(BATCH, dtype, "cuda")
     with side_stream():
@@ -137,12 +137,11 @@ def replay(operator: Operator, dtype: torch.dtype) -> None:
             return both_passes(fused(operator), leaves, grads)
 
         work()
-        graph, replayed = captured(work)
+        replay = captured(work)
         with torch.no_grad():
             for leaf, other in zip(leaves, operator.inputs(made), strict=True):
                 leaf.copy_(other)
-        graph.replay()
-        assert_same_bits(replayed, work())
+        assert_same_bits(replay(), work())
 
 
 @pytest.mark.parametrize(("cell", "variant"), TRAINED, ids=str)

@@ -17,8 +17,10 @@ import torch._functorch.config
 from benchmarks.gpu.operators import ELEMENTS, OPERATORS, SPEEDUP, Inputs, Operator, backward, outputs, with_gradients
 from benchmarks.gpu.pictures import speed_of_operators
 from benchmarks.gpu.pieces import joined
-from benchmarks.gpu.timing import Call, cache_bytes, measure, ratios, sets_beyond_cache, side_stream, timed
+from benchmarks.gpu.timing import Call, cache_bytes, measure, sets_beyond_cache, timed
 from benchmarks.reporting import Report, Table, spread
+from benchmarks.timing import ratios
+from crevnet.capture import side_stream
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

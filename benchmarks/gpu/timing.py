@@ -7,13 +7,14 @@ device needs.
 import gc
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
+
+from benchmarks.timing import rotated
+from crevnet.capture import captured
 
 _BEYOND_CACHE = 3
 """By how much all sets of inputs together shall be larger than the last-level cache."""
@@ -35,39 +36,9 @@ def repetitions(seconds: float) -> int:
     return max(1, math.ceil(_LEAST_SECONDS / max(seconds, 1e-6)))
 
 
-def rotated(names: Sequence[str], round_number: int) -> list[str]:
-    """Another one first in every round."""
-    shift = round_number % max(1, len(names))
-    return [*names[shift:], *names[:shift]]
-
-
-def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[float]:
-    """One ratio per round, so that what slows the device down for a while slows both."""
-    return [a / b for a, b in zip(numerators, denominators, strict=True)]
-
-
 def cache_bytes() -> int:
     """Size of the current device's last-level cache."""
     return torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-
-
-@cache
-def _stream(device: int) -> torch.cuda.Stream:
-    # One for all: cuBLAS has a workspace for each stream, which stays, and would count as memory of whatever is the
-    # first to run on a new one.
-    return torch.cuda.Stream(device)
-
-
-@contextmanager
-def side_stream() -> Iterator[torch.cuda.Stream]:
-    """A stream to measure on: autograd runs a backward pass where its forward pass ran, and the default stream cannot
-    be captured.
-    """
-    stream = _stream(torch.cuda.current_device())
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        yield stream
-    torch.cuda.current_stream().wait_stream(stream)
 
 
 def timed(work: Callable[[], Any]) -> tuple[float, Any]:
@@ -78,15 +49,6 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     result = work()
     torch.cuda.synchronize()
     return time.perf_counter() - started, result
-
-
-def captured(work: Callable[[], Any]) -> tuple[torch.cuda.CUDAGraph, Any]:
-    """The graph of a piece of work, which has run before and runs in a `side_stream`, and what it returns."""
-    graph = torch.cuda.CUDAGraph()
-    gc.collect()  # a graph that is collected while another one is captured ends the capture
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        result = work()
-    return graph, result
 
 
 @dataclass(frozen=True)
@@ -125,15 +87,15 @@ class _Prepared:
         self._call, self._sets = call, sets
         self._pass()
         self._passes = repetitions(_seconds(self._pass, 1))
-        self._graph, _ = captured(self._pass)
-        self._graph.replay()
-        self._replays = repetitions(_seconds(self._graph.replay, 1))
+        self._replay = captured(self._pass)
+        self._replay()
+        self._replays = repetitions(_seconds(self._replay, 1))
 
     def called(self) -> float:
         return _seconds(self._pass, self._passes) / self._sets
 
     def replayed(self) -> float:
-        return _seconds(self._graph.replay, self._replays) / self._sets
+        return _seconds(self._replay, self._replays) / self._sets
 
     def _pass(self) -> None:
         # Results stay until the pass is over: else all calls would write to the same memory, which is then cached.

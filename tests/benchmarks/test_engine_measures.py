@@ -6,8 +6,18 @@ import torch
 from torch import nn
 
 from benchmarks.contenders import stored
-from benchmarks.engine_measures import MIB, counts, loss_weight, relative_error, step_seconds, true_gradient
+from benchmarks.engine_measures import (
+    MIB,
+    ResizedMemory,
+    counts,
+    loss_weight,
+    relative_error,
+    step_seconds,
+    true_gradient,
+)
 from benchmarks.engine_workloads import Block, Workload
+from benchmarks.timing import no_collector
+from revgrad import LiveMemory
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 
@@ -30,6 +40,36 @@ def test_counts_do_not_include_what_was_there_before():
     stack, x = LINEAR.build(1)
     peak = counts(lambda x: x * 2, stack, x).peak_mib
     assert peak <= 3 * x.numel() * 4 / MIB + 1e-3
+
+
+def test_sees_storages_that_are_resized_by_hand():
+    for counter, live in ((ResizedMemory, 40), (LiveMemory, 80)):
+        with no_collector(), counter() as memory:
+            a, b = torch.zeros(10), torch.zeros(10)
+            a.untyped_storage().resize_(0)
+            b.add_(1)
+            assert memory.live == live
+            a.untyped_storage().resize_(80)
+            b.add_(1)
+            assert memory.live == (120 if live == 40 else 80)
+            del a, b
+            assert memory.live == 0
+        assert memory.peak == (120 if live == 40 else 80)
+
+
+@pytest.mark.parametrize("resized", [True, False])
+def test_counts_see_what_is_resized_where_they_are_to(resized):
+    """A state that is freed by hand as soon as its product is there."""
+    stack, x = LINEAR.build(1)
+
+    def freeing(x):
+        y = x * 2
+        z = y * 2
+        y.untyped_storage().resize_(0)
+        return z * 2
+
+    tensors = round(counts(freeing, stack, x, resized=resized).peak_mib * MIB / (4 * x.numel()))
+    assert tensors == (2 if resized else 3)
 
 
 def test_gradients_that_were_there_do_not_matter():

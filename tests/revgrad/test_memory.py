@@ -88,21 +88,6 @@ def test_counts_tensors_of_every_output(no_collector):
         assert memory.live == 0
 
 
-def test_sees_storages_that_are_resized_by_hand(no_collector):
-    for resized, live in ((True, 40), (False, 80)):
-        with LiveMemory(resized=resized) as memory:
-            a, b = torch.zeros(10), torch.zeros(10)
-            a.untyped_storage().resize_(0)
-            b.add_(1)
-            assert memory.live == live
-            a.untyped_storage().resize_(80)
-            b.add_(1)
-            assert memory.live == (120 if resized else 80)
-            del a, b
-            assert memory.live == 0
-        assert memory.peak == (120 if resized else 80)
-
-
 def test_a_view_of_a_real_tensor_is_nothing_new_under_fake_tensors():
     real = torch.zeros(100)
     with FakeTensorMode(allow_non_fake_inputs=True), LiveMemory() as memory:

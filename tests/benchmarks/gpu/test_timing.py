@@ -1,11 +1,6 @@
-from contextlib import nullcontext
-from unittest.mock import Mock
-
 import pytest
-import torch
 
-from benchmarks.gpu import timing
-from benchmarks.gpu.timing import ratios, repetitions, rotated, sets_beyond_cache, side_stream
+from benchmarks.gpu.timing import repetitions, sets_beyond_cache
 
 
 @pytest.mark.parametrize(
@@ -20,31 +15,3 @@ def test_all_sets_together_exceed_the_cache(size, sets):
 def test_a_sample_is_long_enough(seconds, times):
     assert repetitions(seconds) == times
     assert repetitions(0.0) >= 1000
-
-
-def test_every_variant_is_first_in_turn():
-    names = ["a", "b", "c"]
-    assert [rotated(names, i)[0] for i in range(4)] == ["a", "b", "c", "a"]
-    assert all(sorted(rotated(names, i)) == names for i in range(4))
-    assert rotated([], 5) == []
-
-
-def test_ratios_are_taken_within_a_round():
-    assert ratios([2.0, 9.0], [1.0, 3.0]) == [2.0, 3.0]
-    with pytest.raises(ValueError, match="zip"):
-        ratios([1.0], [1.0, 2.0])
-
-
-def test_all_is_measured_on_one_stream(monkeypatch):
-    """Libraries keep memory for every stream that they are used on."""
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
-    monkeypatch.setattr(torch.cuda, "stream", nullcontext)
-    monkeypatch.setattr(torch.cuda, "Stream", Mock(side_effect=lambda device: Mock()))
-    timing._stream.cache_clear()
-    with side_stream() as first:
-        pass
-    with side_stream() as second:
-        pass
-    timing._stream.cache_clear()
-    assert first is second
