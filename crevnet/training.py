@@ -266,7 +266,7 @@ class Trainer:
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
         try:
-            result = self._score(dataset)
+            result = self._score(dataset, baseline=False)
         except (ReversibilityError, ValueError) as error:
             raise TrainingDiverged(
                 f"step {self.step}: validation failed: {error}; the last checkpoint is untouched"
@@ -277,7 +277,7 @@ class Trainer:
         self.best_mse = min(self.best_mse, result["mse"])
         return best
 
-    def _score(self, dataset: Any, *, progress: bool = False) -> dict[str, Any]:
+    def _score(self, dataset: Any, **options: bool) -> dict[str, Any]:
         several = self.fabric.world_size > 1
         return score(
             whole_model(self.raw_model),
@@ -288,7 +288,7 @@ class Trainer:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
             all_reduce=(lambda x: self.fabric.all_reduce(x, reduce_op="sum")) if several else None,  # type: ignore[arg-type,return-value]
-            progress=progress,
+            **options,
         )
 
     def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:

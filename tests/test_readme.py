@@ -134,6 +134,6 @@ def test_training_command_quickly(tmp_path):
     assert "copy last frame" in result.stdout
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert {"mse", "ssim", "psnr", "copy_last_frame", "seconds"} <= set(metrics)
-    assert set(metrics["copy_last_frame"]) == {"mse", "ssim", "psnr"}
+    assert set(metrics["copy_last_frame"]) == {"mse", "mse_per_value", "ssim", "psnr"}
     for name in ("predictions.png", "predictions.gif", "config.yaml"):
         assert (tmp_path / "run" / name).stat().st_size > 0
