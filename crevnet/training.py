@@ -27,7 +27,7 @@ from crevnet.files import written_whole
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
-from crevnet.logs import RunLog
+from crevnet.logs import RunLog, read_column
 from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.standstill import Standstill
@@ -316,8 +316,7 @@ class Trainer:
             prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
         else:
             self.fabric.print(f"No pictures of predictions: frames of {channels} channels are not drawn")
-        with RunLog(self.folder, self.step + 1) as log:
-            steps, losses = log.read("train", "loss")
+        steps, losses = read_column(self.folder / "train.csv", "loss")
         if steps:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 

@@ -45,6 +45,7 @@ def test_metrics_are_written_with_everything_that_is_promised(finished_run):
     assert metrics["data"] == "digits embedded in scikit-learn"
     weights = load_file(finished_run / "checkpoints" / "step-00000024" / "weights.safetensors")
     assert metrics["parameters"] == sum(x.numel() for x in weights.values())
+    assert len(list((finished_run / "tensorboard").iterdir())) == 1  # of the training alone
     assert metrics["seconds"] > 0
     assert metrics["peak_activation_bytes"] > 0
     assert all(math.isfinite(metrics[k]) for k in ("mse", "ssim", "psnr"))
