@@ -96,6 +96,13 @@ def test_tensorboard_has_what_the_csv_files_have(finished_run, tiny):
     assert [e.step for e in events.Scalars("validation/mse")] == [10, 20, 24]
 
 
+def test_a_validation_does_not_measure_copying_the_last_frame(trainer, monkeypatch):
+    trainer = trainer()
+    monkeypatch.setattr("crevnet.evaluate.copy_last_frame", None)
+    assert trainer._validate(trainer.config.data.build_validation(2), None)
+    assert 0 < trainer.best_mse < math.inf
+
+
 def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):
     options = {"steps": 7, "run.log_every": 3, "run.checkpoint_every": 2, "run.validate_every": 100, "run.keep": 2}
     folder = train_tiny(options)
