@@ -14,7 +14,7 @@ from revgrad_kernels.recurrent import split_gates
 from torch import Tensor, nn
 
 from crevnet.convolution import convolution, convolve
-from revgrad import CellUpdate
+from revgrad import CellUpdate, ChainState
 
 State = tuple[Tensor, ...]
 CELL = 1
@@ -113,3 +113,15 @@ class STLSTMCell(nn.Module):
 
 
 CELLS: dict[str, type[ConvLSTMCell] | type[STLSTMCell]] = {"convlstm": ConvLSTMCell, "stlstm": STLSTMCell}
+
+
+def zero_states(cell: str, layers: int, zero: Tensor) -> ChainState:
+    """The states before the first time step, of a stack of cells or a chain of modules around them.
+
+    Args:
+        cell: `convlstm` or `stlstm`.
+        layers: Number of layers.
+        zero: Zeros of a state's shape, `[B, C, (T,) H, W]`; all states share them.
+    """
+    kind = CELLS[cell]
+    return ChainState(((zero,) * kind.states,) * layers, (zero,) * kind.carries)

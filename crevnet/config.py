@@ -92,7 +92,7 @@ class RunConfig:
     validate_every: int = 1000
     """Steps between validations."""
     validation_sequences: int = 256
-    """Sequences to validate on; made of training digits that are held out."""
+    """Sequences to validate on, of digits or videos that are not trained on."""
     log_every: int = 10
     """Steps between entries in the logs."""
     device: str = "auto"

@@ -53,6 +53,20 @@ def convolution(dimensions: int, inputs: int, outputs: int, kernel_size: int = 3
     return kinds[dimensions](inputs, outputs, kernel_size, bias=bias)
 
 
+def check_odd(option: str, *sizes: int) -> None:
+    """Raise unless kernel sizes are odd: one of even size has no centre.
+
+    Args:
+        option: The option of `model` that names them.
+        sizes: The sizes.
+
+    Raises:
+        ValueError: One is not.
+    """
+    if any(size < 1 or size % 2 == 0 for size in sizes):
+        raise ValueError(f"model.{option} must be odd, got {', '.join(map(str, sizes))}")
+
+
 def _half(kernel_size: int) -> int:
     """The zeros on each side with which the size is kept."""
     if kernel_size % 2 == 0:

@@ -12,7 +12,7 @@ from torch.export.passes import move_to_device_pass
 
 from crevnet.baselines.vpn import VPNConfig
 from crevnet.command import run_command
-from crevnet.files import written_whole
+from crevnet.files import check_writable, written_whole
 from crevnet.model import CrevNetConfig
 from crevnet.packaged import DESCRIPTION, Signature
 from crevnet.run import load_run, select_device
@@ -42,6 +42,7 @@ def export(
     """
     if output.suffix != ".pt2":
         raise ValueError(f"{output}: the output must be a .pt2 file")
+    check_writable(output)
     where = select_device(device)  # checked where it has no use, too
     compile_for = where if aot else None
     loaded = load_run(run, checkpoint, torch.device("cpu"))

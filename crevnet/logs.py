@@ -47,21 +47,6 @@ class RunLog(AbstractContextManager["RunLog"]):
             for name, value in values.items():
                 self._board.add_scalar(f"{kind}/{name}", value, step)
 
-    def read(self, kind: str, column: str) -> tuple[list[int], list[float]]:
-        """Steps and values of a column.
-
-        Raises:
-            ValueError: The file is damaged; names the line.
-        """
-        path = self._path(kind)
-        columns, rows = _entries(path)
-        if not rows:
-            return [], []
-        if column not in columns:
-            raise ValueError(f"{path}, line 1: names no column {column}; mend this line, or delete the file")
-        at = columns.index(column)
-        return [int(row[0]) for row in rows], [float(row[at]) for row in rows]
-
     def close(self) -> None:
         """Flush TensorBoard, and close the files.
 
@@ -89,6 +74,25 @@ class RunLog(AbstractContextManager["RunLog"]):
             csv.writer(f).writerows([columns, *kept])
         # Line-buffered: what was logged survives a killed process.
         return path.open("a", newline="", buffering=1)
+
+
+def read_column(path: Path, column: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a column of a log; none where there is no file.
+
+    Args:
+        path: `train.csv` or `validation.csv` in the folder of a run.
+        column: Its name.
+
+    Raises:
+        ValueError: The file is damaged; names the line.
+    """
+    columns, rows = _entries(path)
+    if not rows:
+        return [], []
+    if column not in columns:
+        raise ValueError(f"{path}, line 1: names no column {column}; mend this line, or delete the file")
+    at = columns.index(column)
+    return [int(row[0]) for row in rows], [float(row[at]) for row in rows]
 
 
 def _entries(path: Path, columns: list[str] | None = None) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,9 @@ MAX_PSNR_DB = 100.0
 SSIM_WINDOW = 11
 """Side of the Gaussian SSIM window (pixels), with a standard deviation of 1.5 pixels."""
 
-_METRICS = ("mse", "ssim", "psnr")
+METRICS = ("mse", "mse_per_value", "ssim", "psnr")
+"""What `VideoMetrics` gives the means of; `mse` is summed over the values of a frame, `mse_per_value` their mean."""
+
 _FRAMES_PER_CHUNK = 64
 """Bounds the five float64 copies of every frame that SSIM makes."""
 _CPU_VALUES_PER_CHUNK = 4096
@@ -34,7 +36,8 @@ _RANGE_SLACK = 1e-4  # what resizing may overshoot
 def mse_per_frame(prediction: Tensor, target: Tensor) -> Tensor:
     """Squared error summed over the channels and pixels of each frame, as the CrevNet paper reports "MSE".
 
-    It is a sum, not a mean: it grows with the frame size, and has the unit intensity² × pixels.
+    It is a sum, not a mean: it grows with the frame size, and has the unit intensity² × pixels. The paper's
+    table 3 alone has the mean over channels and pixels.
 
     Args:
         prediction: frames [B, T, C, H, W], clamped to [0, 1] here.
@@ -117,12 +120,12 @@ class VideoMetrics:
     cut into batches nor on how they were spread over processes.
 
     Args:
+        frames: T, of every sequence; the same in all processes, also in one that gets no sequence.
         device: where the sums live; in distributed runs a device that the process group can reduce.
     """
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self._device = torch.device(device)
-        self._sums: Tensor | None = None  # [3, T], rows in the order of _METRICS
+    def __init__(self, frames: int, device: torch.device | str = "cpu") -> None:
+        self._sums = torch.zeros(len(METRICS), frames, dtype=torch.float64, device=device)
         self._sequences = 0
         self._reduced = False
 
@@ -130,20 +133,19 @@ class VideoMetrics:
         """Add a batch of predicted frames and what they should have been, both [B, T, C, H, W].
 
         Raises:
-            ValueError: as `ssim_per_frame`, and if T differs from that of earlier batches.
+            ValueError: as `ssim_per_frame`, and for another T.
             RuntimeError: after `reduce`.
         """
         self._refuse_if_reduced()
         prediction, target = _checked(prediction, target)
+        sequences, frames = target.shape[:2]
+        if frames != self._sums.shape[1]:
+            raise ValueError(f"this batch has {frames} frames to a sequence, not {self._sums.shape[1]}")
+        values = target[0, 0].numel()
         mse = _squared_error(prediction, target)
-        psnr = _psnr(mse, pixels=target[0, 0].numel())
-        sums = torch.stack([mse, _ssim(prediction, target), psnr]).sum(dim=1).to(self._device)
-        if self._sums is not None and self._sums.shape != sums.shape:
-            raise ValueError(
-                f"this batch has {sums.shape[1]} frames to a sequence, earlier ones had {self._sums.shape[1]}"
-            )
-        self._sums = sums if self._sums is None else self._sums + sums
-        self._sequences += target.shape[0]
+        found = torch.stack([mse, mse / values, _ssim(prediction, target), _psnr(mse, values)])
+        self._sums += found.sum(dim=1).to(self._sums.device)
+        self._sequences += sequences
 
     def reduce(self, all_reduce: Callable[[Tensor], Tensor]) -> None:
         """Add up what all processes have accumulated. Every process must call it, once, with or without data.
@@ -152,56 +154,34 @@ class VideoMetrics:
             all_reduce: takes a float64 tensor on `device` and returns its sum over all processes.
 
         Raises:
-            ValueError: on every process alike, if they hold sequences of different numbers of frames.
             RuntimeError: if called twice, which would count every sequence again.
         """
         self._refuse_if_reduced()
-        frames = self._agree_on_frames(all_reduce)
         self._reduced = True
-        if frames == 0:
-            return
-        sums = torch.zeros(len(_METRICS), frames) if self._sums is None else self._sums
-        flat = torch.cat([sums.to(self._device, torch.float64).flatten(), self._tensor([self._sequences])])
-        total = all_reduce(flat)
-        self._sums = total[:-1].reshape(len(_METRICS), frames)
+        total = all_reduce(torch.cat([self._sums.flatten(), self._sums.new_tensor([self._sequences])]))
+        self._sums = total[:-1].reshape_as(self._sums)
         self._sequences = round(total[-1].item())
 
     def compute(self) -> dict[str, Any]:
         """Return the means of everything added so far.
 
         Returns:
-            ``{"mse", "ssim", "psnr"}``: floats, means over sequences and frames; ``"per_frame"``: the same
-            three names, each with a list of T floats, means over sequences; ``"sequences"``: their number.
+            The names in `METRICS`: floats, means over sequences and frames; ``"per_frame"``: the same names,
+            each with a list of T floats, means over sequences; ``"sequences"``: their number.
             The PSNR is a mean of the frames' PSNR, not the PSNR of the mean error.
 
         Raises:
             RuntimeError: if nothing was added.
         """
-        if self._sums is None:
+        if self._sequences == 0:
             raise RuntimeError("no sequence was added, so there is no mean: call update first")
-        per_frame = dict(zip(_METRICS, (self._sums / self._sequences).tolist(), strict=True))
+        per_frame = dict(zip(METRICS, (self._sums / self._sequences).tolist(), strict=True))
         means = {name: sum(values) / len(values) for name, values in per_frame.items()}
         return {**means, "per_frame": per_frame, "sequences": self._sequences}
-
-    def _agree_on_frames(self, all_reduce: Callable[[Tensor], Tensor]) -> int:
-        """Return the number of frames all processes use, 0 if none has data.
-
-        A process that got no batch does not know T and could not take part in the sum of the sums. From the
-        sums of 1, T and T² over those that have data, each finds T: by Cauchy and Schwarz, n ΣT² = (ΣT)² only
-        if all T agree.
-        """
-        frames = 0 if self._sums is None else self._sums.shape[1]
-        count, linear, square = all_reduce(self._tensor([int(frames > 0), frames, frames**2])).tolist()
-        if count * square != linear**2:
-            raise ValueError("the processes hold sequences of different numbers of frames")
-        return round(linear / count) if count else 0
 
     def _refuse_if_reduced(self) -> None:
         if self._reduced:
             raise RuntimeError("these metrics were already reduced over all processes: start new ones")
-
-    def _tensor(self, values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=self._device)
 
 
 def _checked(prediction: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:

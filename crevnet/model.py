@@ -12,7 +12,7 @@ from torch import Tensor
 
 from crevnet.at_once import apply_at_once
 from crevnet.autoencoder import two_way_autoencoder
-from crevnet.cells import CELLS
+from crevnet.cells import zero_states
 from crevnet.clips import Stacking
 from crevnet.convolution import Normalisation
 from crevnet.frame_size import check_foldable
@@ -46,12 +46,13 @@ class CrevNetConfig(VideoConfig):
     modules: int = 8
     """Reversible predictive modules."""
     norm: Normalisation = "none"
-    """Normalisation in the autoencoder's blocks: `none`, `group` (as in the original code for Traffic4cast) or `batch`
-    (as in that for Moving MNIST). Measured, `none` is the most stable: `benchmarks/results/normalisation.md`.
+    """Normalisation in the autoencoder's blocks: `none`, `group` (groups of 16 channels; the released code for
+    Traffic4cast has one group of all) or `batch` (as in that for Moving MNIST). Measured, `none` is the most stable:
+    `benchmarks/results/normalisation.md`.
     """
     attention_norm: AttentionNorm = "none"
     """Normalisation in the predictive modules' attention: `none`, as the paper writes it, or `group`, over all channels
-    at once, as in the original code for Traffic4cast: gates then stay open on films that hardly move.
+    at once, as the released code for Traffic4cast normalises: gates then stay open on films that hardly move.
     """
     mode: Literal["auto", "reversible", "checkpoint", "stored"] = "auto"
     """What is kept for the backward pass; the results are the same. With `auto` the trainer takes what is fastest of
@@ -142,14 +143,12 @@ class CrevNet(VideoModel):
     def __init__(self, config: CrevNetConfig) -> None:
         super().__init__(config)
         self.config: CrevNetConfig = config
-        dimensions = 3 if config.stacking == "depth" else 2
-        channels = config.channels if config.stacking == "depth" else config.channels * config.clip
+        channels, *depth, height, width = config.clip_shape()
         stages = len(config.blocks)
-        height, width = (side // 2**stages for side in config.frame_size)
-        self.size = (config.clip, height, width) if config.stacking == "depth" else (height, width)
+        self.size = (*depth, height // 2**stages, width // 2**stages)
         self.width = 2 * channels * 4 ** (stages - 1)
         self.autoencoder = two_way_autoencoder(
-            channels, dimensions, blocks=config.blocks, bottleneck=config.bottleneck, norm=config.norm
+            channels, len(self.size), blocks=config.blocks, bottleneck=config.bottleneck, norm=config.norm
         )
         self.predictor = reversible_predictor(
             config.cell, config.modules, self.width, self.size, config.cell_states, config.attention_norm
@@ -200,10 +199,9 @@ class CrevNet(VideoModel):
         return torch.stack(predicted, dim=1)
 
     def initial_state(self, like: Tensor) -> ChainState:
-        """Zero states for a batch of clips (one tensor of zeros, shared)."""
+        """Zero states for a batch of clips."""
         zero = like.new_zeros(like.shape[0], self.width, *self.size)
-        cell = CELLS[self.config.cell]
-        return ChainState(((zero,) * cell.states,) * self.config.modules, (zero,) * cell.carries)
+        return zero_states(self.config.cell, self.config.modules, zero)
 
     @torch.no_grad()
     def step(self, clip: Tensor | None, states: StepState | None = None) -> tuple[Tensor, StepState]:

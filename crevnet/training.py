@@ -27,7 +27,7 @@ from crevnet.files import written_whole
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
-from crevnet.logs import RunLog
+from crevnet.logs import RunLog, read_column
 from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.standstill import Standstill
@@ -266,7 +266,7 @@ class Trainer:
     def _validate(self, dataset: Any, log: RunLog | None) -> bool:
         """Validate; whether this is the best so far."""
         try:
-            result = self._score(dataset)
+            result = self._score(dataset, baseline=False)
         except (ReversibilityError, ValueError) as error:
             raise TrainingDiverged(
                 f"step {self.step}: validation failed: {error}; the last checkpoint is untouched"
@@ -277,7 +277,7 @@ class Trainer:
         self.best_mse = min(self.best_mse, result["mse"])
         return best
 
-    def _score(self, dataset: Any, *, progress: bool = False) -> dict[str, Any]:
+    def _score(self, dataset: Any, **options: bool) -> dict[str, Any]:
         several = self.fabric.world_size > 1
         return score(
             whole_model(self.raw_model),
@@ -288,7 +288,7 @@ class Trainer:
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
             all_reduce=(lambda x: self.fabric.all_reduce(x, reduce_op="sum")) if several else None,  # type: ignore[arg-type,return-value]
-            progress=progress,
+            **options,
         )
 
     def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:
@@ -316,8 +316,7 @@ class Trainer:
             prediction_gif(given, target, prediction, path=self.folder / "predictions.gif")
         else:
             self.fabric.print(f"No pictures of predictions: frames of {channels} channels are not drawn")
-        with RunLog(self.folder, self.step + 1) as log:
-            steps, losses = log.read("train", "loss")
+        steps, losses = read_column(self.folder / "train.csv", "loss")
         if steps:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 

@@ -11,7 +11,6 @@ import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -116,22 +115,15 @@ def prediction_gif(
     return _write_gif(Path(path), images, durations)
 
 
-def loss_curve(
-    steps: Sequence[int],
-    losses: Sequence[float],
-    *,
-    path: str | os.PathLike[str],
-    validation: tuple[Sequence[int], Sequence[float]] | None = None,
-) -> Path:
+def loss_curve(steps: Sequence[int], losses: Sequence[float], *, path: str | os.PathLike[str]) -> Path:
     """Draw the loss over the training steps as a PNG, with a logarithmic axis for the loss.
 
     Losses that are not finite and positive have no place on that axis and leave a gap.
 
     Args:
         steps: the training step of each loss.
-        losses: training losses.
+        losses: the losses.
         path: the file to write.
-        validation: steps and losses of the validation.
 
     Returns:
         `path`.
@@ -139,6 +131,7 @@ def loss_curve(
     Raises:
         ValueError: if there are not as many steps as losses, or no loss can be drawn.
     """
+    x, y = _drawable(steps, losses)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -146,10 +139,8 @@ def loss_curve(
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     axes.set_yscale("log")
-    _plot(axes, steps, losses, "training", color="#2563cd", linewidth=1.2)
-    if validation is not None:
-        _plot(axes, *validation, "validation", color="#d95f02", linewidth=1.8)
-        axes.legend(frameon=False)
+    # A line alone would not show a single loss, nor one between two gaps.
+    axes.plot(x, y, marker="o" if x.size <= _MARKED_POINTS else None, markersize=4, color="#2563cd", linewidth=1.2)
     axes.set(xlabel="training step", ylabel="loss")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.yaxis.set_major_formatter("{x:g}")
@@ -165,13 +156,6 @@ def loss_curve(
 def _short_minor_labels(limits: tuple[float, float]) -> str:
     """Return the format of labels between powers of ten: none where the powers themselves give the scale."""
     return "{x:g}" if limits[1] < 10 * limits[0] else ""
-
-
-def _plot(axes: Any, steps: Sequence[int], losses: Sequence[float], name: str, **style: Any) -> None:
-    x, y = _drawable(steps, losses, name)
-    # A line alone would not show a single loss, nor one between two gaps.
-    marker = "o" if x.size <= _MARKED_POINTS else None
-    axes.plot(x, y, label=name, marker=marker, markersize=4, **style)
 
 
 def _to_pixels(
@@ -243,14 +227,14 @@ def _label_grid(image: Image.Image, lefts: list[int], tops: list[int], frame: tu
     _text(draw, (lefts[0], tops[0] - 5 - _LABEL_ROW), "observed", _OBSERVED, anchor="ls")
     _text(draw, (lefts[split], tops[0] - 5 - _LABEL_ROW), "predicted", _PREDICTED, anchor="ls")
     for top in tops:
-        _row_labels(draw, top, height, _GAP)
+        _row_labels(draw, top, height)
     line = lefts[split] - _PHASE_GAP // 2
     draw.line([(line, _MARGIN), (line, tops[-1] + 2 * height + _GAP)], fill=_PREDICTED, width=2)
 
 
-def _row_labels(draw: ImageDraw.ImageDraw, top: int, height: int, gap: int) -> None:
+def _row_labels(draw: ImageDraw.ImageDraw, top: int, height: int) -> None:
     for row, label in enumerate(("truth", "prediction")):
-        middle = top + height // 2 + row * (height + gap)
+        middle = top + height // 2 + row * (height + _GAP)
         _text(draw, (_MARGIN + _LABEL_COLUMN - 6, middle), label, _TEXT, anchor="rm")
 
 
@@ -269,7 +253,7 @@ def _animation_frame(truth: _Pixels, model: _Pixels, number: str, *, predicting:
     draw = ImageDraw.Draw(image)
     caption = "predicted" if predicting else "observed"
     _text(draw, (left, top - 6), f"{number}   {caption}", colour, anchor="ls")
-    _row_labels(draw, top, height + 2 * _BORDER, _GAP)
+    _row_labels(draw, top, height + 2 * _BORDER)
     return image
 
 
@@ -311,15 +295,13 @@ def _paletted(image: Image.Image) -> Image.Image:
     return image.quantize(256, method, dither=Image.Dither.NONE)
 
 
-def _drawable(
-    steps: Sequence[int], losses: Sequence[float], name: str
-) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+def _drawable(steps: Sequence[int], losses: Sequence[float]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     x, y = np.asarray(steps, dtype=np.float64), np.asarray(losses, dtype=np.float64)
     if x.ndim != 1 or x.shape != y.shape:
-        raise ValueError(f"{name}: steps {x.shape} and losses {y.shape} must be lists of the same length")
+        raise ValueError(f"steps {x.shape} and losses {y.shape} must be lists of the same length")
     fits = np.isfinite(y) & (y > 0)
     if not fits.any():
-        raise ValueError(f"{name}: none of {y.size} losses is finite and positive")
+        raise ValueError(f"none of {y.size} losses is finite and positive")
     return x, np.where(fits, y, np.nan)
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from revgrad_kernels import pixel_shuffle, pixel_unshuffle
 from torch import Tensor
 
+from crevnet.convolution import check_odd
 from crevnet.frame_size import check_foldable
 from crevnet.video_model import VideoConfig
 
@@ -67,5 +68,4 @@ def check_layers(hidden: tuple[int, ...], kernel_size: int, *, at_least: int = 1
         raise ValueError(
             f"model.hidden must name {at_least} or more layers, each of at least one channel, got {hidden}"
         )
-    if kernel_size % 2 == 0:
-        raise ValueError(f"model.kernel_size must be odd, got {kernel_size}")
+    check_odd("kernel_size", kernel_size)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from crevnet.baselines.frame_config import FrameConfig
-from crevnet.convolution import convolution
+from crevnet.convolution import check_odd, convolution
 from crevnet.frame_size import check_foldable
 from crevnet.video_model import VideoModel
 
@@ -57,9 +57,8 @@ class FRNNConfig(FrameConfig):
                 f"model.kernel_sizes must name one size for each of the {len(self.widths)} stages of model.widths, got "
                 f"{self.kernel_sizes}"
             )
-        for name, sizes in (("front_kernel_size", (self.front_kernel_size,)), ("kernel_sizes", self.kernel_sizes)):
-            if any(size < 1 or size % 2 == 0 for size in sizes):
-                raise ValueError(f"model.{name} must be odd, got {', '.join(map(str, sizes))}")
+        check_odd("front_kernel_size", self.front_kernel_size)
+        check_odd("kernel_sizes", *self.kernel_sizes)
         fold = self.patch * 2 ** len(self.widths)
         check_foldable(self.image_size, fold, f"{fold}, by which model.patch and {len(self.widths)} stages fold it")
 

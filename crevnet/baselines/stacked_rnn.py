@@ -18,9 +18,9 @@ from typing import Literal
 from revgrad_kernels import pixel_shuffle, pixel_unshuffle
 from torch import Tensor, nn
 
-from crevnet.cells import CELLS, State
+from crevnet.cells import CELLS, State, zero_states
 from crevnet.clips import Stacking
-from crevnet.convolution import convolution
+from crevnet.convolution import check_odd, convolution
 from crevnet.frame_size import check_foldable
 from crevnet.video_model import RecurrentModel, VideoConfig
 from revgrad import ChainState
@@ -56,8 +56,7 @@ class StackedRNNConfig(VideoConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_foldable(self.image_size, self.patch, f"model.patch {self.patch}, by which frames are folded")
-        if self.kernel_size % 2 == 0:
-            raise ValueError(f"model.kernel_size must be odd, got {self.kernel_size}")
+        check_odd("kernel_size", self.kernel_size)
 
     def build(self) -> "StackedRNN":
         """The model, with random weights."""
@@ -88,18 +87,6 @@ class RecurrentStack(nn.Module):
             left.append(state[: len(own)])
             carry = state[len(own) :]
         return x, ChainState(tuple(left), carry)
-
-
-def zero_states(cell: str, layers: int, zero: Tensor) -> ChainState:
-    """The states before the first time step, of a stack of cells or a chain of modules around them.
-
-    Args:
-        cell: `convlstm` or `stlstm`.
-        layers: Number of layers.
-        zero: Zeros of a state's shape, `[B, C, (T,) H, W]`; all states share them.
-    """
-    kind = CELLS[cell]
-    return ChainState(((zero,) * kind.states,) * layers, (zero,) * kind.carries)
 
 
 class StackedRNN(RecurrentModel):

@@ -19,8 +19,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from crevnet.baselines.stacked_rnn import RecurrentStack, zero_states
+from crevnet.baselines.stacked_rnn import RecurrentStack
 from crevnet.baselines.unet import UNet
+from crevnet.cells import zero_states
 from crevnet.frame_size import check_foldable
 from crevnet.predictor import reversible_predictor
 from crevnet.video_model import RecurrentModel, VideoConfig

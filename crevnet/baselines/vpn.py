@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from crevnet.baselines.frame_config import FrameConfig
 from crevnet.baselines.pixel_cnn import PixelDecoder, ResidualMultiplicativeBlock
-from crevnet.convolution import convolution
+from crevnet.convolution import check_odd, convolution
 from crevnet.video_model import VideoModel
 
 
@@ -56,9 +56,8 @@ class VPNConfig(FrameConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("kernel_size", "lstm_kernel_size"):
-            if getattr(self, name) % 2 == 0:
-                raise ValueError(f"model.{name} must be odd, got {getattr(self, name)}")
+        check_odd("kernel_size", self.kernel_size)
+        check_odd("lstm_kernel_size", self.lstm_kernel_size)
         if self.width < self.folded_channels:
             raise ValueError(
                 f"model.width must be at least {self.folded_channels}, one for each channel of a pixel, got "

@@ -4,7 +4,6 @@ from crevnet.data.config import DataConfig
 from crevnet.data.digit_images import DigitImages
 from crevnet.data.digits import load_digits
 from crevnet.data.errors import DataError
-from crevnet.data.idx import read_idx
 from crevnet.data.loader import StepSampler, WorkerDied, train_batches, worker_deaths
 from crevnet.data.mnist import Split, load_mnist
 from crevnet.data.mnist_config import MovingMNISTConfig
@@ -35,7 +34,6 @@ __all__ = [
     "load_digits",
     "load_mnist",
     "load_video",
-    "read_idx",
     "resize",
     "to_tensor",
     "train_batches",

@@ -10,8 +10,6 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
-
 from crevnet.data.digit_images import DigitImages
 from crevnet.data.errors import DataError
 from crevnet.data.idx import parse_idx, read_content
@@ -31,7 +29,6 @@ MD5 = {
 """MD5 of the uncompressed content of each published file."""
 
 _PREFIX = {"train": "train", "test": "t10k"}
-_SIZE = 28
 
 
 def load_mnist(
@@ -60,7 +57,7 @@ def load_mnist(
     """
     if split not in _PREFIX:
         raise ValueError(f"split must be 'train' or 'test', got {split!r}")
-    arrays: list[np.ndarray] = []
+    contents: list[bytes] = []
     for name in (f"{_PREFIX[split]}-images-idx3-ubyte", f"{_PREFIX[split]}-labels-idx1-ubyte"):
         path = _find(Path(root), name)
         if path is None and download:
@@ -71,13 +68,8 @@ def load_mnist(
                 "put the MNIST files there, pass download=True (on the command line --data.download true), or use "
                 "root=None for the embedded digits"
             )
-        arrays.append(parse_idx(_verified_content(path, name), path))
-    images, labels = arrays
-    if images.ndim != 3 or images.shape[1:] != (_SIZE, _SIZE) or labels.shape != images.shape[:1]:
-        raise DataError(
-            f"{root}: the {split} split has images of shape {images.shape} and labels of shape "
-            f"{labels.shape}, expected (N, {_SIZE}, {_SIZE}) and (N,); replace both files with fresh copies"
-        )
+        contents.append(_verified_content(path, name))
+    images, labels = map(parse_idx, contents)
     return DigitImages(images, labels, f"MNIST {split}")
 
 

@@ -23,6 +23,33 @@ CLASSIC_STEP = 0.1
 _DRAWS_PER_DIGIT = 5
 
 
+def check_motion(
+    num_digits: int, image_size: int, digit_size: int, speed: tuple[float, float] | None, section: str = ""
+) -> None:
+    """Check what `MovingMNIST` is to move, and how; as there.
+
+    Args:
+        num_digits: digits per sequence.
+        image_size: side of a frame, pixels.
+        digit_size: side of a digit, pixels.
+        speed: lowest and highest speed, pixels per frame.
+        section: what messages put in front of the names, such as `data.`.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    for name, value in (("num_digits", num_digits), ("digit_size", digit_size)):
+        if value < 1:
+            raise ValueError(f"{section}{name} must be at least 1, got {value}")
+    if digit_size > image_size:
+        raise ValueError(
+            f"{section}digit_size {digit_size} exceeds {section}image_size {image_size}; lower {section}digit_size or "
+            f"raise {section}image_size"
+        )
+    if speed is not None and not 0 <= speed[0] <= speed[1] < math.inf:
+        raise ValueError(f"{section}speed must be finite pixels per frame with 0 <= lowest <= highest, got {speed}")
+
+
 class MovingMNIST(SequenceSet):
     """Digits that move in straight lines and bounce off the borders of the frame.
 
@@ -64,18 +91,10 @@ class MovingMNIST(SequenceSet):
         stream: int = 0,
         size: int,
     ) -> None:
-        for name, value in (
-            ("num_digits", num_digits),
-            ("digit_size", digit_size),
-            ("frames", frames),
-            ("size", size),
-        ):
+        for name, value in (("frames", frames), ("size", size)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if digit_size > image_size:
-            raise ValueError(
-                f"digit_size {digit_size} exceeds image_size {image_size}; lower digit_size or raise image_size"
-            )
+        check_motion(num_digits, image_size, digit_size, speed)
         if size > sys.maxsize:
             raise ValueError(f"size must be at most {sys.maxsize}, the largest len(), got {size}")
         for name, value in (("seed", seed), ("stream", stream)):
@@ -83,15 +102,11 @@ class MovingMNIST(SequenceSet):
                 raise ValueError(f"{name} must be 0 to 2**64 - 1, got {value}")
         if len(digits) == 0:
             raise ValueError(f"digits ({digits.name}) is empty; pass at least one image")
-        if speed is None:
-            speed = (CLASSIC_STEP * (image_size - digit_size),) * 2
-        if not 0 <= speed[0] <= speed[1] < math.inf:
-            raise ValueError(f"speed must be finite pixels per frame with 0 <= lowest <= highest, got {speed}")
         self.num_digits = num_digits
         self.image_size = image_size
         self.digit_size = digit_size
         self.frames = frames
-        self.speed = speed
+        self.speed = (CLASSIC_STEP * (image_size - digit_size),) * 2 if speed is None else speed
         self.seed = seed
         self.stream = stream
         self.size = size

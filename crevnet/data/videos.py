@@ -49,6 +49,7 @@ class VideoWindows(SequenceSet):
         frames: T.
         name: whose videos, for messages.
         size: number of sequences. In order they are spread evenly over all windows, and there are at most as many.
+        stride: frames from the start of one window to that of the next in a video; with `frames` none overlap.
         seed: which random windows, 0 to 2**64 - 1; None for windows in order.
         mirror: whether half of the random windows, by chance, are mirrored left to right.
         advice: what to do where no video is long enough.
@@ -65,6 +66,7 @@ class VideoWindows(SequenceSet):
         name: str,
         *,
         size: int,
+        stride: int = 1,
         seed: int | None = None,
         mirror: bool = False,
         advice: str = "lower data.frames",
@@ -74,9 +76,10 @@ class VideoWindows(SequenceSet):
                 raise ValueError(f"{option} must be at least 1, got {value}")
         shown = tqdm(videos, desc=f"read {name}", leave=False, delay=1, file=sys.stderr)
         lengths = [len(video.frames) for video in shown]
-        windows = np.array([max(0, length - frames + 1) for length in lengths], np.int64)
+        windows = np.array([max(0, (length - frames) // stride + 1) for length in lengths], np.int64)
         self.videos = list(videos)
         self.frames = frames
+        self.stride = stride
         self.windows = int(windows.sum())
         if self.windows == 0:
             raise DataError(
@@ -95,6 +98,7 @@ class VideoWindows(SequenceSet):
         self.seed = seed
         self.mirror = mirror
         self._ends = windows.cumsum()
+        self._starts = self._ends - windows
 
     def batch(self, indices: Indices) -> Tensor:
         """As in `SequenceSet`."""
@@ -111,9 +115,8 @@ class VideoWindows(SequenceSet):
 
     def _cut(self, window: int, mirrored: bool) -> Tensor:
         which = int(self._ends.searchsorted(window, side="right"))
-        frames = self.videos[which].frames
-        start = window - (self._ends[which] - max(0, len(frames) - self.frames + 1))
-        cut = frames[start : start + self.frames]
+        start = self.stride * (window - self._starts[which])
+        cut = self.videos[which].frames[start : start + self.frames]
         return to_tensor(cut[..., ::-1] if mirrored else cut)
 
 

@@ -42,6 +42,8 @@ class VideosConfig(DataConfig):
     """Keep one of so many frames of a video."""
     test_every: int | None = None
     """The same of the videos in `test`, such as 3 for 30 frames per second after training on 10; None for `every`."""
+    test_overlap: bool = True
+    """Whether windows of the test set may overlap; `false` tests on sequences that share no frame, as PredNet was."""
     mirror: bool = False
     """Train on half of the sequences, by chance, mirrored left to right: twice the views, for scenes that look alike
     either way.
@@ -122,7 +124,9 @@ class VideosConfig(DataConfig):
             if frames is not None:
                 advice += f" (training held this out for sequences of {self.frames}), or name other videos with --test"
         frames = self.frames if frames is None else frames
-        return VideoWindows(videos, frames, self._named(self.test, "test"), size=self.test_sequences, advice=advice)
+        stride = 1 if self.test_overlap else frames
+        name = self._named(self.test, "test")
+        return VideoWindows(videos, frames, name, size=self.test_sequences, stride=stride, advice=advice)
 
     def _roots(self) -> dict[str, Path]:
         """What the user named, by option."""

@@ -149,6 +149,7 @@ def test_a_written_configuration_is_read_back_equal(tiny, tmp_path):
         "model.stacking": "channels",
         "model.mode": "stored",
         "data.root": tmp_path,
+        "data.speed": [1.5, 1e5 / 3],
         "optimiser.betas": [0.5, 0.75],
         "optimiser.learning_rate": 1e-5 / 3,
         "feeding.kind": "scheduled",
@@ -187,6 +188,7 @@ def test_what_the_paper_says_of_kitti():
     assert config.model.frame_size == (128, 160)
     assert (3 * sum(config.model.blocks), config.model.modules) == (48, 40)
     assert (config.observed, config.predicted) == (10, 1)
+    assert not config.data.test_overlap  # as PredNet's evaluation, which the paper follows
 
 
 @pytest.mark.parametrize("name", PAPER)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from crevnet.convolution import convolution, normalisation
+from crevnet.convolution import check_odd, convolution, normalisation
 
 
 @settings(max_examples=20, deadline=None)
@@ -117,3 +117,10 @@ def test_unknown_normalisation_is_refused():
 def test_an_even_kernel_does_not_keep_the_size(dimensions):
     with pytest.raises(ValueError, match="odd kernel_size, got 4"):
         convolution(dimensions, 1, 1, 4)
+
+
+def test_kernels_of_odd_size_are_asked_for_by_the_name_of_their_option():
+    check_odd("kernel_sizes", 1, 3, 5)
+    for sizes in ((3, 2), (0, 1), (-1,)):
+        with pytest.raises(ValueError, match=f"^model.kernel_sizes must be odd, got {', '.join(map(str, sizes))}$"):
+            check_odd("kernel_sizes", *sizes)

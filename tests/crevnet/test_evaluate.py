@@ -9,13 +9,11 @@ import torch
 
 from crevnet.data import MovingMNISTConfig
 from crevnet.evaluate import evaluate, score
-from crevnet.metrics import copy_last_frame
+from crevnet.metrics import METRICS, copy_last_frame
 from crevnet.run import load_run
-from crevnet.video_model import VideoModel
 
 pytestmark = pytest.mark.usefixtures("single_thread")
 CPU = torch.device("cpu")
-METRICS = ("mse", "ssim", "psnr")
 
 
 @pytest.fixture
@@ -55,6 +53,14 @@ def test_metrics_are_those_of_the_definition(loaded):
     for name in METRICS:
         assert len(result["per_frame"][name]) == 3
         assert sum(result["per_frame"][name]) / 3 == pytest.approx(result[name])
+
+
+def test_the_baseline_can_be_left_out(loaded, monkeypatch):
+    dataset = loaded.config.data.build_test()
+    usual = score(loaded.model, dataset, 3, batch_size=2, device=CPU)
+    monkeypatch.setattr("crevnet.evaluate.copy_last_frame", None)
+    del usual["copy_last_frame"]
+    assert score(loaded.model, dataset, 3, batch_size=2, device=CPU, baseline=False) == usual
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 5, 100])
@@ -119,7 +125,16 @@ def test_evaluating_repeats_the_metrics_of_training(finished_run, capsys):
     assert_close(found, trained)
     assert json.loads(capsys.readouterr().out) == found
     assert (found["run"], found["checkpoint"], found["data_range"]) == (str(finished_run), "best", 1.0)
+    assert (found["data"], found["observed"], found["options"]) == (trained["data"], 3, {})
     assert found["step"] == trained["step"]
+
+
+def test_the_result_says_what_was_measured(finished_run, tmp_path, monkeypatch):
+    digits = MovingMNISTConfig(image_size=16, digit_size=8, test_sequences=2).build_test
+    monkeypatch.setattr(MovingMNISTConfig, "build_test", lambda self, frames: digits(frames))
+    found = evaluate(finished_run, device="cpu", root=tmp_path, num_digits=3, frames=5, test_sequences=2)
+    assert (found["data"], found["tested_on"]) == ("MNIST", "Test digits never seen in training")
+    assert found["options"] == {"root": str(tmp_path), "num_digits": 3, "frames": 5, "test_sequences": 2}
 
 
 def test_a_json_file_is_written(finished_run, tmp_path, capsys):
@@ -128,9 +143,9 @@ def test_a_json_file_is_written(finished_run, tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == found
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_is_computed(finished_run, tmp_path, monkeypatch):
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(finished_run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(VideoModel, "predict", None)
+    monkeypatch.setattr("crevnet.evaluate.load_run", None)
     with pytest.raises(OSError, match="cannot be written, choose another place") as error:
         evaluate(finished_run, device="cpu", output=tmp_path / "file" / "metrics.json")
     assert error.value.filename == str(tmp_path / "file" / "metrics.json")

@@ -10,7 +10,7 @@ import torch
 
 from crevnet.baselines.convlstm import ConvLSTMConfig
 from crevnet.baselines.vpn import VPNConfig
-from crevnet.export import export_predictor, save_predictor
+from crevnet.export import export, export_predictor, save_predictor
 from crevnet.model import CrevNetConfig
 from crevnet.packaged import load_predictor
 from crevnet.run import load_run
@@ -161,6 +161,13 @@ def test_other_numbers_of_frames_and_another_checkpoint(finished_run, tmp_path, 
     model = load_run(finished_run, "22", torch.device("cpu")).model
     frames = frames_for(model, 4)
     torch.testing.assert_close(load_predictor(path)(frames), in_float(model).predict(frames, 1), rtol=1e-6, atol=1e-7)
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(finished_run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("crevnet.export.load_run", None)
+    with pytest.raises(OSError, match="cannot be written, choose another place"):
+        export(finished_run, output=tmp_path / "file" / "x.pt2")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from crevnet.data import array_files
+from crevnet.data import DataError, MovingMNISTConfig, array_files
 from crevnet.predict import predict
 from crevnet.run import load_run
 
@@ -45,19 +45,47 @@ def test_arrays_of_a_test_sequence(finished_run, sequence, expected, tmp_path, c
     assert capsys.readouterr().out == f"3 frames predicted from 3: {tmp_path}/new/x.npz\n"
 
 
-def test_another_number_of_frames(finished_run, sequence, tmp_path):
-    predict(finished_run, tmp_path / "x.npz", index=1, observed=5, steps=4, device="cpu")
+def test_sequences_are_made_as_long_as_is_asked_for(finished_run, sequence, tmp_path):
+    data = load_run(finished_run, "best", torch.device("cpu")).config.data
+    predict(finished_run, tmp_path / "x.npz", index=1, observed=7, steps=4, device="cpu")
     found = arrays(tmp_path / "x.npz")
-    assert {k: len(v) for k, v in found.items()} == {"observed": 5, "prediction": 4, "target": 1}
-    assert np.array_equal(found["target"], sequence[5:])
+    assert {k: len(v) for k, v in found.items()} == {"observed": 7, "prediction": 4, "target": 4}
+    assert np.array_equal(found["observed"][:6], sequence)
+    assert np.array_equal(found["target"], data.build_test(11).batch([1])[0, 7:])
 
 
-def test_a_target_only_where_the_sequence_goes_on(finished_run, tmp_path):
-    predict(finished_run, tmp_path / "x.npz", observed=6, steps=2, device="cpu")
-    assert {k: v.shape for k, v in arrays(tmp_path / "x.npz").items()} == {
-        "observed": (6, 1, 16, 16),
-        "prediction": (2, 1, 16, 16),
-    }
+def test_a_target_only_where_the_sequence_goes_on(finished_run, sequence, tmp_path, monkeypatch):
+    """Videos end, and so does the truth."""
+    build = MovingMNISTConfig.build_test
+
+    def ended(self, frames=None):
+        if frames is not None:
+            raise DataError(f"no video has the {frames} frames of a sequence")
+        return build(self)
+
+    monkeypatch.setattr(MovingMNISTConfig, "build_test", ended)
+    for observed, steps, target in ((5, 4, 1), (6, 2, None)):
+        predict(finished_run, tmp_path / "x.npz", index=1, observed=observed, steps=steps, device="cpu")
+        found = arrays(tmp_path / "x.npz")
+        expected = {"observed": observed, "prediction": steps} | ({"target": target} if target else {})
+        assert {k: len(v) for k, v in found.items()} == expected
+        if target:
+            assert np.array_equal(found["target"], sequence[5:])
+
+
+def test_several_sequences(finished_run, sequence, expected, tmp_path):
+    predict(finished_run, tmp_path / "x.npz", index=1, count=3, device="cpu")
+    found = arrays(tmp_path / "x.npz")
+    assert {k: v.shape for k, v in found.items()} == dict.fromkeys(found, (3, 3, 1, 16, 16))
+    assert np.array_equal(found["observed"][0], sequence[:3])
+    np.testing.assert_allclose(found["prediction"][0], expected, rtol=0, atol=1e-3)  # rounds elsewhere in a batch
+    sizes = []
+    for count in (1, 5):
+        predict(finished_run, tmp_path / "x.png", count=count, device="cpu")
+        with Image.open(tmp_path / "x.png") as image:
+            sizes.append(image.size)
+    assert sizes[0][0] == sizes[1][0]
+    assert sizes[1][1] - sizes[0][1] == 4 * (2 * 64 + 2 + 12)  # all five, one below the other
 
 
 def test_another_checkpoint(finished_run, expected, tmp_path):
@@ -162,7 +190,10 @@ def test_the_command_line(finished_run, expected, tmp_path, monkeypatch):
         ("x.npz", ["--index", 5], "index must be 0 to 4, got 5"),
         ("x.npz", ["--index", -1], "index must be 0 to 4, got -1"),
         ("x.npz", ["--observed", 1], "observed must be at least the model's clip (2)"),
-        ("x.npz", ["--observed", 7], "at most the 6 frames of the sequence, got 7"),
+        ("x.npz", ["--count", 0], "count must be at least 1, got 0"),
+        ("x.npz", ["--index", 2, "--count", 4], "count must be at most 3 from index 2 on, got 4"),
+        ("x.npz", ["--index", 0, "--sequence", "/nonexistent.npy"], "index and count are for sequences of the run's"),
+        ("x.npz", ["--count", 2, "--sequence", "/nonexistent.npy"], "leave them out with --sequence"),
         ("x.npz", ["--every", 2], "every is for the frames of a sequence of your own: give --sequence too"),
         ("x.npz", ["--every", 0, "--sequence", "/nonexistent.npy"], "every must be at least 1, got 0"),
         ("x.npz", ["--observed", -9], "observed must be at least the model's clip (2), got -9"),
@@ -177,6 +208,16 @@ def test_mistakes_end_with_a_message_and_write_nothing(output, options, message,
     assert stop.value.code.startswith("error: ")
     assert message in stop.value.code
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "file/x.gif"])
+def test_an_output_that_cannot_be_written_is_refused_before_the_model_is_loaded(
+    name, finished_run, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("crevnet.predict.load_run", None)
+    with pytest.raises((OSError, ValueError), match=r"cannot be written, choose another place|must be a \.gif"):
+        predict(finished_run, tmp_path / name, device="cpu")
 
 
 @pytest.mark.parametrize(

@@ -36,15 +36,16 @@ def training_batch(trainer, batch_size=2):
 def test_metrics_are_written_with_everything_that_is_promised(finished_run):
     metrics = json.loads((finished_run / "metrics.json").read_text())
     assert set(metrics) == {
-        "mse", "ssim", "psnr", "per_frame", "sequences", "copy_last_frame", "step", "steps", "seconds",
+        "mse", "mse_per_value", "ssim", "psnr", "per_frame", "sequences", "copy_last_frame", "step", "steps", "seconds",
         "peak_activation_bytes", "way", "parameters", "data", "data_range",
     }  # fmt: skip
-    assert set(metrics["copy_last_frame"]) == {"mse", "ssim", "psnr"}
-    assert {k: len(v) for k, v in metrics["per_frame"].items()} == {"mse": 3, "ssim": 3, "psnr": 3}
+    assert set(metrics["copy_last_frame"]) == {"mse", "mse_per_value", "ssim", "psnr"}
+    assert {k: len(v) for k, v in metrics["per_frame"].items()} == dict.fromkeys(metrics["copy_last_frame"], 3)
     assert (metrics["sequences"], metrics["steps"], metrics["data_range"]) == (5, 24, 1.0)
     assert metrics["data"] == "digits embedded in scikit-learn"
     weights = load_file(finished_run / "checkpoints" / "step-00000024" / "weights.safetensors")
     assert metrics["parameters"] == sum(x.numel() for x in weights.values())
+    assert len(list((finished_run / "tensorboard").iterdir())) == 1  # of the training alone
     assert metrics["seconds"] > 0
     assert metrics["peak_activation_bytes"] > 0
     assert all(math.isfinite(metrics[k]) for k in ("mse", "ssim", "psnr"))
@@ -93,6 +94,13 @@ def test_tensorboard_has_what_the_csv_files_have(finished_run, tiny):
     losses = [(e.step, pytest.approx(e.value, rel=1e-6)) for e in events.Scalars("train/loss")]
     assert losses == list(enumerate(map(float, tiny.column(finished_run, "loss")), start=1))
     assert [e.step for e in events.Scalars("validation/mse")] == [10, 20, 24]
+
+
+def test_a_validation_does_not_measure_copying_the_last_frame(trainer, monkeypatch):
+    trainer = trainer()
+    monkeypatch.setattr("crevnet.evaluate.copy_last_frame", None)
+    assert trainer._validate(trainer.config.data.build_validation(2), None)
+    assert 0 < trainer.best_mse < math.inf
 
 
 def test_logs_and_checkpoints_come_as_often_as_configured(train_tiny, tiny):

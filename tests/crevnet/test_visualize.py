@@ -288,12 +288,9 @@ def test_loss_curve_is_drawn_on_a_logarithmic_axis(tmp_path):
     assert height(left) < height(right)
 
 
-def test_loss_curve_is_reproducible_and_shows_the_validation(tmp_path):
-    alone = loss_curve([1, 2], [0.5, 0.25], path=tmp_path / "a.png").read_bytes()
-    assert loss_curve([1, 2], [0.5, 0.25], path=tmp_path / "b.png").read_bytes() == alone
-    both = loss_curve([1, 2], [0.5, 0.25], path=tmp_path / "c.png", validation=([2], [0.3]))
-    orange = np.abs(read(both).astype(int) - (217, 95, 2)).max(axis=-1) < 10
-    assert orange.sum() > 20
+def test_loss_curve_is_reproducible(tmp_path):
+    once = loss_curve([1, 2], [0.5, 0.25], path=tmp_path / "a.png").read_bytes()
+    assert loss_curve([1, 2], [0.5, 0.25], path=tmp_path / "b.png").read_bytes() == once
 
 
 def test_losses_off_the_logarithmic_axis_leave_a_gap(tmp_path):
@@ -304,17 +301,16 @@ def test_losses_off_the_logarithmic_axis_leave_a_gap(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("steps", "losses", "validation", "message"),
+    ("steps", "losses", "message"),
     [
-        ([1, 2], [0.5], None, "training: steps .* same length"),
-        ([], [], None, "training: none of 0"),
-        ([1], [math.nan], None, "training: none of 1"),
-        ([1], [0.5], ([1, 2], [0.5]), "validation: steps"),
+        ([1, 2], [0.5], "steps .* same length"),
+        ([], [], "none of 0"),
+        ([1], [math.nan], "none of 1"),
     ],
 )
-def test_losses_that_cannot_be_drawn_are_refused(tmp_path, steps, losses, validation, message):
+def test_losses_that_cannot_be_drawn_are_refused(tmp_path, steps, losses, message):
     with pytest.raises(ValueError, match=message):
-        loss_curve(steps, losses, path=tmp_path / "a.png", validation=validation)
+        loss_curve(steps, losses, path=tmp_path / "a.png")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from crevnet.baselines.stacked_rnn import RecurrentStack, StackedRNNConfig, zero_states
+from crevnet.baselines.stacked_rnn import RecurrentStack, StackedRNNConfig
+from crevnet.cells import zero_states
 from crevnet.convolution import Convolution2d, Convolution3d
 
 CELLS = ["convlstm", "stlstm"]

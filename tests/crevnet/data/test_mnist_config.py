@@ -56,6 +56,12 @@ def test_defaults_build_the_paper_set_up_from_embedded_digits():
     assert test.name == "embedded digits test"
 
 
+def test_the_speed_can_be_chosen():
+    built = MovingMNISTConfig(**SMALL, speed=(1.0, 2.5))
+    assert {s.speed for s in (built.build_train(), built.build_validation(2), built.build_test())} == {(1.0, 2.5)}
+    assert MovingMNISTConfig(**SMALL).build_test().speed == pytest.approx((0.8, 0.8))
+
+
 def test_a_shorter_test_set_is_the_start_of_a_longer_one():
     short, long = (MovingMNISTConfig(**SMALL | {"test_sequences": n}).build_test() for n in (3, 6))
     assert torch.equal(short.batch(range(3)), long.batch(range(3)))
@@ -78,8 +84,9 @@ def test_test_sequences_may_have_another_length():
         ({"digit_size": 0}, "digit_size must be at least 1"),
         ({"frames": 0}, "frames must be at least 1"),
         ({"test_sequences": 0}, "test_sequences must be at least 1"),
-        ({"digit_size": 65}, "digit_size 65 exceeds image_size 64"),
+        ({"digit_size": 65}, r"^data\.digit_size 65 exceeds data\.image_size 64"),
         ({"seed": -1}, "seed must be 0 to"),
+        ({"speed": (2.0, 1.0)}, r"^data\.speed must be finite"),
         ({"download": True}, "download=True needs root"),
     ],
 )

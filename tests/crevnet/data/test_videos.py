@@ -47,6 +47,20 @@ def test_in_order_every_window_of_every_video_is_there_once(lengths, frames):
     assert numbers(dataset.batch(range(len(dataset)))).tolist() == windows
 
 
+@pytest.mark.parametrize(
+    ("stride", "starts"), [(2, [0, 2, 4, 6, 100, 102, 104]), (3, [0, 3, 6, 100, 103]), (9, [0, 100])]
+)
+def test_windows_may_begin_further_apart(stride, starts):
+    dataset = VideoWindows(videos(9, 8), 3, "some", size=99, stride=stride)
+    assert numbers(dataset.batch(range(len(dataset)))).tolist() == [[n, n + 1, n + 2] for n in starts]
+
+
+@pytest.mark.filterwarnings("ignore:some. .* have fewer than")
+def test_a_video_shorter_than_a_window_has_none_however_far_they_are_apart():
+    dataset = VideoWindows(videos(2, 3, 2), 3, "some", size=99, stride=50)
+    assert numbers(dataset.batch(range(len(dataset)))).tolist() == [[100, 101, 102]]
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 12])
 def test_fewer_sequences_are_spread_evenly(size):
     dataset = VideoWindows(videos(9, 8), 3, "some", size=size)  # 7 and 6 windows

@@ -73,6 +73,16 @@ def test_folders_of_their_own(folder):
     assert levels(config(train, test=test).build_train(), 200) == set(range(6))
 
 
+def test_windows_of_the_test_set_need_not_overlap(folder):
+    made = config(folder(9), test=folder(13, name="test"), test_overlap=False)
+    for frames, starts in ((None, [0, 3, 6, 9]), (5, [0, 5])):
+        sequences = made.build_test(frames).batch(range(len(starts)))
+        assert (sequences[:, 0, 0, 0, 0] * 255).round().tolist() == starts
+        assert len(made.build_test(frames)) == len(starts)
+    assert len(made.build_train()) > 9
+    assert len(config(made.train, validation=made.test, test_overlap=False).build_validation(99)) == 11
+
+
 def test_frames_are_resized_and_thinned(folder):
     made = config(folder(30), image_size=16, every=3)
     sequences = made.build_train().batch(range(100))
