@@ -19,7 +19,7 @@ from crevnet.video_model import VideoModel
 
 _LENGTH_HINT = (
     "; with optimiser.schedule cosine the learning rate of every step depends on steps: a run that is to be made "
-    "longer needs optimiser.schedule constant from its first step"
+    "longer needs optimiser.schedule constant or step from its first step"
 )
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d?))?")
 

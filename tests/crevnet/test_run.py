@@ -139,7 +139,7 @@ def test_where_the_learning_rate_depends_on_the_number_of_steps_another_one_is_a
     check_same_run(tiny.config(tmp_path, COSINE), tmp_path)
     with pytest.raises(
         ValueError,
-        match=rf"\(steps was 9, is {steps}\); choose another run.folder; with .* needs optimiser.schedule constant",
+        match=rf"\(steps was 9, is {steps}\); choose another run.folder; with .* needs optimiser.schedule constant or ",
     ):
         check_same_run(tiny.config(tmp_path, COSINE | {"steps": steps}), tmp_path)
 
@@ -152,11 +152,14 @@ def test_before_its_first_step_a_run_may_still_change_its_number_of_steps(step, 
     check_same_run(tiny.config(tmp_path, COSINE | {"steps": 10}), tmp_path)
 
 
-def test_with_a_constant_learning_rate_a_longer_run_is_the_same(tiny, tmp_path):
-    constant = {"optimiser.schedule": "constant"}
-    save_config(tiny.config(tmp_path, constant | {"steps": 9}), tmp_path / "config.yaml")
+@pytest.mark.parametrize("schedule", ["constant", "step"])
+def test_where_the_learning_rate_does_not_depend_on_it_a_longer_run_is_the_same(schedule, tiny, tmp_path):
+    options = {"optimiser.schedule": schedule}
+    save_config(tiny.config(tmp_path, options | {"steps": 9}), tmp_path / "config.yaml")
     save_step(tmp_path, 2)
-    check_same_run(tiny.config(tmp_path, constant | {"steps": 10}), tmp_path)
+    check_same_run(tiny.config(tmp_path, options | {"steps": 10}), tmp_path)
+    with pytest.raises(ValueError, match=r"optimiser.drop_every was 250000, is 5\)"):
+        check_same_run(tiny.config(tmp_path, options | {"steps": 9, "optimiser.drop_every": 5}), tmp_path)
 
 
 def test_a_run_is_not_made_shorter_than_what_it_has_reached(tiny, tmp_path):
