@@ -44,14 +44,14 @@ class MovingMNISTConfig(DataConfig):
         super().__post_init__()
         for name in ("num_digits", "digit_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.digit_size > self.image_size:
             raise ValueError(
-                f"digit_size {self.digit_size} exceeds image_size {self.image_size}; "
-                "lower digit_size or raise image_size"
+                f"data.digit_size {self.digit_size} exceeds data.image_size {self.image_size}; "
+                "lower data.digit_size or raise data.image_size"
             )
         if self.download and self.root is None:
-            raise ValueError("download=True needs root, the folder to download MNIST into")
+            raise ValueError("data.download needs data.root, the folder to download MNIST into")
 
     def frame_channels(self) -> int:
         """As in `DataConfig`."""
