@@ -60,12 +60,10 @@ class Trainer:
         if config.run.strategy == "ddp":  # FSDP refuses weights of another layout
             use_channels_last(self.raw_model)
         self.model = fabric.setup_module(self.raw_model)
-        betas = (config.optimiser.betas[0], config.optimiser.betas[1])
-        rate, graph = config.optimiser.learning_rate, config.run.cuda_graph
-        optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=graph)
+        rate, betas = config.optimiser.learning_rate, config.optimiser.betas
+        optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=config.run.cuda_graph)
         self.optimiser: Any = fabric.setup_optimizers(optimiser)
         self.model.mark_forward_method("loss")
-        self.model.mark_forward_method("predict")
         self.training_step = TrainingStep(config, fabric, self.model, self.raw_model, self.optimiser)
         self.step = 0
         self.seconds = 0.0
@@ -322,7 +320,7 @@ class Trainer:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 
     def _agree(self, value: float, reduce_op: str) -> float:
-        """One number of all processes, `sum`, `min` or `max`."""
+        """One number of all processes, `min` or `max`."""
         if self.fabric.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.fabric.device)
