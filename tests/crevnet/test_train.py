@@ -213,6 +213,13 @@ def test_options_override_the_quick_configuration(trained):
     assert trained[0].model.blocks == quick.model.blocks
 
 
+def test_help_says_that_the_quick_configuration_replaces_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Without --config, configs/quick.yaml is read, whose values take the place of the defaults listed" in told
+
+
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])
 def test_a_configuration_replaces_the_quick_one(form, trained):
     path = CONFIGS / "moving_mnist_convlstm.yaml"
