@@ -21,6 +21,24 @@ _LENGTH_HINT = (
     "; with optimiser.schedule cosine the learning rate of every step depends on steps: a run that is to be made "
     "longer needs optimiser.schedule constant or step from its first step"
 )
+_FREE = {
+    "data.cache",
+    "data.download",
+    "data.test_sequences",
+    "run.checkpoint_every",
+    "run.device",
+    "run.folder",
+    "run.keep",
+    "run.log_every",
+    "run.memory",
+    "run.strategy",
+    "run.threads",
+    "run.validate_every",
+    "run.workers",
+}
+"""Options that leave the weights of every step alone, and what is measured of them while training. Not
+`run.validation_sequences`: errors on other sequences do not tell which weights are the best.
+"""
 _DEVICE = re.compile(r"cpu|cuda(:(0|[1-9]\d?))?")
 
 
@@ -91,8 +109,7 @@ def check_same_run(config: TrainConfig, folder: Path) -> None:
     if not steps or not path.exists():
         return
     old, new = (_flat(as_plain(with_whole_paths(c))) for c in (load_config(path), config))
-    looks = ("folder", "workers", "threads", "device", "strategy", "memory", "log_every", "keep")
-    free = {"data.cache", *(f"run.{name}" for name in looks)}
+    free = set(_FREE)
     if steps[-1] == 0 or config.optimiser.schedule != "cosine":
         free.add("steps")
     different = [k for k in new if k not in free and old.get(k) != new[k]]

@@ -122,7 +122,22 @@ def test_options_that_leave_the_weights_alone_may_change(tiny, tmp_path):
     save_config(tiny.config(tmp_path, {"steps": 1}), tmp_path / "config.yaml")
     save_step(tmp_path, 1)
     free = {"steps": 99, "run.workers": 2, "run.threads": 3, "run.log_every": 7, "run.keep": 9, "run.device": "auto"}
+    free |= {"run.checkpoint_every": 7, "run.validate_every": 7, "data.test_sequences": 7}
     check_same_run(tiny.config(tmp_path / "moved", free), tmp_path)
+
+
+def test_digits_that_were_fetched_need_not_be_fetched_again(tiny, tmp_path):
+    fetched = {"data.root": tmp_path / "mnist", "data.download": True}
+    save_config(tiny.config(tmp_path, fetched), tmp_path / "config.yaml")
+    save_step(tmp_path, 1)
+    check_same_run(tiny.config(tmp_path, fetched | {"data.download": False}), tmp_path)
+
+
+def test_another_validation_set_is_another_run(tiny, tmp_path):
+    save_config(tiny.config(tmp_path), tmp_path / "config.yaml")
+    save_step(tmp_path, 1)
+    with pytest.raises(ValueError, match=r"\(run.validation_sequences was 4, is 5\)"):
+        check_same_run(tiny.config(tmp_path, {"run.validation_sequences": 5}), tmp_path)
 
 
 COSINE = {"optimiser.schedule": "cosine", "steps": 9}
