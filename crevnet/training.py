@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,7 +13,6 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from crevnet.adam import adam
 from crevnet.checkpoint_directory import CheckpointDirectory
@@ -28,9 +26,9 @@ from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
+from crevnet.progress import Progress
 from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
-from crevnet.standstill import Standstill
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
@@ -165,7 +163,7 @@ class Trainer:
             WorkerDied: A worker has ended; as untouched.
         """
         config, run = self.config, self.config.run
-        log = RunLog(self.folder, self.step + 1) if self.main else None
+        progress = Progress(config, self.folder, self.step) if self.main else None
         dataset = config.data.build_train()
         validation = config.data.build_validation(run.validation_sequences)
         world = self.fabric.world_size
@@ -177,24 +175,22 @@ class Trainer:
             world_size=world,
             workers=run.workers,
         )
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
         saved_at = self.step
-        standstill = Standstill()
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
-        with self._divergence(), worker_deaths(), Interrupt() as interrupt, bar, log or nullcontext():
+        with self._divergence(), worker_deaths(), Interrupt() as interrupt, progress or nullcontext():
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
-                if log is not None:
-                    self._report(log, bar, loss, norm, elapsed)
-                    standstill.see(self.step, loss, norm)
+                if progress is not None:
+                    rate, peak = float(self.optimiser.param_groups[0]["lr"]), self.training_step.peak_activation_bytes
+                    progress.step(self.step, loss=loss, norm=norm, learning_rate=rate, seconds=elapsed, peak=peak)
                 best = False
                 if self.step % run.validate_every == 0 or self.step == config.steps:
-                    best = self._validate(validation, log)
+                    best = self._validate(validation, progress)
                 stop = bool(self._agree(interrupt.requested is not None, "max"))
                 if best or stop or self.step % run.checkpoint_every == 0 or self.step == config.steps:
                     self.save(best=best)
@@ -261,7 +257,7 @@ class Trainer:
         kept = self.checkpoints.steps()
         return f"; {what} needs another run.folder, since {self.folder} has checkpoints" if kept else ""
 
-    def _validate(self, dataset: Any, log: RunLog | None) -> bool:
+    def _validate(self, dataset: Any, progress: Progress | None) -> bool:
         """Validate; whether this is the best so far."""
         try:
             result = self._score(dataset)
@@ -269,8 +265,8 @@ class Trainer:
             raise TrainingDiverged(
                 f"step {self.step}: validation failed: {error}; the last checkpoint is untouched"
             ) from error
-        if log is not None:
-            log.write("validation", self.step, {k: result[k] for k in ("mse", "ssim", "psnr")})
+        if progress is not None:
+            progress.validated(self.step, result)
         best = result["mse"] < self.best_mse
         self.best_mse = min(self.best_mse, result["mse"])
         return best
@@ -288,21 +284,6 @@ class Trainer:
             all_reduce=(lambda x: self.fabric.all_reduce(x, reduce_op="sum")) if several else None,  # type: ignore[arg-type,return-value]
             progress=progress,
         )
-
-    def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:
-        rate = self.config.batch_size / elapsed
-        megabytes = self.training_step.peak_activation_bytes / 1e6
-        bar.update(1)
-        bar.set_postfix_str(
-            f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False
-        )
-        if self.step % self.config.run.log_every == 0 or self.step == self.config.steps:
-            learning_rate = float(self.optimiser.param_groups[0]["lr"])
-            log.write(
-                "train",
-                self.step,
-                {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "sequences_per_second": rate},
-            )
 
     def _draw(self, model: VideoModel, frames: Tensor) -> None:
         channels = frames.shape[2]

@@ -112,6 +112,12 @@ def test_sigterm_and_ctrl_c_save_at_the_current_step_and_end_cleanly(number, pro
     assert "peak activations" in err
 
 
+def test_the_progress_bar_tells_the_last_validation(processes, tiny):
+    folder, _, _, err, _ = processes["ddp"]
+    error = float(tiny.column(folder, "mse", "validation")[-1])
+    assert f"validation MSE {error:.2f}" in err
+
+
 # --- several processes ---
 
 
