@@ -26,6 +26,7 @@ from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
+from crevnet.machine import trained_on
 from crevnet.progress import Progress
 from crevnet.run import opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
@@ -67,6 +68,10 @@ class Trainer:
         self.seconds = 0.0
         self.best_mse = math.inf
         self.way: str | None = None
+        self.trained_on: dict[str, Any] | None = None
+        """What the last steps were taken on, where that is known."""
+        self._measured: tuple[str | None, dict[str, Any] | None] = (None, None)
+        """The way and what it was on, when the peak of activations was measured."""
 
     def resume(self) -> bool:
         """Go on from the newest undamaged checkpoint, if there is one.
@@ -85,6 +90,8 @@ class Trainer:
         self.best_mse = math.inf if self.checkpoints.intact_best() is None else found.state["best_mse"]
         self.training_step.peak_activation_bytes = found.state["peak_activation_bytes"]
         self.way = found.state.get("way")
+        self.trained_on = found.state.get("trained_on")
+        self._measured = (self.way, self.trained_on)
         torch.set_rng_state(found.state["rng"])
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
@@ -107,6 +114,7 @@ class Trainer:
                 "best_mse": self.best_mse,
                 "peak_activation_bytes": self.training_step.peak_activation_bytes,
                 "way": self.way,
+                "trained_on": self.trained_on,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
@@ -179,6 +187,10 @@ class Trainer:
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
+        if self.step < config.steps:
+            self.trained_on = from_first(self.fabric, lambda: trained_on(self.fabric.device, world))
+            if self._measured != (self.way, self.trained_on):
+                self.training_step.measure_anew(self.step)
         with self._divergence(), worker_deaths(), Interrupt() as interrupt, progress or nullcontext():
             while self.step < config.steps:
                 started = time.perf_counter()
@@ -224,6 +236,7 @@ class Trainer:
             "seconds": self.seconds,
             "peak_activation_bytes": self.training_step.peak_activation_bytes,
             "way": self.way,
+            "trained_on": self.trained_on,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "data": config.data.source(),
             "data_range": 1.0,

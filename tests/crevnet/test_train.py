@@ -153,6 +153,7 @@ def test_two_processes_make_the_steps_of_one(strategy, processes, one_process, t
         assert a == pytest.approx(b, rel=1e-5)
     ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (folder, single))
     assert ours["sequences"] == theirs["sequences"] == 5
+    assert ours["trained_on"] == theirs["trained_on"] | {"processes": 2}
     assert ours["copy_last_frame"] == pytest.approx(theirs["copy_last_frame"], rel=1e-12)
     for name in ("mse", "ssim", "psnr"):
         assert ours["per_frame"][name] == pytest.approx(theirs["per_frame"][name], rel=1e-5)
