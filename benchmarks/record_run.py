@@ -9,8 +9,9 @@ import csv
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
-from benchmarks.reporting import Table, commit, cpu_model, write_file
+from benchmarks.reporting import Table, write_file
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -43,7 +44,6 @@ def page(metrics: dict, validation: list[dict[str, float]]) -> str:
     caption = f"{metrics['sequences']} sequences of digits never seen in training, weights of step {metrics['step']}"
     test = Table(caption, columns, rows)
     progress = Table("Validation while training", {"step": "step", "mse": "MSE", "ssim": "SSIM"}, validation)
-    where = commit(Path(__file__).parent)["commit"]
     return f"""# A run on real MNIST
 
 Two MNIST digits in 32 x 32 frames, 10 frames in and 10 out, with a network small enough for a laptop
@@ -66,11 +66,32 @@ python -m crevnet.train --config crevnet/configs/mnist_small.yaml --data.root MN
 
 ![Training loss](images/mnist-loss.png)
 
-{metrics["steps"]} steps took {metrics["seconds"] / 60:.0f} minutes on one thread of a busy machine ({cpu_model()}), at
-commit {(where or "unknown")[:12]}. Peak activation memory of a training step ({metrics["way"]}) was
-{metrics["peak_activation_bytes"] / 1e6:.1f} MB. The files behind this page: [metrics](mnist-run/metrics.json),
-[training log](mnist-run/train.csv), [validation log](mnist-run/validation.csv).
+{metrics["steps"]} steps took {metrics["seconds"] / 60:.0f} minutes{where(metrics.get("trained_on"))}. Peak activation
+memory of a training step ({metrics["way"]}) was {metrics["peak_activation_bytes"] / 1e6:.1f} MB. The files behind this
+page: [metrics](mnist-run/metrics.json), [training log](mnist-run/train.csv), [validation
+log](mnist-run/validation.csv).
 """
+
+
+def where(machine: dict[str, Any] | None) -> str:
+    """What a run was trained on, as the end of a clause; nothing where it does not say."""
+    if machine is None:
+        return ""
+    told = f" on {machine['device_name']}"
+    if machine["device"] == "cpu":
+        told += f", {counted(machine['threads'], 'thread')}"
+    if machine["processes"] > 1:
+        told += f" in each of {machine['processes']} processes"
+    told += f",\nwith PyTorch {machine['torch']}"
+    if machine["commit"]:
+        hashed, _, changed = machine["commit"].partition("-")
+        told += f", at commit {hashed[:12]}{' with uncommitted changes' if changed else ''}"
+    return told
+
+
+def counted(number: int, what: str) -> str:
+    """So many, in words."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def validations(path: Path) -> list[dict[str, float]]:

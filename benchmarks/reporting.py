@@ -15,6 +15,7 @@ import torch
 from revgrad_kernels.backend import HAS_TRITON, triton
 
 from crevnet.files import written_whole
+from crevnet.machine import cpu_model
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
@@ -176,16 +177,6 @@ def commit(folder: Path) -> dict[str, Any]:
         "commit": _git(folder, "rev-parse", "HEAD") or os.environ.get("REVGRAD_COMMIT"),
         "uncommitted_changes": None if changed is None else bool(changed),
     }
-
-
-def cpu_model(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
-    """The processor's name, or failing that its architecture."""
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text(errors="replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name" and value.strip():
-                return value.strip()
-    return platform.processor() or platform.machine()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -18,6 +18,7 @@ _EXTRA = {
     "tensorboard": "tensorboard",
     "torchmetrics": "torchmetrics",
     "tqdm": "tqdm",
+    "yaml": "PyYAML",
 }
 """Modules, and the packages that have them."""
 

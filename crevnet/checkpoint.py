@@ -38,8 +38,6 @@ class Checkpoint:
     """The tensors given to `CheckpointDirectory.save`, by name, bit for bit."""
     state: dict[str, Any]
     """The state given to `CheckpointDirectory.save`."""
-    path: Path
-    """The folder it was read from."""
 
 
 def checkpoint_files(step: int, weights: dict[str, Tensor], state: dict[str, Any]) -> dict[str, bytes]:
@@ -73,7 +71,12 @@ def read_checkpoint(folder: Path, named: int | None) -> Checkpoint:
     # What is parsed are the very bytes that were verified, not the file read a second time.
     data = {name: _verified(folder / name, fingerprint) for name, fingerprint in files.items()}
     weights = _weights_from_bytes(folder / _WEIGHTS, data[_WEIGHTS])
-    return Checkpoint(step, weights, _state_from_bytes(folder / _STATE, data[_STATE]), folder)
+    return Checkpoint(step, weights, _state_from_bytes(folder / _STATE, data[_STATE]))
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether any file of a checkpoint is in a folder, however damaged."""
+    return any((folder / name).exists() for name in (_WEIGHTS, _STATE, _MANIFEST))
 
 
 def pointer(step: int) -> bytes:

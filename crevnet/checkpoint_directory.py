@@ -8,7 +8,7 @@ A `CheckpointDirectory` holds one folder per saved step, and a pointer to the be
 A folder is written under a hidden name, flushed to disk and only then renamed, so a name ``step-…`` always
 means a whole checkpoint. Hidden names: ``.saving-…`` is being written, ``.removing-…`` is being deleted, and
 ``.replaced-step-…`` is the older checkpoint of a step that is being saved again; it counts as that step until
-the new one is in place.
+the new one is in place. ``.best.…`` is the pointer being written.
 """
 
 import contextlib
@@ -33,10 +33,11 @@ from crevnet.checkpoint import (
     read_checkpoint,
     step_pointed_at,
 )
-from crevnet.files import sync_folder
+from crevnet.files import sync_folder, written_whole
 
 _BEST = "best.json"
 _SAVING, _REMOVING, _REPLACED = ".saving-", ".removing-", ".replaced-"
+_POINTING = ".best."  # as `written_whole` begins the name of what it writes
 _STEP_NAME = re.compile(rf"(?:{re.escape(_REPLACED)})?step-(\d{{8,}})")
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
@@ -61,7 +62,7 @@ class CheckpointDirectory:
         self.path = Path(path)
         self.keep = keep
 
-    def save(self, step: int, weights: dict[str, Tensor], state: dict[str, Any], *, best: bool = False) -> Path:
+    def save(self, step: int, weights: dict[str, Tensor], state: dict[str, Any], *, best: bool = False) -> None:
         """Write a checkpoint, wholly or not at all.
 
         A crash at any moment leaves all earlier checkpoints. One of the same step is replaced. Afterwards all
@@ -75,9 +76,6 @@ class CheckpointDirectory:
             state: what else a run needs to go on: tensors, numbers, strings and containers of these.
             best: whether `best` shall return this checkpoint from now on.
 
-        Returns:
-            The checkpoint's folder.
-
         Raises:
             TypeError: `state` would not load with ``weights_only=True``; names the entry, nothing is written.
             ValueError: `step` is negative.
@@ -90,25 +88,24 @@ class CheckpointDirectory:
             self.path.mkdir(parents=True, exist_ok=True)
             with _locked(self.path):
                 self._tidy()
-                folder = self._publish(step, files)
+                self._publish(step, files)
                 if best:
                     self._point_best_at(step)
                 self._prune(step)
         except OSError as error:
             reason = f"could not save the checkpoint of step {step}: {error.strerror or error}"
             raise OSError(error.errno or errno.EIO, reason, str(self.path)) from error
-        return folder
 
-    def load(self, step: int | Path) -> Checkpoint:
-        """Read and verify one checkpoint, given its step or the path of any checkpoint folder.
+    def load(self, step: int) -> Checkpoint:
+        """Read and verify the checkpoint of a step.
 
         Raises:
             FileNotFoundError: there is no such checkpoint.
             DamagedCheckpoint: it is not what was saved.
         """
-        folder = self._folder(step) if isinstance(step, int) else Path(step)
+        folder = self._folder(step)
         try:
-            return read_checkpoint(folder, _step_of(folder))
+            return read_checkpoint(folder, step)
         except (OSError, DamagedCheckpoint):
             if folder.is_dir():
                 raise
@@ -193,10 +190,10 @@ class CheckpointDirectory:
                     self._remove(entry)
                 else:
                     os.rename(entry, original)
-            elif entry.name.startswith((_SAVING, _REMOVING)):
+            elif entry.name.startswith((_SAVING, _REMOVING, _POINTING)):
                 _delete(entry)
 
-    def _publish(self, step: int, files: dict[str, bytes]) -> Path:
+    def _publish(self, step: int, files: dict[str, bytes]) -> None:
         folder = self.path / _step_name(step)
         temporary = self.path / f"{_SAVING}{folder.name}-{uuid.uuid4().hex}"
         try:
@@ -208,7 +205,6 @@ class CheckpointDirectory:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        return folder
 
     def _move_into_place(self, temporary: Path, folder: Path) -> None:
         """Rename `temporary` to `folder`; no rename replaces a full folder, so an older one steps aside."""
@@ -226,14 +222,8 @@ class CheckpointDirectory:
             self._remove(replaced)
 
     def _point_best_at(self, step: int) -> None:
-        temporary = self.path / f"{_SAVING}{_BEST}-{uuid.uuid4().hex}"
-        try:
-            _write(temporary, pointer(step))
-            os.replace(temporary, self.path / _BEST)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        sync_folder(self.path)
+        with written_whole(self.path / _BEST) as part:
+            part.write_bytes(pointer(step))
 
     def _best_step(self) -> int | None:
         path = self.path / _BEST

@@ -22,7 +22,9 @@ def _check_choice(section: str, config: Any, name: str) -> None:
 
 @dataclass(kw_only=True)
 class OptimiserConfig:
-    """Adam and its learning rate. The defaults are the paper's (section 3.1)."""
+    """Adam and its learning rate. The paper (section 3.1) names what it starts with; what becomes of it (`drop_every`,
+    `drop_factor`, with `schedule: step`) is from the authors' code.
+    """
 
     learning_rate: float = 5e-4
     """Learning rate after warm-up."""
@@ -30,8 +32,14 @@ class OptimiserConfig:
     """Decay of Adam's first and second moments."""
     warmup_steps: int = 0
     """Steps over which the learning rate rises linearly from zero."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """`cosine` lets the learning rate fall to zero at the last step; such a run cannot be made longer."""
+    schedule: Literal["constant", "cosine", "step"] = "constant"
+    """`cosine` lets the learning rate fall to zero at the last step; such a run cannot be made longer. `step`
+    multiplies it by `drop_factor` after every `drop_every` steps.
+    """
+    drop_every: int = 250_000
+    """Steps between two drops, counted from the first step of the run, `step` only."""
+    drop_factor: float = 0.2
+    """What is left of the learning rate at a drop, `step` only."""
     clip_norm: float = 0.0
     """Largest norm of the whole gradient; 0 does not clip."""
 
@@ -40,6 +48,10 @@ class OptimiserConfig:
             raise ValueError(f"optimiser.learning_rate must be positive, got {self.learning_rate}")
         if self.warmup_steps < 0 or self.clip_norm < 0:
             raise ValueError("optimiser.warmup_steps and optimiser.clip_norm must not be negative")
+        if self.drop_every < 1:
+            raise ValueError(f"optimiser.drop_every must be at least 1, got {self.drop_every}")
+        if not 0 < self.drop_factor < 1:
+            raise ValueError(f"optimiser.drop_factor must be between 0 and 1, got {self.drop_factor}")
         _check_choice("optimiser", self, "schedule")
 
     def rate(self, step: int, steps: int) -> float:
@@ -48,6 +60,8 @@ class OptimiserConfig:
             return self.learning_rate * (step + 1) / self.warmup_steps
         if self.schedule == "constant":
             return self.learning_rate
+        if self.schedule == "step":
+            return self.learning_rate * self.drop_factor ** (step // self.drop_every)
         done = (step - self.warmup_steps) / max(1, steps - self.warmup_steps)
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -85,6 +99,10 @@ class RunConfig:
 
     folder: Path | None = None
     """Folder of the run; a run that was interrupted there goes on. None makes a new one under `runs/`."""
+    init: Path | None = None
+    """Weights to begin with, those of another run: its folder, for the best ones by validation, or that of one of its
+    checkpoints. Read once, when the first step is taken. None begins with random ones.
+    """
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3
@@ -138,7 +156,7 @@ class RunConfig:
 
 @dataclass(kw_only=True)
 class TrainConfig:
-    """A training run. The defaults are the paper's Moving MNIST setting."""
+    """A training run. The defaults are the paper's Moving MNIST setting, at a constant learning rate."""
 
     model: VideoConfig = field(default_factory=CrevNetConfig)
     """The network: the configuration of one of `crevnet.models.MODELS`."""

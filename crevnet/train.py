@@ -25,7 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     config = parse_train_config(
         "python -m crevnet.train",
         f"Train a video predictor. --model NAME chooses it: {', '.join(MODELS)}. --data NAME chooses what to train on: "
-        f"{', '.join(DATASETS)}.",
+        f"{', '.join(DATASETS)}. Without --config, configs/quick.yaml is read, whose values take the place of the "
+        "defaults listed here.",
         arguments,
     )
     try:

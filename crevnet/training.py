@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,7 +13,6 @@ from lightning_fabric import Fabric
 from lightning_fabric.utilities.seed import seed_everything
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
-from tqdm import tqdm
 
 from crevnet.adam import adam
 from crevnet.checkpoint_directory import CheckpointDirectory
@@ -27,10 +25,11 @@ from crevnet.files import written_whole
 from crevnet.free_memory import free_bytes
 from crevnet.interrupt import Interrupt
 from crevnet.launch import from_first, launch, local_processes
-from crevnet.logs import RunLog, read_column
-from crevnet.run import opened
+from crevnet.logs import read_column
+from crevnet.machine import trained_on
+from crevnet.progress import Progress
+from crevnet.run import check_same_architecture, initial_weights, opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
-from crevnet.standstill import Standstill
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
 from crevnet.visualize import DRAWN_CHANNELS, loss_curve, prediction_gif, prediction_grid
@@ -60,17 +59,19 @@ class Trainer:
         if config.run.strategy == "ddp":  # FSDP refuses weights of another layout
             use_channels_last(self.raw_model)
         self.model = fabric.setup_module(self.raw_model)
-        betas = (config.optimiser.betas[0], config.optimiser.betas[1])
-        rate, graph = config.optimiser.learning_rate, config.run.cuda_graph
-        optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=graph)
+        rate, betas = config.optimiser.learning_rate, config.optimiser.betas
+        optimiser = adam(self.raw_model.parameters(), rate, betas, capturable=config.run.cuda_graph)
         self.optimiser: Any = fabric.setup_optimizers(optimiser)
         self.model.mark_forward_method("loss")
-        self.model.mark_forward_method("predict")
         self.training_step = TrainingStep(config, fabric, self.model, self.raw_model, self.optimiser)
         self.step = 0
         self.seconds = 0.0
         self.best_mse = math.inf
         self.way: str | None = None
+        self.trained_on: dict[str, Any] | None = None
+        """What the last steps were taken on, where that is known."""
+        self._measured: tuple[str | None, dict[str, Any] | None] = (None, None)
+        """The way and what it was on, when the peak of activations was measured."""
 
     def resume(self) -> bool:
         """Go on from the newest undamaged checkpoint, if there is one.
@@ -89,10 +90,34 @@ class Trainer:
         self.best_mse = math.inf if self.checkpoints.intact_best() is None else found.state["best_mse"]
         self.training_step.peak_activation_bytes = found.state["peak_activation_bytes"]
         self.way = found.state.get("way")
+        self.trained_on = found.state.get("trained_on")
+        self._measured = (self.way, self.trained_on)
         torch.set_rng_state(found.state["rng"])
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
         return True
+
+    def begin(self) -> str | None:
+        """Take the weights of `run.init`, if that is set; returns a line that tells.
+
+        Raises:
+            FileNotFoundError: No run and no checkpoint is there.
+            DamagedCheckpoint: The checkpoint is damaged.
+            ValueError: It is of another architecture.
+        """
+        source = self.config.run.init
+        if source is None:
+            return None
+
+        def read() -> tuple[int, dict[str, Tensor]]:
+            found = initial_weights(source)
+            return found.step, found.weights
+
+        # Read by one: a run that still trains may have a better checkpoint for the next process.
+        step, weights = from_first(self.fabric, read)
+        check_same_architecture(weights, self.raw_model.state_dict(), source)
+        load_weights(self.raw_model, weights)
+        return f"Beginning with the weights of step {step} in {source}"
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint; only rank 0 does.
@@ -111,6 +136,7 @@ class Trainer:
                 "best_mse": self.best_mse,
                 "peak_activation_bytes": self.training_step.peak_activation_bytes,
                 "way": self.way,
+                "trained_on": self.trained_on,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.fabric.device) if cuda else None,
             }
@@ -167,7 +193,7 @@ class Trainer:
             WorkerDied: A worker has ended; as untouched.
         """
         config, run = self.config, self.config.run
-        log = RunLog(self.folder, self.step + 1) if self.main else None
+        progress = Progress(config, self.folder, self.step) if self.main else None
         dataset = config.data.build_train()
         validation = config.data.build_validation(run.validation_sequences)
         world = self.fabric.world_size
@@ -179,24 +205,26 @@ class Trainer:
             world_size=world,
             workers=run.workers,
         )
-        bar = tqdm(total=config.steps, initial=self.step, desc="train", disable=not self.main, file=sys.stderr)
         saved_at = self.step
-        standstill = Standstill()
         if config.steps == 0:
             self.fabric.barrier()  # until all have looked for checkpoints
             self.save()
-        with self._divergence(), worker_deaths(), Interrupt() as interrupt, bar, log or nullcontext():
+        if self.step < config.steps:
+            self.trained_on = from_first(self.fabric, lambda: trained_on(self.fabric.device, world))
+            if self._measured != (self.way, self.trained_on):
+                self.training_step.measure_anew(self.step)
+        with self._divergence(), worker_deaths(), Interrupt() as interrupt, progress or nullcontext():
             while self.step < config.steps:
                 started = time.perf_counter()
                 loss, norm = self._train_step(next(batches).to(self.fabric.device))
                 elapsed = time.perf_counter() - started
                 self.seconds += elapsed
-                if log is not None:
-                    self._report(log, bar, loss, norm, elapsed)
-                    standstill.see(self.step, loss, norm)
+                if progress is not None:
+                    rate, peak = float(self.optimiser.param_groups[0]["lr"]), self.training_step.peak_activation_bytes
+                    progress.step(self.step, loss=loss, norm=norm, learning_rate=rate, seconds=elapsed, peak=peak)
                 best = False
                 if self.step % run.validate_every == 0 or self.step == config.steps:
-                    best = self._validate(validation, log)
+                    best = self._validate(validation, progress)
                 stop = bool(self._agree(interrupt.requested is not None, "max"))
                 if best or stop or self.step % run.checkpoint_every == 0 or self.step == config.steps:
                     self.save(best=best)
@@ -230,6 +258,7 @@ class Trainer:
             "seconds": self.seconds,
             "peak_activation_bytes": self.training_step.peak_activation_bytes,
             "way": self.way,
+            "trained_on": self.trained_on,
             "parameters": sum(p.numel() for p in self.raw_model.parameters()),
             "data": config.data.source(),
             "data_range": 1.0,
@@ -263,7 +292,7 @@ class Trainer:
         kept = self.checkpoints.steps()
         return f"; {what} needs another run.folder, since {self.folder} has checkpoints" if kept else ""
 
-    def _validate(self, dataset: Any, log: RunLog | None) -> bool:
+    def _validate(self, dataset: Any, progress: Progress | None) -> bool:
         """Validate; whether this is the best so far."""
         try:
             result = self._score(dataset, baseline=False)
@@ -271,8 +300,8 @@ class Trainer:
             raise TrainingDiverged(
                 f"step {self.step}: validation failed: {error}; the last checkpoint is untouched"
             ) from error
-        if log is not None:
-            log.write("validation", self.step, {k: result[k] for k in ("mse", "ssim", "psnr")})
+        if progress is not None:
+            progress.validated(self.step, result)
         best = result["mse"] < self.best_mse
         self.best_mse = min(self.best_mse, result["mse"])
         return best
@@ -291,21 +320,6 @@ class Trainer:
             **options,
         )
 
-    def _report(self, log: RunLog, bar: "tqdm[Any]", loss: float, norm: float, elapsed: float) -> None:
-        rate = self.config.batch_size / elapsed
-        megabytes = self.training_step.peak_activation_bytes / 1e6
-        bar.update(1)
-        bar.set_postfix_str(
-            f"loss {loss:.5f}, {rate:.1f} sequences/s, peak activations {megabytes:.1f} MB", refresh=False
-        )
-        if self.step % self.config.run.log_every == 0 or self.step == self.config.steps:
-            learning_rate = float(self.optimiser.param_groups[0]["lr"])
-            log.write(
-                "train",
-                self.step,
-                {"loss": loss, "gradient_norm": norm, "learning_rate": learning_rate, "sequences_per_second": rate},
-            )
-
     def _draw(self, model: VideoModel, frames: Tensor) -> None:
         channels = frames.shape[2]
         if channels in DRAWN_CHANNELS:
@@ -321,7 +335,7 @@ class Trainer:
             loss_curve(steps, losses, path=self.folder / "loss.png")
 
     def _agree(self, value: float, reduce_op: str) -> float:
-        """One number of all processes, `sum`, `min` or `max`."""
+        """One number of all processes, `min` or `max`."""
         if self.fabric.world_size == 1:
             return value
         tensor = torch.tensor(value, dtype=torch.float64, device=self.fabric.device)
@@ -349,6 +363,8 @@ def _train(config: TrainConfig, fabric: Fabric, folder: Path) -> dict[str, Any] 
         fabric.print(f"Going on from step {trainer.step} in {folder}")
     else:
         fabric.print(f"Run folder: {folder}")
+        if begun := trainer.begin():
+            fabric.print(begun)
     if trainer.step < config.steps:
         fabric.print(trainer.choose_way())
     if not trainer.fit():

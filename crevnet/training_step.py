@@ -55,6 +55,7 @@ class TrainingStep:
         self.optimiser = optimiser
         self.peak_activation_bytes = 0
         """Most bytes of activations alive in a step, once one has been measured."""
+        self._measured_before = 2
         self._graphed: GraphedStep | None = None
         self._step = 0
 
@@ -78,12 +79,21 @@ class TrainingStep:
             raise TrainingDiverged(f"step {step + 1}: {error}") from error
         return loss, norm
 
+    def measure_anew(self, step: int) -> None:
+        """Measure the peak in the next two steps: it may have been that of another way to train, or of another device.
+
+        Args:
+            step: How many have been taken before.
+        """
+        self.peak_activation_bytes = 0
+        self._measured_before = step + 2
+
     def _called(self, clips: Tensor, rate: float) -> tuple[float, float]:
         for group in self.optimiser.param_groups:
             group["lr"] = rate
         # The second step, unless there is only one: the first also makes tables that stay, and on a GPU tunes kernels,
         # for which Triton takes memory.
-        if self._step < 2:
+        if self._step < self._measured_before:
             # Gradients are made beforehand: what is measured is activations.
             for p in self.raw_model.parameters():
                 p.grad = torch.zeros_like(p)

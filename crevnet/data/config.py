@@ -35,11 +35,11 @@ class DataConfig(ABC):
     def __post_init__(self) -> None:
         for name in ("frames", "test_sequences"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if min(height_width(self.image_size)) < 1:
-            raise ValueError(f"image_size must be at least 1, got {self.image_size}")
+            raise ValueError(f"data.image_size must be at least 1, got {self.image_size}")
         if not 0 <= self.seed < 2**64:
-            raise ValueError(f"seed must be 0 to 2**64 - 1, got {self.seed}")
+            raise ValueError(f"data.seed must be 0 to 2**64 - 1, got {self.seed}")
 
     @abstractmethod
     def frame_channels(self) -> int:

@@ -48,7 +48,6 @@ class StepSampler(Sampler[list[int]]):
     Args:
         batch_size: sequences per step, all processes together.
         start_step: first step to yield, to resume a run.
-        steps: step to stop before, counted from 0 whatever `start_step` is; None for no end.
         rank: this process, 0 to world_size - 1.
         world_size: number of processes; must divide `batch_size`.
 
@@ -61,7 +60,6 @@ class StepSampler(Sampler[list[int]]):
         batch_size: int,
         *,
         start_step: int = 0,
-        steps: int | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
@@ -77,19 +75,14 @@ class StepSampler(Sampler[list[int]]):
             raise ValueError(f"rank must be 0 to {world_size - 1} (world_size - 1), got {rank}")
         if start_step < 0:
             raise ValueError(f"start_step must be at least 0, got {start_step}")
-        if steps is not None and steps < start_step:
-            raise ValueError(f"steps {steps} lies before start_step {start_step}; steps counts from step 0")
         self.batch_size = batch_size
         self.start_step = start_step
-        self.steps = steps
         self.rank = rank
         self.world_size = world_size
 
     def __iter__(self) -> Iterator[list[int]]:
         share = self.batch_size // self.world_size
         for step in itertools.count(self.start_step):
-            if step == self.steps:
-                return
             first = step * self.batch_size + self.rank * share
             yield list(range(first, first + share))
 
@@ -99,12 +92,11 @@ def train_batches(
     batch_size: int,
     *,
     start_step: int = 0,
-    steps: int | None = None,
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
 ) -> Iterator[Tensor]:
-    """Iterate over one process's training batches; the other arguments are those of `StepSampler`.
+    """Iterate without end over one process's training batches; the other arguments are those of `StepSampler`.
 
     The batches do not depend on `workers`, and drawing them leaves torch's global generator alone. Workers ignore
     SIGINT and SIGTERM from their start; they end when the iterator does, and when the process that made it does,
@@ -114,7 +106,6 @@ def train_batches(
         dataset: the sequences.
         batch_size: sequences per step, all processes together.
         start_step: first step.
-        steps: step to stop before, or None.
         rank: this process.
         world_size: number of processes.
         workers: worker processes that generate ahead; 0 generates in this process.
@@ -123,17 +114,12 @@ def train_batches(
         An iterator over float32 [batch_size / world_size, T, C, H, W] in [0, 1].
 
     Raises:
-        ValueError: an argument is out of range, or `steps` takes more sequences than `dataset` has.
+        ValueError: an argument is out of range.
         IndexError: (while iterating) the sequences have run out.
     """
     if workers < 0:
         raise ValueError(f"workers must be at least 0, got {workers}")
-    if steps is not None and steps * batch_size > len(dataset):
-        raise ValueError(
-            f"{steps} steps of {batch_size} take {steps * batch_size} sequences, "
-            f"the dataset has {len(dataset)}; lower steps or batch_size, or raise the size of the dataset"
-        )
-    sampler = StepSampler(batch_size, start_step=start_step, steps=steps, rank=rank, world_size=world_size)
+    sampler = StepSampler(batch_size, start_step=start_step, rank=rank, world_size=world_size)
     if workers == 0:
         return map(dataset.batch, sampler)
     loader = DataLoader(

@@ -48,7 +48,7 @@ class MovingMNISTConfig(DataConfig):
         super().__post_init__()
         check_motion(self.num_digits, self.image_size, self.digit_size, self.speed, "data.")
         if self.download and self.root is None:
-            raise ValueError("download=True needs root, the folder to download MNIST into")
+            raise ValueError("data.download needs data.root, the folder to download MNIST into")
 
     def frame_channels(self) -> int:
         """As in `DataConfig`."""

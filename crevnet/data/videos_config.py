@@ -57,7 +57,7 @@ class VideosConfig(DataConfig):
         super().__post_init__()
         for name in ("channels", "every", "test_every"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+                raise ValueError(f"data.{name} must be at least 1, got {getattr(self, name)}")
         if self.test_every is not None and self.test is None:
             raise ValueError("data.test_every is for the videos in data.test: set that too, or data.every instead")
 

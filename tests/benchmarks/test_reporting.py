@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks.reporting import Report, Table, commit, cpu_model, environment, include, spread, write_file
+from benchmarks.reporting import Report, Table, commit, environment, include, spread, write_file
 
 ROWS = [{"mode": "stored", "mb": 1234.5678, "n": 4}, {"mode": "reversible", "mb": 7.0, "n": None}]
 TABLE = Table("Memory", {"mode": "mode", "mb": "MB", "n": "modules"}, ROWS)
@@ -73,13 +73,6 @@ def test_commit_is_none_outside_a_checkout(tmp_path, monkeypatch):
     assert commit(tmp_path) == {"commit": None, "uncommitted_changes": None}
     monkeypatch.setenv("REVGRAD_COMMIT", "abc")
     assert commit(tmp_path) == {"commit": "abc", "uncommitted_changes": None}
-
-
-def test_cpu_model_is_read_or_replaced(tmp_path):
-    info = tmp_path / "cpuinfo"
-    info.write_text("processor\t: 0\nmodel name\t: Some CPU @ 3 GHz\n")
-    assert cpu_model(info) == "Some CPU @ 3 GHz"
-    assert cpu_model(tmp_path / "missing")
 
 
 def test_spread_is_median_and_percentiles():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.checkpoint import DamagedCheckpoint
+from crevnet.checkpoint import DamagedCheckpoint, is_checkpoint, read_checkpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 
 FILES = ["weights.safetensors", "state.pt", "manifest.json"]
@@ -44,6 +44,12 @@ def save_steps(directory, *steps, **options):
         directory.save(step, weights_of(step), state_of(step), **options)
 
 
+def saved(directory, step, weights, state):
+    """Save a checkpoint; returns its folder, the only one there."""
+    directory.save(step, weights, state)
+    return next(directory.path.glob("step-*"))
+
+
 @pytest.fixture
 def directory(tmp_path):
     return CheckpointDirectory(tmp_path / "run" / "checkpoints")
@@ -59,10 +65,8 @@ def test_round_trip_is_exact_for_every_dtype(directory):
     }
     weights["special"] = torch.tensor([float("nan"), float("inf"), -0.0, 1e-45])
     weights |= {"scalar": torch.tensor(3.5), "empty": torch.zeros(0, 3)}
-    path = directory.save(1200, weights, {})
-    checkpoint = directory.load(1200)
-    assert path == checkpoint.path == directory.path / "step-00001200"
-    assert_equal(checkpoint.weights, weights)
+    assert saved(directory, 1200, weights, {}) == directory.path / "step-00001200"
+    assert_equal(directory.load(1200).weights, weights)
 
 
 def test_shared_strided_and_differentiable_tensors_come_back_equal_and_separate(directory):
@@ -118,7 +122,7 @@ def test_the_state_of_an_optimizer_and_a_generator_round_trips(directory):
 
 
 def test_the_manifest_records_sizes_and_hashes(directory):
-    path = directory.save(7, weights_of(7), state_of(7))
+    path = saved(directory, 7, weights_of(7), state_of(7))
     manifest = json.loads((path / "manifest.json").read_text())
     assert (manifest["format"], manifest["step"]) == (1, 7)
     for name in ("weights.safetensors", "state.pt"):
@@ -129,8 +133,17 @@ def test_the_manifest_records_sizes_and_hashes(directory):
 
 
 def test_a_checkpoint_can_be_loaded_from_a_folder_copied_elsewhere(directory, tmp_path):
-    directory.save(7, weights_of(7), state_of(7)).rename(tmp_path / "released")
-    assert_holds(CheckpointDirectory(tmp_path / "nowhere").load(tmp_path / "released"), 7)
+    saved(directory, 7, weights_of(7), state_of(7)).rename(tmp_path / "released")
+    assert_holds(read_checkpoint(tmp_path / "released", None), 7)
+
+
+def test_a_checkpoint_is_told_from_other_folders(directory, tmp_path):
+    path = saved(directory, 7, weights_of(7), state_of(7))
+    for name in FILES:
+        assert is_checkpoint(path)
+        (path / name).unlink()
+    for other in (path, tmp_path, tmp_path / "nowhere"):
+        assert not is_checkpoint(other)
 
 
 # --- what is damaged is refused ---
@@ -169,7 +182,7 @@ DAMAGES = [
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_file_is_named(directory, name, damage):
-    path = directory.save(3, weights_of(3), state_of(3)) / name
+    path = saved(directory, 3, weights_of(3), state_of(3)) / name
     damage(path)
     with pytest.raises(DamagedCheckpoint, match=rf"step-00000003/{name}: "):
         directory.load(3)
@@ -178,7 +191,7 @@ def test_a_damaged_file_is_named(directory, name, damage):
 @pytest.mark.parametrize("name", FILES)
 def test_no_flipped_bit_goes_unnoticed(directory, name):
     """A flip in the white space of the manifest leaves it equivalent: the content is what was saved."""
-    path = directory.save(3, weights_of(3), state_of(3)) / name
+    path = saved(directory, 3, weights_of(3), state_of(3)) / name
     whole = path.read_bytes()
     refused = 0
     positions = range(0, len(whole), max(1, len(whole) // 150))
@@ -210,7 +223,7 @@ def test_no_flipped_bit_goes_unnoticed(directory, name):
     ],
 )
 def test_a_nonsensical_manifest_is_refused(directory, manifest, message):
-    path = directory.save(3, weights_of(3), state_of(3))
+    path = saved(directory, 3, weights_of(3), state_of(3))
     (path / "manifest.json").write_bytes(manifest.encode(errors="surrogatepass"))
     with pytest.raises(DamagedCheckpoint, match=message):
         directory.load(3)
@@ -233,7 +246,7 @@ class Bomb:
 
 
 def test_code_in_a_state_is_not_run(directory, tmp_path):
-    path = directory.save(3, weights_of(3), state_of(3))
+    path = saved(directory, 3, weights_of(3), state_of(3))
     torch.save({"innocent": [Bomb(tmp_path / "exploded")]}, tmp_path / "bomb.pt")
     forge(path, "state.pt", (tmp_path / "bomb.pt").read_bytes())
     with pytest.raises(DamagedCheckpoint, match=r"state.pt: refused .*mkdir"):
@@ -245,7 +258,7 @@ def test_code_in_a_state_is_not_run(directory, tmp_path):
 
 @pytest.mark.parametrize("name", ["weights.safetensors", "state.pt"])
 def test_garbage_with_a_matching_manifest_is_refused(directory, name):
-    forge(directory.save(3, weights_of(3), state_of(3)), name, b"not what it should be")
+    forge(saved(directory, 3, weights_of(3), state_of(3)), name, b"not what it should be")
     with pytest.raises(DamagedCheckpoint, match=name):
         directory.load(3)
 
@@ -254,7 +267,7 @@ def test_a_state_that_is_no_dict_is_refused(directory, tmp_path):
     with pytest.raises(TypeError, match="must be a dict, not a list"):
         directory.save(3, {}, [1])
     torch.save([1], tmp_path / "list.pt")
-    forge(directory.save(3, {}, {}), "state.pt", (tmp_path / "list.pt").read_bytes())
+    forge(saved(directory, 3, {}, {}), "state.pt", (tmp_path / "list.pt").read_bytes())
     with pytest.raises(DamagedCheckpoint, match="holds a list"):
         directory.load(3)
 

@@ -51,7 +51,7 @@ def test_a_failure_anywhere_leaves_the_old_or_the_new(tmp_path, monkeypatch, ste
         if isinstance(failure, OSError):
             assert f"the checkpoint of step {step}: " in str(failure)
             assert str(directory.path) in str(failure)
-        assert not [entry for entry in hidden(directory.path) if entry.startswith(".saving-")]
+        assert not [entry for entry in hidden(directory.path) if entry.startswith((".saving-", ".best."))]
         assert_holds_the_old_or_the_new(directory, step, new_only=failure is None)
         save_steps(directory, 4)
         assert hidden(directory.path) == []
@@ -180,7 +180,7 @@ def test_leftovers_of_dead_saves_are_cleared_by_the_next(tmp_path):
     for name in (".saving-step-00000002-dead", ".removing-dead"):
         (directory.path / name).mkdir()
         (directory.path / name / "weights.safetensors").write_bytes(b"half")
-    (directory.path / ".saving-best.json-dead").write_bytes(b"{")
+    (directory.path / ".best.dead.json").write_bytes(b"{")
     assert directory.steps() == [1]
     save_steps(directory, 2)
     assert hidden(directory.path) == []

@@ -25,6 +25,10 @@ PAPER = ["moving_mnist_convlstm", "moving_mnist_stlstm"]
         (lambda: OptimiserConfig(warmup_steps=-1), "optimiser.warmup_steps and optimiser.clip_norm"),
         (lambda: OptimiserConfig(clip_norm=-1.0), "optimiser.warmup_steps and optimiser.clip_norm"),
         (lambda: OptimiserConfig(schedule="linear"), "optimiser.schedule must be one of"),
+        (lambda: OptimiserConfig(drop_every=0), "optimiser.drop_every must be at least 1, got 0"),
+        (lambda: OptimiserConfig(drop_factor=0.0), "optimiser.drop_factor must be between 0 and 1, got 0.0"),
+        (lambda: OptimiserConfig(drop_factor=1.0), "optimiser.drop_factor must be between 0 and 1, got 1.0"),
+        (lambda: OptimiserConfig(drop_factor=math.nan), "optimiser.drop_factor must be between 0 and 1, got nan"),
         (lambda: FeedingConfig(kind="scheduled"), "got fall_from=0, fall_to=0"),
         (lambda: FeedingConfig(kind="scheduled", fall_from=9, fall_to=5), "got fall_from=9, fall_to=5"),
         (lambda: FeedingConfig(kind="scheduled", fall_from=-1, fall_to=5), "got fall_from=-1, fall_to=5"),
@@ -123,6 +127,13 @@ def test_cosine_of_a_run_that_only_warms_up():
     assert [optimiser.rate(step, 4) for step in range(4)] == pytest.approx([1 / 8, 2 / 8, 3 / 8, 4 / 8])
 
 
+def test_the_learning_rate_drops_after_so_many_steps_of_the_run_whatever_their_number():
+    optimiser = OptimiserConfig(learning_rate=0.8, warmup_steps=2, schedule="step", drop_every=3, drop_factor=0.5)
+    expected = [0.4, 0.8, 0.8, 0.4, 0.4, 0.4, 0.2, 0.2]
+    for steps in (8, 100):
+        assert [optimiser.rate(step, steps) for step in range(8)] == pytest.approx(expected)
+
+
 def test_teacher_forcing_and_free_running_never_change():
     for step in (0, 10, 10**6):
         assert FeedingConfig(kind="teacher").truth_probability(step) == 1
@@ -205,16 +216,20 @@ def test_the_papers_numbers(name):
         clips_at_once=20,
     )
     assert 3 * sum(config.model.blocks) == 36  # three convolutions per block
-    assert config.optimiser == OptimiserConfig(learning_rate=5e-4, betas=(0.9, 0.999), clip_norm=0, warmup_steps=0)
-    assert {config.optimiser.rate(step, config.steps) for step in (0, 1000, 299_999)} == {5e-4}
+    assert config.optimiser == OptimiserConfig(
+        learning_rate=5e-4, betas=(0.9, 0.999), clip_norm=0, warmup_steps=0, schedule="step"
+    )
+    rates = [config.optimiser.rate(step, config.steps) for step in (0, 249_999, 250_000, 299_999)]
+    assert rates == pytest.approx([5e-4, 5e-4, 1e-4, 1e-4])
     assert (config.steps, config.batch_size) == (300_000, 16)
     assert (config.observed, config.predicted) == (10, 10)
     assert (config.data.num_digits, config.data.image_size, config.data.test_sequences) == (2, 64, 5000)
     assert config.feeding.kind == "teacher"
 
 
-def test_the_papers_setting_with_st_lstm_is_the_default_but_for_speed_and_how_often_it_validates():
+def test_the_papers_setting_with_st_lstm_is_the_default_but_for_the_drop_and_speed_and_how_often_it_validates():
     config = load_config(CONFIGS / "moving_mnist_stlstm.yaml")
+    config.optimiser.schedule = TrainConfig().optimiser.schedule
     config.run.validate_every = TrainConfig().run.validate_every
     config.model.clips_at_once = TrainConfig().model.clips_at_once
     assert config == TrainConfig()

@@ -112,6 +112,12 @@ def test_sigterm_and_ctrl_c_save_at_the_current_step_and_end_cleanly(number, pro
     assert "peak activations" in err
 
 
+def test_the_progress_bar_tells_the_last_validation(processes, tiny):
+    folder, _, _, err, _ = processes["ddp"]
+    error = float(tiny.column(folder, "mse", "validation")[-1])
+    assert f"validation MSE {error:.2f}" in err
+
+
 # --- several processes ---
 
 
@@ -147,6 +153,7 @@ def test_two_processes_make_the_steps_of_one(strategy, processes, one_process, t
         assert a == pytest.approx(b, rel=1e-5)
     ours, theirs = (json.loads((f / "metrics.json").read_text()) for f in (folder, single))
     assert ours["sequences"] == theirs["sequences"] == 5
+    assert ours["trained_on"] == theirs["trained_on"] | {"processes": 2}
     assert ours["copy_last_frame"] == pytest.approx(theirs["copy_last_frame"], rel=1e-12)
     for name in ("mse", "ssim", "psnr"):
         assert ours["per_frame"][name] == pytest.approx(theirs["per_frame"][name], rel=1e-5)
@@ -189,6 +196,21 @@ def test_a_sharded_run_goes_on_sharded_or_in_one_process(processes, tiny, tmp_pa
         assert float((x - other[name]).norm()) <= 1e-6 * float(other[name].norm()) + 1e-7, name
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_begin_with_the_weights_of_another_run(strategy, one_process, tiny, tmp_path):
+    begun = DISTRIBUTED | {"run.init": one_process, "steps": 1, "seed": 7}
+    process = tiny.start(*TORCHRUN, *tiny.arguments(tmp_path / "two", begun | {"run.strategy": strategy}))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("Beginning with the weights of step 3 in ") == 1
+    assert main(tiny.arguments(tmp_path / "one", begun)) == 0
+    ours, theirs = ([float(x) for x in tiny.column(tmp_path / name, "loss")] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    ours, theirs = (tiny.weights(tmp_path / name, 1) for name in ("two", "one"))
+    for name, x in ours.items():
+        assert float((x - theirs[name]).norm()) <= 1e-6 * float(theirs[name].norm()) + 1e-7, name
+
+
 # --- what it returns and prints ---
 
 
@@ -211,6 +233,13 @@ def test_options_override_the_quick_configuration(trained):
     assert (trained[0].steps, trained[0].model.modules) == (3, 2)
     assert trained[0].optimiser == quick.optimiser
     assert trained[0].model.blocks == quick.model.blocks
+
+
+def test_help_says_that_the_quick_configuration_replaces_defaults(capsys):
+    with pytest.raises(SystemExit):
+        main(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert "Without --config, configs/quick.yaml is read, whose values take the place of the defaults listed" in told
 
 
 @pytest.mark.parametrize("form", [["--config", "{}"], ["--config={}"]])

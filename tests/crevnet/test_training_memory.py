@@ -9,9 +9,18 @@ import torch
 from crevnet.command import load_config
 from crevnet.training_step import _Allocated
 from crevnet.ways import MARGIN, NoWayFits, training_bytes
+from revgrad import LiveMemory
 from tests.crevnet.test_training import snapshot, training_batch
 
 pytestmark = pytest.mark.usefixtures("single_thread")
+
+
+AUTO = {"model.mode": "auto", "model.cell": "stlstm", "steps": 3}
+
+
+def reversible_need(tiny, options):
+    """Bytes in which reversible training fits, and stored does not."""
+    return int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
 
 
 # --- the peak that is reported ---
@@ -50,6 +59,38 @@ def test_the_peak_on_a_gpu_is_the_allocators_without_what_was_there_before(monke
     assert memory.peak == 7
 
 
+def peak_of(folder):
+    return json.loads((folder / "metrics.json").read_text())["peak_activation_bytes"]
+
+
+def test_in_another_way_the_peak_is_measured_anew(train_tiny, tiny):
+    reversible = AUTO | {"steps": 5, "run.memory": reversible_need(tiny, AUTO)}
+    straight = peak_of(train_tiny(reversible))
+    folder = train_tiny(AUTO | {"run.memory": "1 GiB"})
+    assert peak_of(folder) > 1.2 * straight
+    train_tiny(reversible, folder)
+    assert peak_of(folder) == straight
+
+
+def test_on_another_device_too_and_on_the_same_one_not(train_tiny, monkeypatch):
+    folder = train_tiny({"steps": 3})
+    measured = peak_of(folder)
+    monkeypatch.setattr("crevnet.training_step.LiveMemory", _Doubled)
+    train_tiny({"steps": 5}, folder)
+    assert peak_of(folder) == measured
+    monkeypatch.setattr("crevnet.training.trained_on", lambda *args: {"device_name": "another"})
+    train_tiny({"steps": 7}, folder)
+    assert peak_of(folder) == 2 * measured
+
+
+class _Doubled(LiveMemory):
+    """A device that takes twice the memory."""
+
+    def __exit__(self, *error):
+        super().__exit__(*error)
+        self.peak *= 2
+
+
 def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
     one, other = trainer(folder=tmp_path / "one"), trainer(folder=tmp_path / "other")
     other._train_step(training_batch(other))  # so that its third and later steps are not measured
@@ -62,9 +103,6 @@ def test_measuring_memory_leaves_the_gradients_alone(trainer, tmp_path, tiny):
 
 
 # --- memory against speed ---
-
-
-AUTO = {"model.mode": "auto", "model.cell": "stlstm", "steps": 3}
 
 
 def way_of(folder):
@@ -96,8 +134,7 @@ def test_a_resumed_run_keeps_its_way_as_long_as_that_fits(train_tiny, tiny, caps
     straight = train_tiny(AUTO | {"run.memory": "1 GiB"})
     folder = train_tiny(AUTO | {"run.memory": "0.1 GiB", "steps": 1})
     assert way_of(folder) == "stored"
-    need = int(training_bytes(tiny.config(None, AUTO).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
-    train_tiny(AUTO | {"run.memory": need, "steps": 2}, folder)
+    train_tiny(AUTO | {"run.memory": reversible_need(tiny, AUTO), "steps": 2}, folder)
     assert way_of(folder) == "reversible"
     train_tiny(AUTO | {"run.memory": "1 GiB"}, folder)
     assert way_of(folder) == "reversible"
@@ -108,7 +145,7 @@ def test_in_float_arithmetic_a_resumed_run_has_no_other_way(train_tiny, tiny):
     options = AUTO | {"model.arithmetic": "float"}
     folder = train_tiny(options | {"steps": 1})
     before = snapshot(folder / "checkpoints")
-    need = int(training_bytes(tiny.config(None, options).model.ways(4)["reversible"], 2, 6, torch.device("cpu")))
+    need = reversible_need(tiny, options)
     with pytest.raises(
         NoWayFits,
         match=rf"no way to train fits into .*: the least is .*, stored; lower batch_size or raise run.memory; "

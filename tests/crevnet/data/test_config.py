@@ -6,12 +6,12 @@ from crevnet.data import DataConfig, MovingMNISTConfig, VideosConfig
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"frames": 0}, "frames must be at least 1, got 0"),
-        ({"test_sequences": 0}, "test_sequences must be at least 1, got 0"),
-        ({"image_size": 0}, "image_size must be at least 1, got 0"),
-        ({"image_size": (16, 0)}, r"image_size must be at least 1, got \(16, 0\)"),
-        ({"seed": -1}, "seed must be 0 to"),
-        ({"seed": 2**64}, "seed must be 0 to"),
+        ({"frames": 0}, r"^data\.frames must be at least 1, got 0"),
+        ({"test_sequences": 0}, r"^data\.test_sequences must be at least 1, got 0"),
+        ({"image_size": 0}, r"^data\.image_size must be at least 1, got 0"),
+        ({"image_size": (16, 0)}, r"^data\.image_size must be at least 1, got \(16, 0\)"),
+        ({"seed": -1}, r"^data\.seed must be 0 to"),
+        ({"seed": 2**64}, r"^data\.seed must be 0 to"),
     ],
 )
 def test_what_all_data_sets_share_is_checked(arguments, message):

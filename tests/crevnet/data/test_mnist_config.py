@@ -79,15 +79,18 @@ def test_test_sequences_may_have_another_length():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"num_digits": 0}, "num_digits must be at least 1"),
-        ({"image_size": 0}, "image_size must be at least 1"),
-        ({"digit_size": 0}, "digit_size must be at least 1"),
-        ({"frames": 0}, "frames must be at least 1"),
-        ({"test_sequences": 0}, "test_sequences must be at least 1"),
-        ({"digit_size": 65}, r"^data\.digit_size 65 exceeds data\.image_size 64"),
-        ({"seed": -1}, "seed must be 0 to"),
+        ({"num_digits": 0}, r"^data\.num_digits must be at least 1"),
+        ({"image_size": 0}, r"^data\.image_size must be at least 1"),
+        ({"digit_size": 0}, r"^data\.digit_size must be at least 1"),
+        ({"frames": 0}, r"^data\.frames must be at least 1"),
+        ({"test_sequences": 0}, r"^data\.test_sequences must be at least 1"),
+        (
+            {"digit_size": 65},
+            r"^data\.digit_size 65 exceeds data\.image_size 64; lower data\.digit_size or raise data\.image_size$",
+        ),
+        ({"seed": -1}, r"^data\.seed must be 0 to"),
         ({"speed": (2.0, 1.0)}, r"^data\.speed must be finite"),
-        ({"download": True}, "download=True needs root"),
+        ({"download": True}, r"^data\.download needs data\.root"),
     ],
 )
 def test_bad_values(arguments, message):

@@ -225,7 +225,7 @@ def test_nothing_there(tmp_path):
 
 @pytest.mark.parametrize("name", ["channels", "every", "test_every", "frames"])
 def test_values_are_checked(name, tmp_path):
-    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=rf"^data\.{name} must be at least 1, got 0"):
         config(tmp_path, **{name: 0})
 
 
