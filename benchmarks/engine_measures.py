@@ -56,7 +56,7 @@ def training_step(model: Model, x: Tensor, weight: Tensor) -> None:
     (model(x) * weight).sum().backward()
 
 
-def counts(model: Model, stack: Stack, x: Tensor, *, resized: bool = True) -> Counts:
+def counts(model: Model, stack: Stack, x: Tensor, *, resized: bool = False) -> Counts:
     """Take one training step and count; `resized` sees storages that are, which takes longer."""
     weight = loss_weight(x)
     weights = list(stack.blocks.parameters())
