@@ -9,7 +9,7 @@ from revgrad.residue import Residue
 
 
 class AdditiveCoupling(Coupling):
-    """`target' = target + message` (NICE, RevNet, i-RevNet; eq. 2 and 3)."""
+    """`target' = target + message` (NICE, RevNet, i-RevNet; CrevNet, eq. 2 and 3)."""
 
     vjp_reads_values = False
 

@@ -15,7 +15,7 @@ from revgrad.residue import Residue
 
 
 class GatedCoupling(Coupling):
-    """`target' = (1 - g) target + g h` with `g = sigmoid(a)` and the message `(a, h)` (section 2.2, appendix B).
+    """`target' = (1 - g) target + g h` with `g = sigmoid(a)` and the message `(a, h)` (CrevNet, section 2.2).
 
     In float arithmetic the inverse divides by `1 - g` and loses what the gate forgot. In exact arithmetic `1 - g` is
     rounded to `n / 2^16` with `n >= 1` and the forgotten bits go to the residue.

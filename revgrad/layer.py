@@ -190,7 +190,7 @@ class ReversibleLayer(nn.Module):
 
 
 class Inverse(ReversibleLayer):
-    """A layer run backwards, with the same parameters: the decoder of a two-way autoencoder (eq. 4).
+    """A layer run backwards, with the same parameters: the decoder of a two-way autoencoder (CrevNet, eq. 4).
 
     Raises:
         StreamError: It is no reversible layer.

@@ -52,7 +52,7 @@ class Program:
 
     A step that is given an input reads it through the entry; a step that is given none goes on from the core's
     output of the step before, which is what the entry would return for that step's output, since the exit undoes the
-    entry (figure 1).
+    entry (CrevNet, figure 1).
     """
 
     entry: tuple[Link, ...]

@@ -86,8 +86,8 @@ def _rearrange(move: StreamMap, backward: StreamGrads, call: LayerCall, wrt: Seq
 
 
 class PixelUnshuffle(Rearrangement):
-    """Fold space into channels: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]` (section 2.1), and of signals
-    `[B, C, L]` to `[B, C n, L / n]`.
+    """Fold space into channels: `[B, C, (T,) H, W]` to `[B, C n^2, (T,) H / n, W / n]`, and of signals `[B, C, L]` to
+    `[B, C n, L / n]` (i-RevNet; CrevNet, section 2.1).
 
     Args:
         factor: n.

@@ -51,7 +51,7 @@ def unroll(
         core: The layers that have states. The state that they leave at one time step they read at the next. Where it
             is a chain with options of its own, the same are to be passed here; those of entry and exit do not count.
         inputs: Per time step the input streams (one tensor, or a tuple), or None to go on from the core's own output
-            of the step before, without exit and entry (section 2.1: the exit undoes the entry).
+            of the step before, without exit and entry (CrevNet, section 2.1: the exit undoes the entry).
         state: The first step's conditioning state; required if a layer is stateful.
         entry: Layers applied to a given input.
         exit: Layers applied to the core's output; normally the inverse of the entry.

@@ -1,4 +1,4 @@
-"""The pointwise half of a ConvLSTM with the peephole of the output gate (appendix A), one pass forward, one backward:
+"""The pointwise half of CrevNet's ConvLSTM (appendix A: a peephole of the output gate), one pass forward, one backward:
 
 c' = sigmoid(f) c + sigmoid(i) tanh(g)
 h  = sigmoid(o + Wco c') tanh(c')

@@ -1,4 +1,4 @@
-"""The pointwise half of an ST-LSTM (appendix A) before its output convolutions, one pass forward, one backward:
+"""The pointwise half of CrevNet's ST-LSTM (appendix A) before its output convolutions, one pass forward, one backward:
 
     c' = sigmoid(f) c + sigmoid(i) tanh(g)
     m' = sigmoid(f') m + sigmoid(i') tanh(g')
