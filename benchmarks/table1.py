@@ -178,7 +178,8 @@ def count_ahead(wanted: Sequence[tuple[VideoConfig, int, int]]) -> None:
     """
     cores = len(os.sched_getaffinity(0))
     with ProcessPoolExecutor(cores, get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for (config, batch, steps), mb in zip(wanted, pool.map(_activations_mb, wanted), strict=True):
+        # In pairs, the batches of one configuration: a process that has counted one need not warm up for the other.
+        for (config, batch, steps), mb in zip(wanted, pool.map(_activations_mb, wanted, chunksize=2), strict=True):
             _COUNTED[str(config), batch, steps] = mb
 
 

@@ -29,7 +29,7 @@ ROUNDS = {
     (TRANSFORMER, 24): 3,
 }
 """The most of every stack."""
-SECONDS = 30
+SECONDS = 20
 """How long the rounds of a stack take, unless the fewest take longer."""
 PEAK_MIB = {CONVOLUTION: 11, TRANSFORMER: 20}
 TIME_RATIO = 1.33

@@ -34,6 +34,7 @@ def test_there_are_as_many_rounds_as_fit_and_every_contender_is_in_one(monkeypat
 
     monkeypatch.setattr("benchmarks.timing.time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(test_engine, "step_seconds", step)
+    monkeypatch.setattr(test_engine, "SECONDS", 30)
     often, seldom = [STORED, NAMED["RevTorch"], NAMED["revgrad float"]], NAMED["memcnn"]
     found = timed({c: c for c in (*often, seldom)}, *SMALL.build(1), 2, most)
     assert len(found) == rounds
