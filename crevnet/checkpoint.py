@@ -74,6 +74,11 @@ def read_checkpoint(folder: Path, named: int | None) -> Checkpoint:
     return Checkpoint(step, weights, _state_from_bytes(folder / _STATE, data[_STATE]))
 
 
+def is_checkpoint(folder: Path) -> bool:
+    """Whether any file of a checkpoint is in a folder, however damaged."""
+    return any((folder / name).exists() for name in (_WEIGHTS, _STATE, _MANIFEST))
+
+
 def pointer(step: int) -> bytes:
     """A file that names a checkpoint."""
     return _to_json({"format": FORMAT, "step": step})

@@ -99,6 +99,10 @@ class RunConfig:
 
     folder: Path | None = None
     """Folder of the run; a run that was interrupted there goes on. None makes a new one under `runs/`."""
+    init: Path | None = None
+    """Weights to begin with, those of another run: its folder, for the best ones by validation, or that of one of its
+    checkpoints. Read once, when the first step is taken. None begins with random ones.
+    """
     checkpoint_every: int = 1000
     """Steps between checkpoints."""
     keep: int = 3

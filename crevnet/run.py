@@ -1,7 +1,8 @@
 """The folder of a run: its configuration and its checkpoints, and the model in it."""
 
+import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import datetime
@@ -9,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from crevnet.checkpoint import Checkpoint
+from crevnet.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import as_plain, load_config, save_config
 from crevnet.config import TrainConfig
@@ -89,10 +91,12 @@ def run_folder(config: TrainConfig) -> Path:
 
 
 def with_whole_paths(config: TrainConfig) -> TrainConfig:
-    """With the paths of the data from the root on, so that they are found from other folders than this one."""
+    """With the paths of what is read from the root on, so that they are found from other folders than this one."""
     values = {f.name: getattr(config.data, f.name) for f in fields(config.data)}
     paths: dict[str, Any] = {name: value.resolve() for name, value in values.items() if isinstance(value, Path)}
-    return replace(config, data=replace(config.data, **paths))
+    # Links are not followed: a run goes on where the one that it began with is gone.
+    init = None if config.run.init is None else Path(os.path.abspath(config.run.init))
+    return replace(config, data=replace(config.data, **paths), run=replace(config.run, init=init))
 
 
 def check_same_run(config: TrainConfig, folder: Path) -> None:
@@ -163,6 +167,45 @@ def find_checkpoint(directory: CheckpointDirectory, which: str) -> Checkpoint | 
     if not which.isdecimal():
         raise ValueError(f"checkpoint must be 'best', 'last' or the number of a step, got {which!r}")
     return directory.load(int(which))
+
+
+def initial_weights(source: Path) -> Checkpoint:
+    """What a run with `run.init` begins with: the best checkpoint of another one (the last where none was validated),
+    or the one that is named.
+
+    Raises:
+        FileNotFoundError: Neither a run nor a checkpoint is there.
+        DamagedCheckpoint: The checkpoint is damaged.
+    """
+    if is_checkpoint(source):
+        return read_checkpoint(source, None)
+    directory = CheckpointDirectory(source / "checkpoints")
+    if not directory.path.is_dir():
+        raise FileNotFoundError(f"run.init {source} is neither the folder of a run nor that of a checkpoint")
+    found = find_checkpoint(directory, "best")
+    if found is None:
+        raise FileNotFoundError(f"run.init {source} has no checkpoint yet")
+    return found
+
+
+def check_same_architecture(weights: Mapping[str, Tensor], model: Mapping[str, Tensor], source: Path) -> None:
+    """Raise if weights are not those of a model.
+
+    Args:
+        weights: By name.
+        model: Those of the model, sharded or not.
+        source: Where the weights are from.
+
+    Raises:
+        ValueError: Names the first tensor that differs, and both shapes.
+    """
+    for name in {**model, **weights}:
+        here, there = (list(own[name].shape) if name in own else "missing" for own in (model, weights))
+        if here != there:
+            raise ValueError(
+                f"run.init {source} is of another architecture: {name} is {there} there and {here} here; give the "
+                "options of model with which it was trained"
+            )
 
 
 def select_device(name: str) -> torch.device:

@@ -28,7 +28,7 @@ from crevnet.launch import from_first, launch, local_processes
 from crevnet.logs import RunLog
 from crevnet.machine import trained_on
 from crevnet.progress import Progress
-from crevnet.run import opened
+from crevnet.run import check_same_architecture, initial_weights, opened
 from crevnet.sharding import load_moments, load_weights, own_part, whole, whole_model
 from crevnet.training_step import TrainingDiverged, TrainingStep
 from crevnet.video_model import VideoConfig, VideoModel
@@ -96,6 +96,28 @@ class Trainer:
         if found.state["cuda_rng"] is not None and self.fabric.device.type == "cuda":
             torch.cuda.set_rng_state(found.state["cuda_rng"], self.fabric.device)
         return True
+
+    def begin(self) -> str | None:
+        """Take the weights of `run.init`, if that is set; returns a line that tells.
+
+        Raises:
+            FileNotFoundError: No run and no checkpoint is there.
+            DamagedCheckpoint: The checkpoint is damaged.
+            ValueError: It is of another architecture.
+        """
+        source = self.config.run.init
+        if source is None:
+            return None
+
+        def read() -> tuple[int, dict[str, Tensor]]:
+            found = initial_weights(source)
+            return found.step, found.weights
+
+        # Read by one: a run that still trains may have a better checkpoint for the next process.
+        step, weights = from_first(self.fabric, read)
+        check_same_architecture(weights, self.raw_model.state_dict(), source)
+        load_weights(self.raw_model, weights)
+        return f"Beginning with the weights of step {step} in {source}"
 
     def save(self, *, best: bool = False) -> None:
         """Write a checkpoint; only rank 0 does.
@@ -342,6 +364,8 @@ def _train(config: TrainConfig, fabric: Fabric, folder: Path) -> dict[str, Any] 
         fabric.print(f"Going on from step {trainer.step} in {folder}")
     else:
         fabric.print(f"Run folder: {folder}")
+        if begun := trainer.begin():
+            fabric.print(begun)
     if trainer.step < config.steps:
         fabric.print(trainer.choose_way())
     if not trainer.fit():

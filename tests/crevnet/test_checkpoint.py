@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from crevnet.checkpoint import DamagedCheckpoint, read_checkpoint
+from crevnet.checkpoint import DamagedCheckpoint, is_checkpoint, read_checkpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 
 FILES = ["weights.safetensors", "state.pt", "manifest.json"]
@@ -135,6 +135,15 @@ def test_the_manifest_records_sizes_and_hashes(directory):
 def test_a_checkpoint_can_be_loaded_from_a_folder_copied_elsewhere(directory, tmp_path):
     saved(directory, 7, weights_of(7), state_of(7)).rename(tmp_path / "released")
     assert_holds(read_checkpoint(tmp_path / "released", None), 7)
+
+
+def test_a_checkpoint_is_told_from_other_folders(directory, tmp_path):
+    path = saved(directory, 7, weights_of(7), state_of(7))
+    for name in FILES:
+        assert is_checkpoint(path)
+        (path / name).unlink()
+    for other in (path, tmp_path, tmp_path / "nowhere"):
+        assert not is_checkpoint(other)
 
 
 # --- what is damaged is refused ---

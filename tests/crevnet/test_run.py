@@ -11,8 +11,10 @@ from crevnet.command import load_config, save_config
 from crevnet.config import TrainConfig
 from crevnet.data import VideosConfig
 from crevnet.run import (
+    check_same_architecture,
     check_same_run,
     find_checkpoint,
+    initial_weights,
     load_run,
     opened,
     run_folder,
@@ -228,6 +230,71 @@ def test_a_path_is_the_same_however_it_is_written(tiny, tmp_path, monkeypatch):
             check_same_run(tiny.config(tmp_path, {"data.root": given}), tmp_path)
         with pytest.raises(ValueError, match=rf"data.root was {tmp_path}/digits, is {tmp_path}/others\)"):
             check_same_run(tiny.config(tmp_path, {"data.root": Path("others")}), tmp_path)
+
+
+def test_the_path_of_a_run_to_begin_with_is_kept_whole_and_links_are_not_followed(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    whole = with_whole_paths(tiny.config(None, {"run.init": Path("a/../link")}))
+    assert whole.run.init == tmp_path / "link"
+    assert with_whole_paths(tiny.config()).run.init is None
+
+
+# --- weights to begin with ---
+
+
+@pytest.mark.parametrize(("name", "step"), [("", 10), ("checkpoints/step-00000015", 15)])
+def test_a_run_begins_with_the_best_weights_of_another_or_with_a_checkpoint(name, step, run, tiny):
+    folder, saved = run
+    found = initial_weights(folder / name)
+    assert found.step == step
+    tiny.assert_equal(found.weights, saved[step])
+
+
+def test_without_a_validation_it_begins_with_the_last_weights(run):
+    (run[0] / "checkpoints" / "best.json").unlink()
+    assert initial_weights(run[0]).step == 15
+
+
+@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, Path.touch])
+def test_what_is_no_run_to_begin_with_is_named(make, tmp_path):
+    make(tmp_path / "x")
+    with pytest.raises(FileNotFoundError, match=rf"run.init {tmp_path}/x is neither the folder of a run nor that of a"):
+        initial_weights(tmp_path / "x")
+
+
+def test_a_run_without_a_checkpoint_is_none_to_begin_with(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match=rf"run.init {tmp_path} has no checkpoint yet"):
+        initial_weights(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "manifest.json"])
+def test_a_damaged_checkpoint_is_none_to_begin_with(name, run):
+    best = run[0] / "checkpoints" / "step-00000010"
+    (best / name).unlink()
+    for source in (run[0], best):
+        with pytest.raises(DamagedCheckpoint, match=rf"step-00000010/{name}: is missing"):
+            initial_weights(source)
+
+
+@pytest.mark.parametrize(
+    ("weights", "model", "message"),
+    [
+        (
+            {"a": (2,), "b": (3, 1)},
+            {"a": (2,), "b": (3, 4)},
+            r"b is \[3, 1\] there and \[3, 4\] here; give the options",
+        ),
+        ({"a": (2,)}, {"a": (2,), "b": (3,)}, r"b is missing there and \[3\] here"),
+        ({"a": (2,), "c": ()}, {"a": (2,)}, r"c is \[\] there and missing here"),
+    ],
+)
+def test_another_architecture_is_refused_by_the_first_tensor_that_differs(weights, model, message):
+    weights, model = ({name: torch.zeros(shape) for name, shape in x.items()} for x in (weights, model))
+    check_same_architecture(model, model, Path("run"))
+    with pytest.raises(ValueError, match=rf"^run.init run is of another architecture: {message}"):
+        check_same_architecture(weights, model, Path("run"))
 
 
 # --- the folder ---

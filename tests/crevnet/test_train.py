@@ -196,6 +196,21 @@ def test_a_sharded_run_goes_on_sharded_or_in_one_process(processes, tiny, tmp_pa
         assert float((x - other[name]).norm()) <= 1e-6 * float(other[name].norm()) + 1e-7, name
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_begin_with_the_weights_of_another_run(strategy, one_process, tiny, tmp_path):
+    begun = DISTRIBUTED | {"run.init": one_process, "steps": 1, "seed": 7}
+    process = tiny.start(*TORCHRUN, *tiny.arguments(tmp_path / "two", begun | {"run.strategy": strategy}))
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert out.count("Beginning with the weights of step 3 in ") == 1
+    assert main(tiny.arguments(tmp_path / "one", begun)) == 0
+    ours, theirs = ([float(x) for x in tiny.column(tmp_path / name, "loss")] for name in ("two", "one"))
+    assert ours == pytest.approx(theirs, rel=2e-6)
+    ours, theirs = (tiny.weights(tmp_path / name, 1) for name in ("two", "one"))
+    for name, x in ours.items():
+        assert float((x - theirs[name]).norm()) <= 1e-6 * float(theirs[name].norm()) + 1e-7, name
+
+
 # --- what it returns and prints ---
 
 

@@ -168,6 +168,46 @@ def test_an_intact_best_checkpoint_stays_the_best_over_a_resumption(train_tiny, 
     assert tiny.state(folder, 2)["best_mse"] == 0.5
 
 
+# --- from the weights of another run ---
+
+
+@pytest.mark.parametrize("name", ["", "checkpoints/step-00000002"])
+def test_a_run_begins_with_the_weights_of_another(name, train_tiny, tiny, capsys):
+    source = train_tiny({"steps": 3, "run.checkpoint_every": 2})
+    best = CheckpointDirectory(source / "checkpoints").best().step
+    step = 2 if name else best
+    capsys.readouterr()
+    folder = train_tiny({"steps": 0, "run.init": source / name, "seed": 7})
+    assert f"\nBeginning with the weights of step {step} in {source / name}\n" in capsys.readouterr().out
+    tiny.assert_equal(tiny.weights(folder, 0), tiny.weights(source, step))
+    assert load_config(folder / "config.yaml").run.init == source / name
+
+
+def test_it_goes_on_from_its_own_checkpoint_where_the_other_run_is_gone(train_tiny, tiny, capsys):
+    source = train_tiny({"steps": 1})
+    options = {"run.init": source, "seed": 7}
+    straight = train_tiny(options | {"steps": 3})
+    folder = train_tiny(options | {"steps": 1})
+    shutil.rmtree(source)
+    capsys.readouterr()
+    train_tiny(options | {"steps": 3}, folder)
+    assert "Beginning with" not in capsys.readouterr().out
+    tiny.assert_equal(tiny.weights(folder, 3), tiny.weights(straight, 3))
+    with pytest.raises(ValueError, match=rf"run.init was {source}, is None"):
+        train_tiny({"steps": 3, "seed": 7}, folder)
+    with pytest.raises(FileNotFoundError, match=rf"run.init {source} is neither the folder of a run"):
+        train_tiny(options | {"steps": 3})
+
+
+def test_a_run_of_another_architecture_is_none_to_begin_with(train_tiny, tmp_path):
+    source = train_tiny({"steps": 0, "model.modules": 3})
+    with pytest.raises(
+        ValueError, match=rf"run.init {source} is of another architecture: predictor\.layers\.2\.\S+ is \["
+    ):
+        train_tiny({"steps": 1, "run.init": source}, tmp_path / "run")
+    assert not list(tmp_path.glob("run/checkpoints/step-*"))
+
+
 # --- the folder ---
 
 
