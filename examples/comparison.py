@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revgrad import LiveMemory, ReversibleSequential
+from revgrad import LiveMemory, set_mode
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,7 @@ def _train(
 ) -> Training:
     torch.manual_seed(0)
     model = build()
-    for module in model.modules():
-        if isinstance(module, ReversibleSequential):
-            module.mode = mode
+    set_mode(model, mode)
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     losses, seconds = [], []
     memory = LiveMemory()

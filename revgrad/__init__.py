@@ -21,7 +21,7 @@ from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.planning import ModeCost, Plan, plan
 from revgrad.rearrangement import Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.residue import Residue, snap
-from revgrad.sequential import ReversibleSequential
+from revgrad.sequential import ReversibleSequential, set_mode
 from revgrad.unrolling import unroll
 from revgrad.wrapped import wrap
 
@@ -66,6 +66,7 @@ __all__ = [
     "from_pairs",
     "momentum_from",
     "plan",
+    "set_mode",
     "snap",
     "unroll",
     "update_cell",

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from revgrad.channelwise import Channelwise, per_channel
 from revgrad.errors import StreamError
 from revgrad.layer import LayerCall
+from revgrad.tracing import has_values
 
 _SMALLEST = 1e-6
 """A channel that deviates by less is taken for constant."""
@@ -14,9 +15,11 @@ _SMALLEST = 1e-6
 class ActNorm(Channelwise):
     """`y = (x + bias) * exp(log_scale)` per channel of one stream `[B, C, ...]`.
 
-    The first batch in training mode, in whichever direction it passes, sets both parameters so that its channels leave
-    with mean 0 and standard deviation 1 (a constant channel keeps its scale). Until then the layer is the identity.
-    Whether it has happened is `initialised`, which is part of the `state_dict`.
+    The first batch that a chain is called on in training mode, in whichever direction it passes the layer, sets both
+    parameters so that its channels leave with mean 0 and standard deviation 1 (a constant channel keeps its scale).
+    Until then the layer is the identity, in `chain.inverse` too: samples that are drawn set nothing. Whether it has
+    happened is `initialised`, which is part of the `state_dict`; parameters that are not zero, such as those of a
+    moving average, count as set.
 
     Wrap a model in DDP after it has seen a first batch: wrapping makes the parameters of all processes equal.
 
@@ -59,7 +62,10 @@ class ActNorm(Channelwise):
     @torch.no_grad()
     def prepare(self, x: Tensor, call: LayerCall, *, undo: bool) -> None:
         """Initialise, if that is due. A rewind finds it done in the forward pass, whatever the direction."""
-        if self.initialised or not self.training:
+        if self.initialised or not self.training or call.inverting:
+            return
+        if has_values((x,)) and (self.bias.any() or self.log_scale.any()):
+            self.initialised = True
             return
         values = x.detach().to(self.bias.dtype).transpose(0, 1).flatten(1)
         if values.shape[1] < 2:
@@ -69,6 +75,14 @@ class ActNorm(Channelwise):
             )
         deviation, mean = torch.std_mean(values, dim=1, correction=0)
         deviation = torch.where(deviation > _SMALLEST, deviation, 1)
-        self.bias.copy_(mean / deviation if undo else -mean)
-        self.log_scale.copy_(deviation.log() if undo else -deviation.log())
-        self.initialised = True
+        if undo:
+            self.set(mean / deviation, deviation.log())
+        else:
+            self.set(-mean, -deviation.log())
+
+    @torch.no_grad()
+    def set(self, bias: Tensor, log_scale: Tensor, *, initialised: bool = True) -> None:
+        """Set both parameters, `[C]`."""
+        self.bias.copy_(bias)
+        self.log_scale.copy_(log_scale)
+        self.initialised = initialised

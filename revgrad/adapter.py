@@ -13,15 +13,15 @@ class Adapter(nn.Module):
         super().__init__()
         self.inner = inner
 
-    def takes(self, name: str, positional: int) -> bool:
-        """What the inner transform takes, given as many arguments by position."""
-        return takes(self.inner, name, positional)
+    def positional(self, given: int) -> int:
+        """How many arguments the inner transform is given by position, where this one is given so many."""
+        return given
 
 
 def takes(transform: nn.Module, name: str, positional: int) -> bool:
     """Whether a transform takes an argument of this name when its first `positional` ones are given by position."""
     if isinstance(transform, Adapter):
-        return transform.takes(name, positional)
+        return takes(transform.inner, name, transform.positional(positional))
     transform = getattr(transform, "_orig_mod", transform)  # of torch.compile, which takes anything
     found: list[Any] = list(inspect.signature(transform.forward).parameters.values())
     given = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][:positional]

@@ -228,7 +228,7 @@ def _input_differs(
         f"the input {of_layer}recovered in the backward pass differs from the one given {by}, so the gradient "
         f"would be wrong: {why}. "
         f"{'' if of_layer else 'check_invertible(module, inputs) or drift_guard=True names the layer; '}"
-        f"{instead}mode='stored' avoids it, anchor_every= keeps rounding from adding up"
+        f"anchor_every= keeps rounding from adding up, {instead}mode='stored' avoids it"
     )
 
 

@@ -62,6 +62,10 @@ class ChainState(NamedTuple):
         """All tensors in order."""
         return [x for state in self.layers for x in state] + list(self.carry)
 
+    def detach(self) -> "ChainState":
+        """The same values without their graph: for backpropagation that is truncated in time."""
+        return self.replace(x.detach() for x in self.tensors())
+
     def replace(self, tensors: Iterable[Tensor]) -> "ChainState":
         """The same structure with other tensors."""
         it = iter(tensors)
@@ -154,13 +158,15 @@ def undo_chain(
     arguments: Sequence[Arguments] = (),
     new_state: ChainState | None = None,
     layouts: Sequence[Layout] = (),
+    inverting: bool = False,
 ) -> Streams:
     """Undo all layers, last first, given what each has read (`Saved.state`), and the state that they have left, where
-    it has cells that are recovered. `layouts` as in `run_chain`.
+    it has cells that are recovered. `layouts` as in `run_chain`, `inverting` as in `LayerCall`.
     """
     for i in reversed(range(len(links))):
         name, layer = links[i]
         call = LayerCall(name, states[i], residue=residue, arguments=arguments[i] if arguments else NO_ARGUMENTS)
+        call.inverting = inverting
         call.layout = layouts[i] if layouts else None
         position = layer.recovered_cell(residue is not None)
         if position is not None and new_state is not None:

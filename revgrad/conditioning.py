@@ -30,7 +30,8 @@ def bind(
         per_layer: One mapping per layer (None for none), which adds to the common arguments and replaces them.
 
     Raises:
-        StreamError: A name that no layer, or that this layer, accepts; another number of mappings than layers.
+        StreamError: A name that no layer, or that this layer, accepts; another number of mappings than layers; an
+            object other than tuples, lists and dicts that holds tensors.
     """
     if not common and per_layer is None:
         return ()
@@ -50,6 +51,9 @@ def bind(
                     "one a coupling, or a ReversibleLayer that defines accepts(name)"
                 )
             raise StreamError(f"no layer of the chain takes an argument {name!r}: {fix}")
+    for given in (common, *own):
+        for name, value in given.items():
+            _check_kind(name, value)
     bound = []
     for (name, layer), mine in zip(links, own, strict=True):
         wrong = next((key for key in mine if not layer.accepts(key)), None)
@@ -57,6 +61,17 @@ def bind(
             raise StreamError(f"{name} takes no argument {wrong!r}, but per_layer has one for it")
         bound.append({key: value for key, value in common.items() if layer.accepts(key)} | dict(mine))
     return tuple(bound)
+
+
+def _check_kind(name: str, value: object) -> None:
+    """Raise for an object that holds tensors where they are not looked for."""
+    for x in tree_leaves(value):
+        inside = getattr(x, "__dict__", {}) if not isinstance(x, (Tensor, nn.Module)) else {}
+        if any(isinstance(y, Tensor) for y in inside.values()):
+            raise StreamError(
+                f"the argument {name!r} has a {type(x).__name__} with tensors in it, which are not looked for: they "
+                "would get no gradient, and a change of them would go unnoticed; pass a tuple or a dict of tensors"
+            )
 
 
 def _may_accept(link: Link) -> bool:

@@ -13,7 +13,7 @@ from revgrad.errors import StreamError
 from revgrad.layer import ReversibleLayer
 from revgrad.momentum import MomentumStep
 from revgrad.rearrangement import Concatenate, Split
-from revgrad.sequential import ReversibleSequential
+from revgrad.sequential import OPTIONS, ReversibleSequential
 
 
 def from_pairs(
@@ -31,7 +31,9 @@ def from_pairs(
 
     Raises:
         StreamError: A pair is not two modules or None; or nothing is left to run.
+        TypeError: There is no such option.
     """
+    _check_options("from_pairs", options, "split_dim")
     layers: list[ReversibleLayer] = []
     for i, pair in enumerate(pairs):
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
@@ -43,13 +45,12 @@ def from_pairs(
                 layers.append(AdditiveCoupling(module, source=source, target=1 - source))
     if not layers:
         raise StreamError("from_pairs: there is no module in the pairs")
-    if split_dim is not None:
-        layers = [Split(2, split_dim), *layers, Concatenate(2, split_dim)]
-    return ReversibleSequential(*layers, **options)
+    return ReversibleSequential(*_on_parts(layers, 2, split_dim), **options)
 
 
 def from_groups(
     blocks: Iterable[Sequence[nn.Module]],
+    split_dim: int | None = None,
     **options: Any,
 ) -> ReversibleSequential:
     """A chain of grouped reversible blocks (Li et al. 2021, RevGNN; PyG's `GroupAddRev`) on k streams.
@@ -59,11 +60,15 @@ def from_groups(
 
     Args:
         blocks: k modules per block, at least two, the same number in each.
+        split_dim: Dimension along which a single tensor is cut into k equal streams on its way in and joined on its way
+            out; by default the chain takes and returns the k streams.
         options: Of `ReversibleSequential`.
 
     Raises:
         StreamError: There are no blocks, or they are not of one size of at least two.
+        TypeError: There is no such option.
     """
+    _check_options("from_groups", options, "split_dim")
     blocks = [tuple(block) for block in blocks]
     sizes = {len(block) for block in blocks}
     if len(sizes) != 1 or min(sizes) < 2:
@@ -75,7 +80,19 @@ def from_groups(
     for first, *rest in blocks:
         layers.append(AdditiveCoupling(_OfSum(first), source=tuple(range(1, k)), target=0))
         layers += [AdditiveCoupling(f, source=i - 1, target=i) for i, f in enumerate(rest, 1)]
-    return ReversibleSequential(*layers, **options)
+    return ReversibleSequential(*_on_parts(layers, k, split_dim), **options)
+
+
+def _on_parts(layers: list[ReversibleLayer], parts: int, split_dim: int | None) -> list[ReversibleLayer]:
+    """Layers on streams, on the parts of one tensor where it is to be split."""
+    return layers if split_dim is None else [Split(parts, split_dim), *layers, Concatenate(parts, split_dim)]
+
+
+def _check_options(function: str, options: dict[str, Any], *own: str) -> None:
+    """Raise for an option that a chain does not have; `own` are those of the function besides."""
+    for name in options:
+        if name not in OPTIONS:
+            raise TypeError(f"{function}: there is no option {name!r}; there are {', '.join((*own, *OPTIONS))}")
 
 
 def _of_chain(option: str) -> Any:
@@ -128,8 +145,19 @@ def momentum_from(
         options: Of `ReversibleSequential`.
 
     Raises:
-        StreamError: There are no blocks, or gamma is not between 0 and 1.
+        StreamError: There are no blocks, something else is among them, or gamma is not between 0 and 1.
+        TypeError: There is no such option.
     """
+    _check_options("momentum_from", options)
+    if isinstance(blocks, nn.Module) and not isinstance(blocks, Iterable):
+        raise StreamError(
+            f"momentum_from: a {type(blocks).__name__} is no sequence of blocks: pass those of one stage, such as "
+            "model.layer1 of a ResNet"
+        )
+    blocks = list(blocks)
+    for i, block in enumerate(blocks):
+        if not isinstance(block, nn.Module):
+            raise StreamError(f"momentum_from: block {i} is a {type(block).__name__}, not a module")
     steps = [MomentumStep(_Change(block) if skip_inside else block, gamma) for block in blocks]
     if not steps:
         raise StreamError("momentum_from: there are no blocks")
@@ -139,8 +167,8 @@ def momentum_from(
 class _OfSum(Adapter):
     """`f` of the sum of the streams."""
 
-    def takes(self, name: str, positional: int) -> bool:
-        return super().takes(name, positional=1)
+    def positional(self, given: int) -> int:
+        return 1
 
     def forward(self, *streams: Tensor, **conditioning: Any) -> Tensor:
         return self.inner(reduce(torch.add, streams), **conditioning)
@@ -151,6 +179,10 @@ class _Change(Adapter):
 
     def forward(self, x: Tensor, **conditioning: Any) -> Tensor:
         y = self.inner(x, **conditioning)
+        if not isinstance(y, Tensor):
+            raise StreamError(
+                f"momentum_from: {type(self.inner).__name__} returns a {type(y).__name__}; a block must return a tensor"
+            )
         if y.shape != x.shape:
             raise StreamError(
                 f"momentum_from: {type(self.inner).__name__} changes the shape from {tuple(x.shape)} to "

@@ -19,6 +19,7 @@ from revgrad.batch_statistics import Kept, keeping, reusable
 from revgrad.chain import ChainState, run_chain
 from revgrad.graphless import Uncached
 from revgrad.layer import NO_ARGUMENTS, ReversibleLayer, Streams
+from revgrad.memory import storages_of
 from revgrad.modules import check_materialised
 from revgrad.program import Program, put_on_grid
 from revgrad.residue import Residue
@@ -213,7 +214,7 @@ class _Ledger:
     def __init__(self, given: Iterable[Tensor]) -> None:
         self._numbers: dict[int, int] = {}
         self._next = 0
-        self._held = [x.untyped_storage() for x in given]
+        self._held = [storage for x in given for storage in storages_of(x)]
         self._given = set(map(self._number, self._held))
         self._given_addresses = set(self._numbers)
 
@@ -225,11 +226,10 @@ class _Ledger:
         """The same, one by one."""
         found = []
         for x in tensors:
-            storage = x.untyped_storage()
-            number = self._number(storage)
-            found.append(
-                StreamStorage(number, 0 if number in self._given else storage.nbytes(), x.numel() * x.element_size())
-            )
+            for storage in storages_of(x):
+                number, size = self._number(storage), storage.nbytes()
+                own = x.numel() * x.element_size() if x.layout is torch.strided else size
+                found.append(StreamStorage(number, 0 if number in self._given else size, own))
         return tuple(found)
 
     @contextmanager
@@ -239,7 +239,7 @@ class _Ledger:
         alive = []
 
         def pack(x: Tensor) -> Tensor:
-            alive.append(x.untyped_storage())
+            alive.extend(storages_of(x))
             found.update(self.storages([x]))
             return x.detach()  # a result that its own node keeps would be a reference cycle
 
@@ -248,7 +248,7 @@ class _Ledger:
 
     def forget_all_but(self, tensors: Iterable[Tensor]) -> None:
         """Addresses of other storages may be used again."""
-        alive = {x.untyped_storage()._cdata for x in tensors} | self._given_addresses
+        alive = {storage._cdata for x in tensors for storage in storages_of(x)} | self._given_addresses
         self._numbers = {address: number for address, number in self._numbers.items() if address in alive}
 
     def _number(self, storage: torch.UntypedStorage) -> int:

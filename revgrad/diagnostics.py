@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from revgrad.actnorm import ActNorm
 from revgrad.arithmetic import is_exact
 from revgrad.cell import without
 from revgrad.chain import ChainState, Link, split_carry, with_carry
@@ -87,7 +88,7 @@ def check_invertible(
     """Run a chain forward and back, layer by layer, and compare.
 
     Needs the memory of all activations: it is a diagnosis, not a training step. Random numbers are replayed, buffers of
-    transforms are left alone.
+    transforms are left alone, and so is an `ActNorm` that has seen no batch.
 
     Args:
         module: A reversible layer or chain.
@@ -115,11 +116,16 @@ def check_invertible(
     snapshot = Snapshot(layer for _, layer in links)
     state = Program.of_chain(links, exact=exact).enter_state(checked_state(links, states))
     arguments = bind(links, conditioning) or (NO_ARGUMENTS,) * len(links)
-    # Layers are excepted: one that its first batch sets (ActNorm) notes that in a buffer.
+    norms = [m for m in snapshot.modules if isinstance(m, ActNorm) and not m.initialised]
+    unset = [(m, m.bias.detach().clone(), m.log_scale.detach().clone()) for m in norms]
     inner = [m for m in snapshot.modules if not isinstance(m, ReversibleLayer)]
     with CopiedBuffers(inner):
-        applications = _run(links, streams, state, arguments, residue, snapshot)
-        reports = _undo(applications, residue, snapshot)
+        try:
+            applications = _run(links, streams, state, arguments, residue, snapshot)
+            reports = _undo(applications, residue, snapshot)
+        finally:
+            for norm, *parameters in unset:
+                norm.set(*parameters, initialised=False)
     return InvertibilityReport(tuple(reports), exact, tolerance)
 
 

@@ -32,7 +32,7 @@ from revgrad.errors import ReversibilityError, StreamError
 from revgrad.fingerprint import fingerprint
 from revgrad.gradients import check_closed, filled_for_hooks
 from revgrad.graphless import graphless
-from revgrad.in_place import Unchanged
+from revgrad.in_place import Unchanged, explained
 from revgrad.layer import Grads, StreamGrads, Streams
 from revgrad.offload import keeper_for
 from revgrad.program import CORE, ENTRY, EXIT, Part, Program, flat
@@ -219,7 +219,8 @@ class _Outputs(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Any, ...]:
         refuse_inference_mode()
         ctx.snapshot.check_attributes("since the forward pass")
-        outputs, parameters, given, tape = _unsave(ctx)
+        with explained():
+            outputs, parameters, given, tape = _unsave(ctx)
         gradients = ChainGradients(
             [_stand_in(p) for p in parameters],
             len(ctx.program.core),

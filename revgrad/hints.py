@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from revgrad.adapter import Adapter
+
 
 def wrong_number(message: Sequence[object], needed: int, target: Tensor) -> str:
     """What a transform has returned instead of `needed` tensors of the target's shape."""
@@ -42,6 +44,9 @@ def not_given(transform: nn.Module, positional: int, names: Iterable[str], *, st
         names: Those that it is given by name.
         stateful: Whether a state is among the former.
     """
+    while isinstance(transform, Adapter):
+        positional = transform.positional(positional)
+        transform = transform.inner
     found = list(inspect.signature(transform.forward).parameters.values())
     by_position = [p for p in found if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][positional:]
     known = set(names)

@@ -1,7 +1,7 @@
 """What user code is given to read must be the same when it returns."""
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -30,3 +30,19 @@ class Unchanged(AbstractContextManager[None]):
             for x, version in self._before:
                 if x._version != version:
                     raise self._error(x)
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """Around fetching what a chain has saved: PyTorch finds what was changed in place, and calls an output of the chain
+    one of `_Outputs`.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if "_Outputs" in str(error):
+            error.add_note(
+                "_Outputs is a reversible chain: what runs behind it changes its output in place, such as "
+                "ReLU(inplace=True); make that out of place"
+            )
+        raise

@@ -58,6 +58,8 @@ class LayerCall:
     """What the layer has noted."""
     leftovers: Leftovers | None = None
     """Set by a rewind: what is to be checked when it has returned."""
+    inverting: bool = False
+    """Whether a chain is inverted (`chain.inverse`): a layer that its first batch sets does not take this for one."""
     log_det_grad: Tensor | None = None
     """Gradient with respect to the layer's log-determinant, `[B]`, where a rewind is to pull it back. The rewind takes
     it, that is, leaves None."""

@@ -59,6 +59,12 @@ def _check_options(chain: ReversibleLayer, place: str, outermost: ReversibleLaye
             )
 
 
+def check_every(name: str, value: int | None) -> None:
+    """Raise unless a number of layers or time steps is one, or None."""
+    if value is not None and (not isinstance(value, int) or value < 1):
+        raise StreamError(f"{name} must be at least 1 and whole, got {value!r}")
+
+
 def _advice(chain: Any, wrong: Any) -> str:
     """What to do about something that is no reversible layer.
 
@@ -67,9 +73,11 @@ def _advice(chain: Any, wrong: Any) -> str:
         wrong: The item of it that is none, or itself.
     """
     if isinstance(chain, nn.Module):
-        inside = [name for name, m in chain.named_modules() if isinstance(m, ReversibleLayer) and is_sequence(m)]
+        modules = chain.named_modules() if not isinstance(chain, ReversibleLayer) else ()
+        inside = [f".{name}" for name, m in modules if isinstance(m, ReversibleLayer) and is_sequence(m)]
         if inside:
-            return f"pass the chain that is inside, .{inside[0]}, and the streams that it is given"
+            which = inside[0] if len(inside) == 1 else f"one of {', '.join(inside)}"
+            return f"pass the chain that is inside, {which}, and the streams that it is given"
     layers = list(wrong) if isinstance(wrong, Iterable) else []
     if layers and all(isinstance(x, ReversibleLayer) for x in layers):
         return "unpack it, ReversibleSequential(*layers)"

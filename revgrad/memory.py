@@ -33,10 +33,11 @@ class LiveMemory(TorchDispatchMode):
         if getattr(func, "is_view", False):
             # Of a real tensor under fake tensors, the view would seem to have a storage of its own.
             return func(*args, **(kwargs or {}))
-        before = {x.untyped_storage()._cdata for x in _tensors((args, kwargs))}
+        before = {storage._cdata for x in _tensors((args, kwargs)) for storage in storages_of(x)}
         out = func(*args, **(kwargs or {}))
         for x in _tensors(out):
-            self._count(x.untyped_storage(), before)
+            for storage in storages_of(x):
+                self._count(storage, before)
         return out
 
     def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
@@ -55,6 +56,24 @@ class LiveMemory(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Forget the peak so far."""
         self.peak = self.live
+
+
+def storages_of(x: torch.Tensor) -> list[torch.UntypedStorage]:
+    """What holds a tensor's values: of a sparse one, its values and its indices."""
+    if x.layout is torch.strided:
+        return [x.untyped_storage()]
+    return [part.untyped_storage() for part in _parts(x)]
+
+
+def _parts(x: torch.Tensor) -> list[torch.Tensor]:
+    """The dense tensors that a sparse one consists of."""
+    if x.layout is torch.sparse_coo:
+        return [x._indices(), x._values()]
+    if x.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return [x.crow_indices(), x.col_indices(), x.values()]
+    if x.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return [x.ccol_indices(), x.row_indices(), x.values()]
+    return []  # laid out by a library (oneDNN), which does not tell
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

@@ -73,7 +73,8 @@ class Plan:
         if self.exact:
             lines.append(
                 "Not counted are the bits that reversed gated layers spill, which depend on the data: about 1.5 per "
-                "element with ordinary gates; check_invertible tells."
+                "element with ordinary gates; check_invertible tells. Nor the integers that exact merges compute with: "
+                "on a CPU several times the bytes of a stream, for a moment."
             )
         return "\n".join(lines)
 

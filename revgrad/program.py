@@ -18,7 +18,7 @@ from revgrad.conditioning import Placeholder, bind, distinct_leaves, replaced
 from revgrad.errors import StreamError
 from revgrad.gradients import is_differentiable
 from revgrad.layer import NO_ARGUMENTS, Arguments, ReversibleLayer, State, Streams
-from revgrad.links import Arithmetic, Chain, chain_links
+from revgrad.links import Arithmetic, Chain, chain_links, check_every
 from revgrad.residue import Residue, snap
 
 
@@ -139,10 +139,8 @@ class Program:
         )
 
     def __post_init__(self) -> None:
-        for name in ("keep_states_every", "anchor_every"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise StreamError(f"{name} must be at least 1 and whole, got {value!r}")
+        check_every("keep_states_every", self.keep_states_every)
+        check_every("anchor_every", self.anchor_every)
 
     @property
     def steps(self) -> int:

@@ -78,7 +78,8 @@ def grid_of(x: Tensor) -> Grid:
     if x.dtype not in _GRIDS:
         raise StreamError(
             f"exact arithmetic carries streams in float32 or float64, not {x.dtype}: "
-            "convert the input, or choose arithmetic='float'"
+            "convert them in front of the chain, chain(x.float()), whose transforms may still run under autocast, or "
+            "choose arithmetic='float'"
         )
     return _GRIDS[x.dtype]
 

@@ -16,7 +16,16 @@ from revgrad.conditioning import bind
 from revgrad.errors import StreamError
 from revgrad.function import run_reversible
 from revgrad.layer import Arguments, LayerCall, ReversibleLayer, Streams
-from revgrad.links import Arithmetic, Mode, chain_links, check_mode, check_offload, checked_state, checked_streams
+from revgrad.links import (
+    Arithmetic,
+    Mode,
+    chain_links,
+    check_every,
+    check_mode,
+    check_offload,
+    checked_state,
+    checked_streams,
+)
 from revgrad.log_det import with_log_det, zero_log_det
 from revgrad.program import Program
 from revgrad.residue import Residue
@@ -45,7 +54,8 @@ class ReversibleSequential(ReversibleLayer):
             many layers as fit are stored, which are not evaluated again in backward. They count on top of what the
             chain keeps anyway: its output, states, residue, and the graph of the layer at hand. `free` stores those at
             the end that leave the peak where it is: they take no more than the graph of a layer in front of them, and
-            have been freed when that one is evaluated again. What layers take is measured by one forward pass more for
+            have been freed when that one is evaluated again (of several chains in a model, in the last). What layers
+            take is measured by one forward pass more for
             every new shape of the input.
         offload: In reversible mode, whether states and anchors wait in host memory between forward and backward pass,
             where the chain runs on CUDA. Elsewhere nothing changes.
@@ -137,6 +147,16 @@ class ReversibleSequential(ReversibleLayer):
         self._drift_guard, self._passes = drift_guard, 0
 
     @property
+    def anchor_every(self) -> int | None:
+        """A number of layers, or None; may be changed at any time."""
+        return self._anchor_every
+
+    @anchor_every.setter
+    def anchor_every(self, anchor_every: int | None) -> None:
+        check_every("anchor_every", anchor_every)
+        self._anchor_every = anchor_every
+
+    @property
     def memory_budget(self) -> int | str | None:
         """Bytes, a text such as `2 GiB`, `free`, or None; may be changed at any time."""
         return self._memory_budget
@@ -148,7 +168,7 @@ class ReversibleSequential(ReversibleLayer):
 
     def chosen_options(self) -> dict[str, Any]:
         """By name, the options that are not at their defaults."""
-        return {name: getattr(self, name) for name, default in _DEFAULTS.items() if getattr(self, name) != default}
+        return {name: getattr(self, name) for name, default in OPTIONS.items() if getattr(self, name) != default}
 
     def forward(
         self,
@@ -255,7 +275,9 @@ class ReversibleSequential(ReversibleLayer):
         links = program.core
         if log_det:
             links, streams = with_log_det(program).core[1:], (*streams, zero_log_det(streams))
-        found = undo_chain(links, streams, read, bits, arguments=program.arguments.core, new_state=after)
+        found = undo_chain(
+            links, streams, read, bits, arguments=program.arguments.core, new_state=after, inverting=True
+        )
         return (_result(found[:-1]), found[-1]) if log_det else _result(found)
 
     def accepts(self, name: str) -> bool:
@@ -300,11 +322,29 @@ class ReversibleSequential(ReversibleLayer):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
+def set_mode(model: nn.Module, mode: Mode) -> None:
+    """Set the mode of every chain inside a model, such as `stored` to compare with.
+
+    Args:
+        model: Any module.
+        mode: As in `ReversibleSequential`.
+
+    Raises:
+        StreamError: There is no such mode, or no chain inside.
+    """
+    check_mode(mode)
+    chains = [m for m in model.modules() if isinstance(m, ReversibleSequential)]
+    if not chains:
+        raise StreamError(f"set_mode: there is no chain inside the {type(model).__name__}")
+    for chain in chains:
+        chain.mode = mode
+
+
 def _result(streams: Streams) -> Result:
     return streams[0] if len(streams) == 1 else streams
 
 
-_DEFAULTS = {
+OPTIONS = {
     p.name: p.default for p in inspect.signature(ReversibleSequential).parameters.values() if p.kind is p.KEYWORD_ONLY
 }
 """The options of a chain and their defaults; each is an attribute of the same name."""

@@ -152,3 +152,24 @@ def test_has_no_exact_form():
 def test_arguments_are_checked(arguments):
     with pytest.raises(StreamError, match="ActNorm: needs at least one channel"):
         ActNorm(*arguments)
+
+
+def test_samples_that_are_drawn_before_the_first_batch_set_nothing(make):
+    chain, x = flow(make).double(), batch(6, 4)
+    untouched = copy.deepcopy(chain.state_dict())
+    chain.inverse(torch.randn(6, 4, dtype=torch.float64))
+    ReversibleSequential(Inverse(chain)).inverse(x)
+    assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(untouched[k])) for k, a in chain.state_dict().items())
+    chain(x)
+    assert all(m.initialised for m in chain if isinstance(m, ActNorm))
+
+
+def test_an_average_of_weights_that_was_made_before_the_first_batch_is_kept(make):
+    chain = flow(make).double()
+    average = torch.optim.swa_utils.AveragedModel(chain)
+    chain(batch(6, 4))
+    average.update_parameters(chain)
+    kept = [p.clone() for p in average.parameters()]
+    average(batch(6, 4) * 10)
+    assert all(map(torch.equal, average.parameters(), kept))
+    assert average.module[0].initialised

@@ -94,3 +94,11 @@ def test_gradients_that_are_sparse_and_dense_are_added_in_either_order():
             total.add([0], (grad,))
         (found,) = total.take([0])
         assert torch.equal(found.to_dense() if found.is_sparse else found, len(grads) * dense)
+
+
+def test_a_state_without_its_graph():
+    h = torch.ones(2, requires_grad=True)
+    state = ChainState(((h * 2,), ()), (h * 3,))
+    assert not any(x.requires_grad for x in state.detach().tensors())
+    assert all(map(torch.equal, state.detach().tensors(), state.tensors()))
+    assert state.detach().layers[1] == ()

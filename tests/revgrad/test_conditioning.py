@@ -71,3 +71,18 @@ def test_tensors_are_taken_out_once_and_put_back():
     again = replaced(emptied, places, tensors)
     assert again[0]["context"][1][0] is b
     assert again[2]["mask"] is a
+
+
+class Graph:
+    def __init__(self, edges):
+        self.edges = edges
+
+
+def test_an_object_that_hides_tensors_is_refused():
+    links = chain_links([AdditiveCoupling(Told())])
+    for given in (Graph(torch.zeros(2)), [Graph(torch.zeros(2))]):
+        with pytest.raises(
+            StreamError, match=r"argument 'context' has a Graph with tensors in it.*pass a tuple or a dict"
+        ):
+            bind(links, {"context": given})
+    bind(links, {"context": Graph("no tensor")})

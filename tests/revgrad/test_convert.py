@@ -234,3 +234,57 @@ def test_block_that_changes_the_shape(mode):
 def test_no_blocks():
     with pytest.raises(StreamError, match="there are no blocks"):
         momentum_from([], skip_inside=True)
+
+
+def test_groups_of_one_tensor(make):
+    blocks = [[make.net(4) for _ in range(3)] for _ in range(2)]
+    x = torch.randn(2, 12)
+    y = from_groups(blocks, split_dim=1)(x)
+    assert torch.equal(y, torch.cat(from_groups(blocks)(*x.chunk(3, 1)), 1))
+
+
+@pytest.mark.parametrize(
+    ("convert", "message"),
+    [
+        (lambda net: from_pairs([(net, net)], split=1), r"^from_pairs: there is no option 'split'; .* split_dim, mode"),
+        (lambda net: from_groups([(net, net)], dim=1), r"^from_groups: there is no option 'dim'; .* split_dim, mode"),
+        (lambda net: momentum_from([net], skip_inside=False, split_dim=1), r"^momentum_from: .*; there are mode"),
+    ],
+)
+def test_options_that_a_chain_does_not_have(make, convert, message):
+    with pytest.raises(TypeError, match=message):
+        convert(make.net(4))
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (nn.Linear(4, 4), r"^momentum_from: a Linear is no sequence of blocks: .*model\.layer1"),
+        ({"a": nn.Linear(4, 4)}, r"^momentum_from: block 0 is a str, not a module"),
+    ],
+)
+def test_what_is_no_stack_of_blocks(blocks, message):
+    with pytest.raises(StreamError, match=message):
+        momentum_from(blocks, skip_inside=False)
+
+
+def test_a_block_that_returns_no_tensor(make):
+    class Two(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(StreamError, match=r"Two returns a tuple; a block must return a tensor"):
+        momentum_from([Two()], skip_inside=True)(torch.randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    "chain", [lambda f: from_groups([(f, f)]), lambda f: momentum_from([f], skip_inside=True).chain]
+)
+def test_what_a_converted_block_lacks_is_told(chain):
+    class Edges(nn.Module):
+        def forward(self, x, edge_index):
+            return x
+
+    with pytest.raises(TypeError) as caught:
+        chain(Edges())(torch.randn(2, 4), torch.randn(2, 4))
+    assert any("it also needs edge_index: chain(x, edge_index=...)" in note for note in caught.value.__notes__)

@@ -294,3 +294,21 @@ def test_a_gated_coupling_in_a_container_counts_once(make):
     shared = GatedCoupling(make.net(WIDTH, 2))
     cost = cost_of(ReversibleSequential(shared, Swap(), shared, arithmetic="float"), make.streams(BATCH, WIDTH))
     assert cost.layers[0].flops == cost.layers[2].flops > 0
+
+
+def test_a_transform_that_computes_with_sparse_tensors_is_measured():
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+            self.register_buffer("edges", torch.eye(6).to_sparse())
+
+        def forward(self, x):
+            return torch.sparse.mm(self.edges, self.linear(x))
+
+    chain = ReversibleSequential(
+        *(AdditiveCoupling(Spread(), i % 2, 1 - i % 2) for i in range(4)), memory_budget="1 KiB"
+    )
+    x = torch.randn(6, 4), torch.randn(6, 4)
+    chain(*x)[0].sum().backward()
+    assert plan(chain, x).layers == 4

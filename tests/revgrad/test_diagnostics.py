@@ -240,3 +240,12 @@ def test_buffers_that_a_transform_changes_are_left_alone(make):
     check_invertible(model, make.streams(8))
     for name, b in model.named_buffers():
         assert torch.equal(b, before[name]) == ("transform" in name), name
+
+
+def test_a_norm_without_a_batch_is_left_without_one():
+    chain = ReversibleSequential(ActNorm(2))
+    assert check_invertible(chain, torch.randn(64, 2)).invertible
+    assert not chain[0].initialised
+    assert not any(p.any() for p in chain.parameters())
+    y = chain(torch.randn(64, 2) * 5 + 7)
+    torch.testing.assert_close(y.mean(0), torch.zeros(2), atol=1e-5, rtol=0)

@@ -53,3 +53,16 @@ def test_what_is_no_chain_is_told_where_the_chain_is(make):
     with pytest.raises(StreamError, match="a Linear is no chain of reversible layers: put it inside a coupling"):
         plan(nn.Linear(4, 4), torch.zeros(3, 4))
     assert len(chain_links(nn.ModuleList([chain, chain]))) == 4
+
+
+def test_a_chain_that_was_given_no_layer_is_not_told_to_pass_itself(make):
+    chain = make.chain("additive", 2)
+    chain.layers[1] = nn.Linear(4, 4)
+    with pytest.raises(StreamError, match=r"^layer 1 is a Linear, not a reversible layer: put it inside a coupling"):
+        chain_links(chain)
+
+
+def test_all_chains_inside_are_named(make):
+    model = nn.ModuleDict({"a": make.chain("additive", 2), "b": make.chain("additive", 2)})
+    with pytest.raises(StreamError, match=r"pass the chain that is inside, one of \.a, \.b, and the streams"):
+        chain_links(model)

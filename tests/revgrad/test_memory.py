@@ -371,3 +371,16 @@ def test_backward_frees_states_as_it_goes(make, check, no_collector):
 
 def test_state_without_tensors_is_free(make, no_collector):
     assert ChainState(((), ())).tensors() == []
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS. tensor support is in beta")
+@pytest.mark.parametrize(("convert", "compressed"), [("to_sparse", 0), ("to_sparse_csr", 9), ("to_sparse_csc", 9)])
+def test_counts_values_and_indices_of_sparse_tensors(no_collector, convert, compressed):
+    dense = torch.eye(8)
+    with LiveMemory() as memory:
+        x = getattr(dense, convert)()
+        assert memory.live == 8 * 4 + (2 * 8 + compressed) * 8  # all make the two rows of indices first
+        y = x @ dense
+        del x
+        assert memory.live == 64 * 4
+    assert y.shape == (8, 8)

@@ -68,7 +68,7 @@ def test_snap_gradient_passes_straight_through():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.int64])
 def test_dtype_without_a_grid(dtype):
-    with pytest.raises(StreamError, match=f"float32 or float64, not {dtype}: convert the input"):
+    with pytest.raises(StreamError, match=f"float32 or float64, not {dtype}: convert them in front of the chain"):
         snap(torch.zeros(2, dtype=dtype))
 
 

@@ -22,6 +22,7 @@ from revgrad import (
     Split,
     StreamError,
     Swap,
+    set_mode,
     snap,
 )
 
@@ -389,3 +390,21 @@ def test_options_that_are_set_later_are_checked_at_once(make):
         with pytest.raises(StreamError, match=message):
             setattr(model, name, wrong)
         assert getattr(model, name) == before
+
+
+def test_a_wrong_number_of_anchors_is_refused_when_it_is_set(make):
+    chain = make.chain("additive", 4)
+    with pytest.raises(StreamError, match="anchor_every must be at least 1 and whole, got 0"):
+        chain.anchor_every = 0
+    assert chain.anchor_every is None
+    chain(*make.streams())
+
+
+def test_the_mode_of_all_chains_inside_a_model(make):
+    model = nn.ModuleDict({"a": make.chain("additive", 2), "b": nn.Sequential(make.chain("additive", 2))})
+    set_mode(model, "stored")
+    assert [model["a"].mode, model["b"][0].mode] == ["stored", "stored"]
+    with pytest.raises(StreamError, match="there is no chain inside the Linear"):
+        set_mode(nn.Linear(1, 1), "stored")
+    with pytest.raises(StreamError, match="mode"):
+        set_mode(model, "kept")
