@@ -85,12 +85,24 @@ def convolve(layer: Convolution, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """The output of a convolution, and the bias that it leaves to the kernel that reads the output.
 
     On a GPU a bias takes a pass over the output of its own. Where no kernel is used the bias is in the output, and None
-    is returned for it: on a CPU adding it costs nothing.
+    is returned for it: on a CPU adding it costs nothing. So it is too where calling the layer does more than convolve:
+    it has hooks (pruning, spectral norm, profilers), or it is of another class.
     """
-    if layer.bias is None or not uses_triton("auto", x):
+    if layer.bias is None or not uses_triton("auto", x) or not _only_convolves(layer):
         return layer(x), None
     function = F.conv2d if isinstance(layer, nn.Conv2d) else F.conv3d
     return function(x, layer.weight, None, layer.stride, layer.padding, layer.dilation, layer.groups), layer.bias
+
+
+def _only_convolves(layer: Convolution) -> bool:
+    """Whether calling a layer is its convolution and nothing else. A parametrised layer is of a class of its own."""
+    hooks = (
+        layer._forward_hooks,
+        layer._forward_pre_hooks,
+        layer._backward_hooks,
+        layer._backward_pre_hooks,
+    )
+    return type(layer) in (Convolution2d, Convolution3d) and not any(hooks)
 
 
 def normalisation(dimensions: int, channels: int, kind: Normalisation) -> nn.Module:

@@ -153,7 +153,7 @@ class GraphedStep:
             # A norm that is not finite would make every gradient so; they are to be looked at.
             total = norm.nan_to_num(0.0, 0.0, 0.0)
             torch.nn.utils.clip_grads_with_norm_(self._parameters, self._clip_norm, total)
-        passed = self.checks.passed() & loss.isfinite() & norm.isfinite()
+        passed = self.checks.passed(loss.device) & loss.isfinite() & norm.isfinite()
         self._optimiser.found_inf = (~passed).float().maximum(self._frozen)  # type: ignore[attr-defined]
         self._optimiser.step()
         self._report = torch.stack([loss.double(), norm.double(), passed.double()])

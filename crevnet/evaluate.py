@@ -9,6 +9,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import crevnet.extra  # noqa: F401  first
+
+# isort: split
 import torch
 from torch import Tensor
 from tqdm import tqdm

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.passes import move_to_device_pass
 
+import crevnet.extra  # noqa: F401  first
 from crevnet.baselines.vpn import VPNConfig
 from crevnet.command import run_command
 from crevnet.files import check_writable, written_whole

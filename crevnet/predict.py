@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import crevnet.extra  # noqa: F401  first
 from crevnet.command import run_command
 from crevnet.data import DataConfig, DataError, SequenceSet, load_video, to_tensor
 from crevnet.files import check_writable, write_arrays

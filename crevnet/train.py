@@ -7,6 +7,7 @@ Without `--config`, a small configuration on embedded digits that takes a few mi
 
 import sys
 
+import crevnet.extra  # noqa: F401  first
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.command import CONFIGS, parse_train_config
 from crevnet.data import WorkerDied

@@ -116,12 +116,24 @@ def _peak(
     """Most bytes alive in a training step besides weights and their gradients. All true clips are fed."""
     config = model.config
     size = (batch, frames, config.channels, *config.frame_size)
-    with LiveMemory() as memory:
+    with _MemoryOf(device) as memory:
         clips = frames_to_clips(torch.rand(size, device=device), config.clip, config.stacking)
         with autocast():
             loss = model.loss(clips)
         loss.backward()
     return memory.peak
+
+
+class _MemoryOf(LiveMemory):
+    """Counts what is on one kind of device: with `model.offload` states wait in host memory, which is not short."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self._kind = device.type
+
+    def _count(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        if storage.device.type == self._kind:
+            super()._count(storage, before)
 
 
 def mebibytes(size: float) -> str:

@@ -141,10 +141,14 @@ class DeferredChecks(Checks):
         self.capacities = {n: min(math.ceil(self.margin * need), most) for n, (need, most) in found.needs.items()}
         self._measured = True
 
-    def passed(self) -> Tensor:
-        """Whether all checks since the last `forget` have passed: a bool without dimensions, on the device."""
+    def passed(self, device: torch.device | str | None = None) -> Tensor:
+        """Whether all checks since the last `forget` have passed: a bool without dimensions, on the device.
+
+        Args:
+            device: Where the bool is if nothing was collected; the CPU without.
+        """
         if not self._pending:
-            return torch.ones((), dtype=torch.bool)
+            return torch.ones((), dtype=torch.bool, device=device)
         return torch.stack([ok for ok, _ in self._pending]).all()
 
     def raise_if_failed(self) -> None:

@@ -1,5 +1,8 @@
 """The invertible 1x1 convolution (Kingma and Dhariwal 2018, Glow)."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 
@@ -50,11 +53,13 @@ class InvertibleConv1x1(Channelwise):
 
     def transformed(self, x: Tensor) -> Tensor:
         """Mix the channels."""
-        return torch.einsum("oc,bc...->bo...", self.weight().to(x.dtype), x)
+        with _full_precision(x):
+            return torch.einsum("oc,bc...->bo...", self.weight().to(x.dtype), x)
 
     def restored(self, y: Tensor) -> Tensor:
         """Mix them back."""
-        return torch.einsum("oc,bc...->bo...", self.inverse_weight().to(y.dtype), y)
+        with _full_precision(y):
+            return torch.einsum("oc,bc...->bo...", self.inverse_weight().to(y.dtype), y)
 
     def log_volume(self) -> Tensor:
         """Sum of the log-scales."""
@@ -65,3 +70,19 @@ class InvertibleConv1x1(Channelwise):
         lower, upper, scale = (p.to(dtype) for p in (self.lower, self.upper, self.log_scale))
         one = torch.eye(self.channels, dtype=dtype, device=lower.device)
         return lower.tril(-1) + one, upper.triu(1) + torch.diag(self.sign.to(dtype) * scale.exp())
+
+
+@contextmanager
+def _full_precision(x: Tensor) -> Iterator[None]:
+    """Products of float32 on a GPU in float32: TensorFloat-32 keeps 10 bits, with which W does not undo its inverse."""
+    matmul = torch.backends.cuda.matmul
+    # The compiler cannot change a setting halfway; what it traces is stored, and nothing is inverted.
+    if not x.is_cuda or x.dtype is not torch.float32 or torch.compiler.is_compiling():
+        yield
+        return
+    wanted = matmul.fp32_precision
+    matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = wanted

@@ -89,7 +89,7 @@ class _OnCPU(recurrent_cpu.Operator):
         return recurrent_cpu.pull_back(*recurrent_cpu.room(saved[3], 3, grad), grad, *saved)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     gates_ptr, cell_ptr, bias_ptr, new_ptr, rows, columns, pixels, size,
     INDEX: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -101,7 +101,7 @@ def _forward_kernel(
     tl.store(new_ptr + offset, f * cell + i * g, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     gates_ptr, cell_ptr, bias_ptr, grad_ptr, grad_gates_ptr, grad_cell_ptr, rows, columns, pixels, size,
     INDEX: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,

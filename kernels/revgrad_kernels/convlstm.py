@@ -133,7 +133,7 @@ class _OnCPU(recurrent_cpu.Operator):
         return grad_gates, grad_cell, (grad_o * new).sum(0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     gates_ptr, cell_ptr, peephole_ptr, bias_ptr, hidden_ptr, new_ptr, rows, columns, pixels, size, height,
     INDEX: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -149,7 +149,7 @@ def _forward_kernel(
     tl.store(new_ptr + offset, new, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     gates_ptr, cell_ptr, peephole_ptr, bias_ptr, grad_hidden_ptr, grad_new_ptr,
     grad_gates_ptr, grad_cell_ptr, grad_peephole_ptr, rows, columns, pixels, size, height,

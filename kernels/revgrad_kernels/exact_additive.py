@@ -119,7 +119,7 @@ def nearest_integer(x):
     return tl.where((size > 0) & (size < LIMIT), rounded, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _sum_kernel(
     target_ptr, message_ptr, sum_ptr, numel, size,
     UNDO: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,

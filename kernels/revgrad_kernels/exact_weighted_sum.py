@@ -194,7 +194,7 @@ def _steps(x: Tensor) -> float:
     return 2.0 ** FRACTION_BITS[x.dtype]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     logits_ptr, x_ptr, h_ptr, reservoir_ptr, level_ptr, costs_ptr,
     y_ptr, new_reservoir_ptr, new_level_ptr, word_ptr, spilled_ptr, numel, size,
@@ -218,7 +218,7 @@ def _forward_kernel(
     tl.store(spilled_ptr + offset, spilled, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _refill_kernel(
     logits_ptr, level_ptr, costs_ptr, new_level_ptr, refill_ptr, numel, size,
     FULL_LEVEL: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
@@ -230,7 +230,7 @@ def _refill_kernel(
     tl.store(refill_ptr + offset, level < 0, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _inverse_kernel(
     logits_ptr, y_ptr, h_ptr, reservoir_ptr, word_ptr, refill_ptr, x_ptr, new_reservoir_ptr, numel, size,
     DIGITS: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
@@ -253,7 +253,7 @@ def _inverse_kernel(
     tl.store(new_reservoir_ptr + offset, remaining * numerator.to(tl.int64) + product, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     logits_ptr, x_ptr, h_ptr, grad_ptr, grad_logits_ptr, grad_x_ptr, grad_h_ptr, numel, size,
     WIDE: tl.constexpr, TILE: tl.constexpr,

@@ -78,7 +78,7 @@ class _OnCPU(recurrent_cpu.Operator):
         return (grad_o, grad_u, grad_o)[: len(ctx.needs_input_grad)]
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     output_gate_ptr, update_ptr, added_ptr, hidden_ptr, rows, columns, size,
     WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -89,7 +89,7 @@ def _forward_kernel(
     tl.store(hidden_ptr + offset, o * u, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     output_gate_ptr, update_ptr, added_ptr, grad_ptr, grad_gate_ptr, grad_update_ptr, rows, columns, size,
     WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,

@@ -4,6 +4,7 @@ A tensor `[B, C, ...]` is canonical if it is contiguous or channels-last. Either
 rows, or whose columns, are channels.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import INTERPRETED, tl, triton
+from revgrad_kernels.backend import HAS_TRITON, INTERPRETED, tl, triton
 
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 _SMALLEST_TILE = 1024
@@ -144,8 +145,20 @@ def configurations() -> list[Any]:
 
 
 def tuned(kernel: Any) -> Any:
-    """The kernel, tuned once per class of sizes and dtype; the choice is kept on disk, so later runs do not tune.
+    """The kernel, tuned once per class of sizes, dtype and variant; the choice is kept on disk, so later runs do not
+    tune.
 
-    The kernel must take `size`, a `size_class`, and write each output wholly whatever the tile.
+    The kernel must take `size`, a `size_class`, and write each output wholly whatever the tile. `size` is for tuning
+    alone: a kernel that were compiled for its values would be compiled three times.
     """
-    return triton.autotune(configs=configurations(), key=["size"], cache_results=True)(kernel)
+    return triton.autotune(configs=configurations(), key=["size", *_variants(kernel)], cache_results=True)(kernel)
+
+
+def _variants(kernel: Any) -> list[str]:
+    """The constants of a kernel that change its work: the first caller must not decide for a mirrored layout.
+
+    Not the dtypes among them, `WIDE` and `INDEX`: those of the tensors are in every key, and the file on disk holds
+    none.
+    """
+    parameters = inspect.signature(kernel.fn).parameters.values() if HAS_TRITON else []
+    return [p.name for p in parameters if p.annotation is tl.constexpr and p.name not in ("TILE", "WIDE", "INDEX")]

@@ -135,7 +135,7 @@ def pixel_shuffle_concatenate(
     return reference.shuffle([first, second], factor, order)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _kernel(
     unfolded_ptr, first_ptr, second_ptr, rows, columns, channels, width, size,
     N: tl.constexpr, FOLD: tl.constexpr, SPLIT: tl.constexpr, IREVNET: tl.constexpr, CHANNELS_LAST: tl.constexpr,

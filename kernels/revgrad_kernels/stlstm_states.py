@@ -161,7 +161,7 @@ class _OnCPU(recurrent_cpu.Operator):
         return grad_gates, grad_memory_gates, grad_cell, grad_memory
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     gates_ptr, memory_gates_ptr, cell_ptr, memory_ptr, bias_ptr, memory_bias_ptr,
     new_cell_ptr, new_memory_ptr, both_ptr, o_ptr, rows, columns, pixels, size,
@@ -181,7 +181,7 @@ def _forward_kernel(
     tl.store(o_ptr + offset, o, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     gates_ptr, memory_gates_ptr, cell_ptr, memory_ptr, bias_ptr, memory_bias_ptr,
     grad_new_cell_ptr, grad_new_memory_ptr, grad_both_ptr, grad_o_ptr,

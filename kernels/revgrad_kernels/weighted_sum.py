@@ -127,7 +127,7 @@ def _reference_backward(
     return grad_logits.to(logits.dtype), (grad_wide - grad_h).to(x.dtype), grad_h.to(h.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _forward_kernel(
     logits_ptr, x_ptr, h_ptr, bias_ptr, y_ptr, rows, columns, channel_count, size,
     INVERSE: tl.constexpr, BIAS: tl.constexpr, WIDE: tl.constexpr, WIDTH: tl.constexpr, TILE: tl.constexpr,
@@ -146,7 +146,7 @@ def _forward_kernel(
     tl.store(y_ptr + offset, y, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _backward_kernel(
     logits_ptr, x_ptr, h_ptr, bias_ptr, grad_ptr, grad_logits_ptr, grad_x_ptr, grad_h_ptr, partial_ptr,
     rows, columns, channel_count, size,

@@ -7,6 +7,7 @@ import pytest
 import torch
 from revgrad_kernels import backend
 from torch import nn
+from torch.nn.utils import prune
 
 from crevnet.cells import CELLS
 from crevnet.convolution import convolution, convolve
@@ -112,3 +113,29 @@ def test_a_convolution_leaves_its_bias_to_a_kernel(monkeypatch, dimensions, bias
     if bias:
         output = output + left.view(-1, *(1,) * dimensions)
     torch.testing.assert_close(output, whole)
+
+
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_forward_pre_hook", "parametrisation", "old"])
+def test_what_else_a_convolution_does_when_it_is_called_is_done(monkeypatch, register):
+    layer = convolution(2, 2, 3).to(DEVICE)
+    x = torch.randn(2, 2, 4, 5).to(DEVICE)
+    if register == "parametrisation":
+        nn.utils.parametrizations.weight_norm(layer)
+    elif register == "old":
+        prune.random_unstructured(layer, "weight", 0.5)
+        with torch.no_grad():
+            layer.weight_orig.mul_(2)
+    else:
+        getattr(layer, register)(lambda module, inputs, *output: 2 * (output or inputs)[0])
+    with computed_by(monkeypatch, "triton"):
+        output, left = convolve(layer, x)
+    assert left is None
+    assert torch.equal(output, layer(x))
+
+
+def test_a_backward_hook_of_a_convolution_is_called(monkeypatch):
+    layer, seen = convolution(2, 2, 3).to(DEVICE), []
+    layer.register_full_backward_hook(lambda *_: seen.append("called"))
+    with computed_by(monkeypatch, "triton"):
+        convolve(layer, torch.randn(2, 2, 4, 5, requires_grad=True).to(DEVICE))[0].sum().backward()
+    assert seen == ["called"]

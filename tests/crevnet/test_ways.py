@@ -8,7 +8,7 @@ from crevnet.baselines.convlstm import ConvLSTMConfig
 from crevnet.clips import frames_to_clips
 from crevnet.convolution import use_channels_last
 from crevnet.model import CrevNetConfig
-from crevnet.ways import NoWayFits, choose, training_bytes
+from crevnet.ways import NoWayFits, _MemoryOf, choose, training_bytes
 from revgrad import LiveMemory
 
 pytestmark = pytest.mark.usefixtures("single_thread")
@@ -173,3 +173,9 @@ def test_what_does_not_fit_on_the_device_needs_more_than_there_is(monkeypatch):
 
     monkeypatch.setattr("crevnet.model.CrevNet.loss", run_out)
     assert training_bytes(small(), 2, FRAMES, CPU) == math.inf
+
+
+def test_copies_on_the_host_are_not_memory_of_the_device():
+    with _MemoryOf(torch.device("meta")) as memory:
+        states = torch.empty(100, device="meta"), torch.empty(1000)
+    assert memory.peak == states[0].nbytes

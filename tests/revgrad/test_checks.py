@@ -359,3 +359,8 @@ def test_the_first_error_is_the_one_that_is_raised_and_stays_until_it_is_forgott
 def test_what_the_host_knows_raises_at_once():
     with pytest.raises(ReversibilityError, match="known"):
         DeferredChecks(capacities={}).require(False, lambda: ReversibilityError("known"))
+
+
+def test_where_nothing_was_collected_the_answer_is_on_the_device_that_is_asked_for():
+    assert DeferredChecks().passed().device.type == "cpu"
+    assert DeferredChecks().passed("meta").device.type == "meta"

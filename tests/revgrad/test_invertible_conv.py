@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional
 
-from revgrad import Inverse, InvertibleConv1x1, ReversibleSequential, StreamError
+from revgrad import Inverse, InvertibleConv1x1, ReversibleSequential, StreamError, invertible_conv
 
 SHAPES = [(6, 4), (3, 4, 5), (2, 4, 3, 2), (2, 4, 2, 3, 1)]
 
@@ -97,3 +99,30 @@ def test_channels_must_fit():
 def test_buffers_move_with_the_module():
     assert isinstance(InvertibleConv1x1(4), nn.Module)
     assert {b.device.type for b in InvertibleConv1x1(4).to("meta").buffers()} == {"meta"}
+
+
+@pytest.mark.parametrize(
+    ("x", "inside"),
+    [
+        (SimpleNamespace(is_cuda=True, dtype=torch.float32), "ieee"),
+        (SimpleNamespace(is_cuda=True, dtype=torch.bfloat16), "tf32"),
+        (SimpleNamespace(is_cuda=False, dtype=torch.float32), "tf32"),
+    ],
+)
+def test_products_in_float32_on_a_gpu_are_not_rounded_to_tensorfloat(x, inside):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.fp32_precision = matmul.fp32_precision, "tf32"
+    try:
+        with invertible_conv._full_precision(x):
+            assert matmul.fp32_precision == inside
+        assert matmul.fp32_precision == "tf32"
+    finally:
+        matmul.fp32_precision = before
+
+
+def test_both_directions_multiply_in_full_precision(monkeypatch):
+    seen, original = [], invertible_conv._full_precision
+    monkeypatch.setattr(invertible_conv, "_full_precision", lambda x: seen.append(x) or original(x))
+    layer, x = InvertibleConv1x1(2), torch.randn(3, 2)
+    layer.restored(layer.transformed(x))
+    assert len(seen) == 2
