@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional
 
-from revgrad import LiveMemory, set_mode
+from revgrad import LiveMemory, ReversibleSequential
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,9 @@ def _train(
 ) -> Training:
     torch.manual_seed(0)
     model = build()
-    set_mode(model, mode)
+    for module in model.modules():
+        if isinstance(module, ReversibleSequential):
+            module.mode = mode
     optimizer = torch.optim.Adam(model.parameters(), learning_rate)
     losses, seconds = [], []
     memory = LiveMemory()
