@@ -17,11 +17,12 @@ from revgrad.hamiltonian import HamiltonianStep, LeapfrogStep, ReflectionCouplin
 from revgrad.invertible_conv import InvertibleConv1x1
 from revgrad.layer import Inverse, LayerCall, ReversibleLayer
 from revgrad.memory import LiveMemory
+from revgrad.modes import set_mode
 from revgrad.momentum import MomentumStep, VelocityCoupling
 from revgrad.planning import ModeCost, Plan, plan
 from revgrad.rearrangement import Concatenate, Permute, PixelShuffle, PixelUnshuffle, Split, Swap
 from revgrad.residue import Residue, snap
-from revgrad.sequential import ReversibleSequential, set_mode
+from revgrad.sequential import ReversibleSequential
 from revgrad.unrolling import unroll
 from revgrad.wrapped import wrap
 

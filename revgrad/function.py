@@ -298,7 +298,6 @@ def _forward(run: _Run) -> tuple[Streams, ChainState, Tape]:
     residue = tape.residue
     features: Streams = ()
     outputs: Streams = ()
-
     idle = bool(program.entry) and not program.entry_wants_gradients(given)
 
     def first_evaluation(application: int) -> AbstractContextManager[None]:

@@ -322,24 +322,6 @@ class ReversibleSequential(ReversibleLayer):
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
 
-def set_mode(model: nn.Module, mode: Mode) -> None:
-    """Set the mode of every chain inside a model, such as `stored` to compare with.
-
-    Args:
-        model: Any module.
-        mode: As in `ReversibleSequential`.
-
-    Raises:
-        StreamError: There is no such mode, or no chain inside.
-    """
-    check_mode(mode)
-    chains = [m for m in model.modules() if isinstance(m, ReversibleSequential)]
-    if not chains:
-        raise StreamError(f"set_mode: there is no chain inside the {type(model).__name__}")
-    for chain in chains:
-        chain.mode = mode
-
-
 def _result(streams: Streams) -> Result:
     return streams[0] if len(streams) == 1 else streams
 

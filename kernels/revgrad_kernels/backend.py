@@ -145,7 +145,7 @@ def check_floats(operator: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{operator}: {name} must be float16, bfloat16, float32 or float64, not {t.dtype}")
 
 
-def triton_dtype(*tensors: Tensor | None) -> Any:
+def tl_dtype(*tensors: Tensor | None) -> Any:
     """The dtype that a kernel computes in: float64 if any input is, else float32. None is an input that is left out."""
     return tl.float64 if arithmetic_dtype(*tensors) == torch.float64 else tl.float32
 

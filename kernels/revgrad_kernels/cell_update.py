@@ -13,8 +13,8 @@ from revgrad_kernels.backend import (
     converted,
     refuse_gradient,
     tl,
+    tl_dtype,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import gapless, tile, tuned
@@ -125,7 +125,7 @@ def _cell_update(gates: Tensor, cell: Tensor, bias: Tensor | None) -> Tensor:
     if not can_run(cell.device):
         return aligned(gates, _reference(gates, cell, bias))[1]
     new = torch.empty_like(cell)
-    launch(_forward_tuned, 3, gates, cell, gapless(bias), new, wide=triton_dtype(gates, cell, bias))
+    launch(_forward_tuned, 3, gates, cell, gapless(bias), new, wide=tl_dtype(gates, cell, bias))
     return new
 
 
@@ -135,7 +135,7 @@ def _cell_update_backward(gates: Tensor, cell: Tensor, bias: Tensor | None, grad
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, cell, bias, grad))[1:]
     grads = torch.empty_like(gates), torch.empty_like(cell)
-    launch(_backward_tuned, 3, gates, cell, gapless(bias), grad, *grads, wide=triton_dtype(gates, cell, bias))
+    launch(_backward_tuned, 3, gates, cell, gapless(bias), grad, *grads, wide=tl_dtype(gates, cell, bias))
     return grads
 
 

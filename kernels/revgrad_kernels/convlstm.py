@@ -19,8 +19,8 @@ from revgrad_kernels.backend import (
     converted,
     refuse_gradient,
     tl,
+    tl_dtype,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import gapless, is_channels_last, laid_out_like, tile, tuned
@@ -189,7 +189,7 @@ def _convlstm(gates: Tensor, cell: Tensor, peephole: Tensor, bias: Tensor | None
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, cell, peephole, bias))[1:]
     hidden, new = torch.empty_like(cell), torch.empty_like(cell)
-    peephole, wide = laid_out_like(gates, peephole[None]), triton_dtype(gates, cell, peephole, bias)
+    peephole, wide = laid_out_like(gates, peephole[None]), tl_dtype(gates, cell, peephole, bias)
     launch(_forward_tuned, 4, gates, cell, peephole, gapless(bias), hidden, new, wide=wide, height=_height(gates))
     return hidden, new
 
@@ -203,7 +203,7 @@ def _convlstm_backward(
         return aligned(gates, *_reference_backward(gates, cell, peephole, bias, grad_hidden, grad_new))[1:]
     grad_peephole = torch.empty_like(cell, dtype=arithmetic_dtype(gates, cell, peephole, bias))
     grads = torch.empty_like(gates), torch.empty_like(cell), grad_peephole
-    peephole, wide = laid_out_like(gates, peephole[None]), triton_dtype(gates, cell, peephole, bias)
+    peephole, wide = laid_out_like(gates, peephole[None]), tl_dtype(gates, cell, peephole, bias)
     inputs = cell, peephole, gapless(bias), grad_hidden, grad_new
     launch(_backward_tuned, 4, gates, *inputs, *grads, wide=wide, height=_height(gates))
     return grads

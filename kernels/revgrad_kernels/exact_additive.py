@@ -18,9 +18,9 @@ from revgrad_kernels.backend import (
     converted,
     on_device,
     tl,
+    tl_dtype,
     transformed,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import canonical, elements, expanded, laid_out_like, size_class, tuned
@@ -143,7 +143,7 @@ def _launch(target: Tensor, message: Tensor, undo: bool) -> Tensor:
             # Contraction of products and sums is harmless here: every product is by a power of two, hence exact.
             _sum_tuned[elements(result).grid](
                 target, message, result, result.numel(), size_class(result.numel()),
-                UNDO=undo, STEPS=2.0 ** FRACTION_BITS[target.dtype], WIDE=triton_dtype(target),
+                UNDO=undo, STEPS=2.0 ** FRACTION_BITS[target.dtype], WIDE=tl_dtype(target),
             )  # fmt: skip
     return result
 

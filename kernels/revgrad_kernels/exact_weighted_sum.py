@@ -13,16 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from revgrad_kernels.backend import (
-    can_run,
-    check_floats,
-    converted,
-    on_device,
-    refuse_gradient,
-    tl,
-    triton,
-    triton_dtype,
-)
+from revgrad_kernels.backend import can_run, check_floats, converted, on_device, refuse_gradient, tl, tl_dtype, triton
 from revgrad_kernels.exact_additive import FRACTION_BITS, broadcast_to_grid, dispatch, line, nearest_integer
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tuned
 from revgrad_kernels.reservoir import (
@@ -317,7 +308,7 @@ def _launch(kernel: Any, x: Tensor, inputs: Sequence[Tensor], outputs: _Tensors,
     if numel:
         with on_device(x):
             kernel[elements(x).grid](
-                *inputs, *outputs, numel, size_class(numel), **constants, WIDE=triton_dtype(x), **_SAME_GATES
+                *inputs, *outputs, numel, size_class(numel), **constants, WIDE=tl_dtype(x), **_SAME_GATES
             )
     return outputs
 

@@ -14,8 +14,8 @@ from revgrad_kernels.backend import (
     on_device,
     refuse_gradient,
     tl,
+    tl_dtype,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import canonical, elements, laid_out_like, size_class, tile, tuned
@@ -120,7 +120,7 @@ def _launch(kernel: Any, output_gate: Tensor, update: Tensor, added: Tensor | No
         with on_device(update):
             kernel[matrix.grid](
                 output_gate, update, added, *tensors, matrix.rows, matrix.columns, size_class(update.numel()),
-                WIDE=triton_dtype(*given(output_gate, update, added)), WIDTH=matrix.width,
+                WIDE=tl_dtype(*given(output_gate, update, added)), WIDTH=matrix.width,
             )  # fmt: skip
 
 

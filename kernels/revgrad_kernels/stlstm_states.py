@@ -21,8 +21,8 @@ from revgrad_kernels.backend import (
     converted,
     refuse_gradient,
     tl,
+    tl_dtype,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import gapless, memory_format, tile, tuned
@@ -218,7 +218,7 @@ def _stlstm_states(
     if not can_run(cell.device):
         return aligned(gates, *_reference(gates, memory_gates, cell, memory, *biases))[1:]
     results = _empty_results(gates, cell, memory)
-    wide = triton_dtype(gates, memory_gates, cell, memory, *biases)
+    wide = tl_dtype(gates, memory_gates, cell, memory, *biases)
     launch(_forward_tuned, 4, gates, memory_gates, cell, memory, *biases, *results, wide=wide)
     return results
 
@@ -242,7 +242,7 @@ def _stlstm_states_backward(
     if not can_run(cell.device):
         return aligned(gates, *_reference_backward(gates, memory_gates, cell, memory, *biases, *grads))[1:]
     results = _empty_gradients(gates, memory_gates, cell, memory)
-    wide = triton_dtype(gates, memory_gates, cell, memory, *biases)
+    wide = tl_dtype(gates, memory_gates, cell, memory, *biases)
     launch(_backward_tuned, 4, gates, memory_gates, cell, memory, *biases, *grads, *results, wide=wide)
     return results
 

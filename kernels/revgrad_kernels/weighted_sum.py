@@ -18,8 +18,8 @@ from revgrad_kernels.backend import (
     on_device,
     refuse_gradient,
     tl,
+    tl_dtype,
     triton,
-    triton_dtype,
     uses_triton,
 )
 from revgrad_kernels.layout import (
@@ -199,7 +199,7 @@ def _launch_forward(logits: Tensor, x: Tensor, h: Tensor, bias: Tensor | None, i
         with on_device(x):
             _forward_tuned[matrix.grid](
                 logits, x, h, bias, y, matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                INVERSE=inverse, BIAS=where, WIDE=triton_dtype(logits, x, h, bias), WIDTH=matrix.width,
+                INVERSE=inverse, BIAS=where, WIDE=tl_dtype(logits, x, h, bias), WIDTH=matrix.width,
             )  # fmt: skip
     return y
 
@@ -223,7 +223,7 @@ def _launch_backward(
             kernel[matrix.grid](
                 logits, x, h, bias, grad, *grads, partial,
                 matrix.rows, matrix.columns, x.shape[1] if where else 1, size_class(x.numel()),
-                BIAS=where, WIDE=triton_dtype(logits, x, h, bias), WIDTH=matrix.width, **meta,
+                BIAS=where, WIDE=tl_dtype(logits, x, h, bias), WIDTH=matrix.width, **meta,
             )  # fmt: skip
     if bias is None:
         return (*grads, partial)

@@ -22,7 +22,6 @@ from revgrad import (
     Split,
     StreamError,
     Swap,
-    set_mode,
     snap,
 )
 
@@ -398,13 +397,3 @@ def test_a_wrong_number_of_anchors_is_refused_when_it_is_set(make):
         chain.anchor_every = 0
     assert chain.anchor_every is None
     chain(*make.streams())
-
-
-def test_the_mode_of_all_chains_inside_a_model(make):
-    model = nn.ModuleDict({"a": make.chain("additive", 2), "b": nn.Sequential(make.chain("additive", 2))})
-    set_mode(model, "stored")
-    assert [model["a"].mode, model["b"][0].mode] == ["stored", "stored"]
-    with pytest.raises(StreamError, match="there is no chain inside the Linear"):
-        set_mode(nn.Linear(1, 1), "stored")
-    with pytest.raises(StreamError, match="mode"):
-        set_mode(model, "kept")
