@@ -1,6 +1,5 @@
 """Collects the reports of all benchmarks of a run, and prints them at its end."""
 
-import gc
 import shlex
 from collections.abc import Callable, Iterator
 
@@ -42,11 +41,7 @@ def one_thread() -> Iterator[None]:
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    # The collector runs before every step that is timed. What was there before stays, and it need not look at it.
-    gc.collect()
-    gc.freeze()
     yield
-    gc.unfreeze()
     torch.set_num_threads(threads)
 
 

@@ -33,6 +33,8 @@ class Contender:
     """Whether it is far from the others in time, and is timed in one round out of `SELDOM`, the first among them."""
     resizes: bool = False
     """Whether it frees what is still referred to, by resizing its storage."""
+    trains: bool = True
+    """Whether it takes training steps, and no forward passes without a graph."""
 
     @property
     def reversible(self) -> bool:
@@ -118,6 +120,8 @@ def _joined(stack: Stack, run: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 SELDOM = 3
 STORED = Contender("stored autograd", stored)
+FORWARD = Contender("forward pass alone", stored, trains=False)
+"""What a second evaluation costs at least. It is timed, and is no contender."""
 FREE = Contender(
     "revgrad float, free budget",
     partial(by_revgrad, arithmetic="float", memory_budget="free"),

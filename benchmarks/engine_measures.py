@@ -85,3 +85,9 @@ def relative_error(found: Tensor, true: Tensor) -> float:
 def step_seconds(model: Model, x: Tensor, weight: Tensor) -> float:
     """Processor time of one training step; gradients add up, as they do over several batches."""
     return processor_seconds(lambda: training_step(model, x, weight))
+
+
+def forward_seconds(model: Model, x: Tensor) -> float:
+    """Processor time of one forward pass without a graph."""
+    with torch.no_grad():
+        return processor_seconds(lambda: model(x))

@@ -25,10 +25,10 @@ def ratios(numerators: Sequence[float], denominators: Sequence[float]) -> list[f
 
 @contextmanager
 def no_collector() -> Iterator[None]:
-    """Collects what is garbage and turns the cycle collector off: then, whatever is freed is freed because nothing
-    refers to it, and no step is longer by chance.
+    """Collects what has lately become garbage and turns the cycle collector off: then, whatever is freed is freed
+    because nothing refers to it, and no step is longer by chance.
     """
-    gc.collect()
+    gc.collect(1)  # of all that there is it would take longer than some steps
     gc.disable()
     try:
         yield

@@ -2,10 +2,11 @@ from collections import defaultdict
 from types import SimpleNamespace
 
 import pytest
+import torch
 from torch import nn
 
 from benchmarks import test_engine
-from benchmarks.contenders import CONTENDERS, SELDOM, STORED
+from benchmarks.contenders import CONTENDERS, FORWARD, SELDOM, STORED
 from benchmarks.engine_workloads import Block, Workload
 from benchmarks.test_engine import of_times, rounds_in_words, timed
 from benchmarks.timing import FEWEST
@@ -79,3 +80,22 @@ def test_ratios_are_within_a_round_and_over_the_fastest_peer():
         "fastest_peer": "RevTorch",
     }
     assert found[slow] == {"time_ratio": 4.0, "seconds": 4.0, "rounds": 1}
+
+
+def test_two_evaluations_take_a_forward_pass_more_than_one():
+    ours, peer = NAMED["revgrad float"], NAMED["RevTorch"]
+    found = of_times([{STORED: 2.0, ours: 3.0, peer: 3.0, FORWARD: t} for t in (0.5, 1.0, 0.8)])
+    assert {c: row.get("two_evaluations") for c, row in found.items()} == {STORED: None, ours: 1.4, peer: 1.4}
+
+
+def test_forward_passes_alone_have_no_graph():
+    stack, x = SMALL.build(1)
+    graphs = []
+
+    def model(x):
+        graphs.append(torch.is_grad_enabled())
+        return x * 2
+
+    found = timed({STORED: model, FORWARD: model}, stack, x, 2, 1)
+    assert [set(times) for times in found] == [{STORED, FORWARD}]
+    assert graphs == [True, True, False, False]
