@@ -212,7 +212,7 @@ class Coupling(ReversibleLayer):
             call.cell = update.recover()
         if call.residue is not None:
             call.residue.watch(call.name, updated)
-        return _replace(streams, self.target, updated), message
+        return (*streams[: self.target], updated, *streams[self.target + 1 :]), message
 
     def _rewind(
         self, backward: StreamGrads, call: LayerCall, state_grads: Grads, wrt: Sequence[Tensor], *, undo: bool
@@ -395,7 +395,3 @@ class Coupling(ReversibleLayer):
 
 
 _MADE_FOR_A_MERGE = {"merge_vjp", "unmerge_vjp", "merge_exact", "unmerge_exact", "log_derivative", "vjp_reads_values"}
-
-
-def _replace(items: tuple, index: int, value: Any) -> tuple:
-    return (*items[:index], value, *items[index + 1 :])
