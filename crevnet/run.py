@@ -16,6 +16,7 @@ from crevnet.checkpoint import Checkpoint, is_checkpoint, read_checkpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
 from crevnet.command import as_plain, load_config, save_config
 from crevnet.config import TrainConfig
+from crevnet.convolution import use_channels_last
 from crevnet.run_lock import sole_training
 from crevnet.video_model import VideoModel
 
@@ -151,6 +152,7 @@ def load_run(folder: Path, checkpoint: str, device: torch.device) -> LoadedRun:
         raise FileNotFoundError(f"{folder} has no checkpoint yet")
     model = config.model.build()
     model.load_state_dict(found.weights)
+    use_channels_last(model)  # as in training, which then has validated what is predicted now, to the last bit
     return LoadedRun(config, model.to(device).eval(), found.step)
 
 

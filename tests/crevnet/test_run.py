@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from crevnet.checkpoint import DamagedCheckpoint
 from crevnet.checkpoint_directory import CheckpointDirectory
@@ -49,6 +50,14 @@ def test_a_checkpoint_by_name(checkpoint, step, run, tiny):
     assert loaded.config == tiny.config(folder)
     tiny.assert_equal(loaded.model.state_dict(), saved[step])
     assert not loaded.model.training
+
+
+def test_weights_are_laid_out_as_in_training(finished_run):
+    model = load_run(finished_run, "last", CPU).model
+    formats = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    found = [(m, f) for m in model.modules() for kind, f in formats.items() if isinstance(m, kind)]
+    assert found
+    assert all(m.weight.is_contiguous(memory_format=f) for m, f in found)
 
 
 def test_the_last_one_is_the_best_where_none_was_validated(run):
