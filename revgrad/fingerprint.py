@@ -79,14 +79,15 @@ def _flat(x: Tensor) -> Tensor:
 def _sums(flat: Tensor, precise: bool) -> Tensor:
     """The three sums of a tensor, `[3]` in float64."""
     dtype = torch.float64 if precise or flat.dtype == torch.float64 else torch.float32
+    on_cpu = flat.device.type == "cpu"
+    at_once = _PIECE * (1 if on_cpu else _PIECES_AT_ONCE)
     whole = len(flat) // _PIECE * _PIECE
-    if flat.dtype == dtype and not precise:
-        buffer, at_once = None, max(_PIECE, whole)
-    else:
+    if precise or flat.dtype != dtype:
         # Where every bit counts, always read from the same buffer: a view may be unaligned, and the sum then in another
         # order.
-        at_once = _PIECE * (1 if flat.device.type == "cpu" else _PIECES_AT_ONCE)
         buffer = flat.new_empty(min(at_once, len(flat)), dtype=dtype)
+    else:
+        buffer, at_once = None, max(whole, at_once) if on_cpu else at_once
     parts = list(flat[:whole].split(at_once)) if whole else []
     if whole < len(flat) or not parts:
         parts.append(flat[whole:])
@@ -94,7 +95,9 @@ def _sums(flat: Tensor, precise: bool) -> Tensor:
     for part in parts:
         values = part if buffer is None else buffer[: len(part)].copy_(part)
         pieces = values.view(-1, _PIECE) if len(part) >= _PIECE else values.unsqueeze(0)
-        weighted = torch.mv(pieces, weights[: len(part)])
+        own = weights[: len(part)]
+        # Under deterministic algorithms cuBLAS, which `mv` calls, would refuse.
+        weighted = torch.mv(pieces, own) if on_cpu else (pieces * own).sum(1)
         found.append((weighted, pieces.sum(1), torch.linalg.vector_norm(pieces, dim=1)))
     weighted, plain, roots = found[0] if len(found) == 1 else map(torch.cat, zip(*found, strict=True))
     return torch.stack([weighted.double(), plain.double(), roots.double().square()]).sum(1)
@@ -103,7 +106,7 @@ def _sums(flat: Tensor, precise: bool) -> Tensor:
 _PIECE = 65536
 """Elements with weights of their own. Half a megabyte in float64: a copy stays in a CPU's cache."""
 _PIECES_AT_ONCE = 64
-"""How many are copied at once where every operator is a launch."""
+"""How many are read at once where every operator is a launch."""
 
 
 @cache
