@@ -98,7 +98,7 @@ def _contexts(snapshot: Snapshot) -> tuple[AbstractContextManager[None], Abstrac
 @contextmanager
 def _noting(snapshot: Snapshot, versions: list[int], changes: list[Change]) -> Iterator[None]:
     inner = snapshot.everything.inner
-    attributes = [dict(vars(module)) for module in inner]
+    attributes = [vars(module).copy() for module in inner]
     yield
     versions[:] = _versions(snapshot.parameters)
     changes[:] = changes_since(inner, attributes)

@@ -267,7 +267,7 @@ def _undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
     a layer itself, which may set them by the first input that it sees, are copies.
     """
     check_materialised(modules)
-    before = [dict(vars(module)) for module in modules]
+    before = [vars(module).copy() for module in modules]
     contents = Contents(before)
     parameters = {
         p: (p.detach().clone() if isinstance(m, ReversibleLayer) else p.detach()).requires_grad_(p.requires_grad)

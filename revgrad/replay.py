@@ -240,7 +240,7 @@ class _FirstEvaluation(AbstractContextManager[None]):
         self._norms = norms
 
     def __enter__(self) -> None:
-        self._attributes = [dict(vars(module)) for module in self._scope.inner]
+        self._attributes = [vars(module).copy() for module in self._scope.inner]
         # Nothing is drawn between one evaluation and the next.
         self._before = self._snapshot._random_state or _random_states(self._device)
         if self._norms is not None:
